@@ -1,0 +1,43 @@
+# Everything runs from .venv, which `make install` builds; the other targets build it when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/digits
+
+.PHONY: install demo format lint types test test-slow bench check clean
+
+install: $(VENV)/.installed
+
+# pip resolves in a second step because torch's CPU build is pinned first: constraints.txt says which.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and "hf_ddpm needs Python >= 3.10, $(PYTHON) is " + v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python train_scripts/demo.py --out $(DEMO)
+
+format: install
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: install
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
+
+types: install
+	$(BIN)/pyright
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/python -m pytest -m bench -s tests/benchmarks
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,227 @@
+"""TrainConfig: every choice of a training run, from the defaults, a TOML file and flags, in this order.
+
+The resolved copy lies beside the weights. The file knows names, types and ranges; whether a data set or a
+folder exists is found out by who opens it.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import operator
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+try:
+    import tomllib  # type: ignore[import-not-found]
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+from hf_ddpm.schedules import SCHEDULES
+
+BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
+
+
+def _option(default: Any, help: str, **rules: Any) -> Any:
+    """A field with its `--help` text and its rule: `choices`, or bounds as in `BOUNDS`."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run, checked when made.
+
+    Raises:
+        ValueError: a value has the wrong type or lies out of range; the message names the key and what is
+            allowed.
+    """
+
+    # What it learns
+    dataset: str = _option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
+    split: str = _option("train", "split of the data set")
+    image_column: str | None = _option(None, "column of the images, by default the only one")
+    image_size: str | None = _option(None, "'28' or '28x32' (height x width), by default the first image's")
+    channels: int | None = _option(None, "1 gray, 3 RGB, by default the first image's", least=1)
+    fit: str = _option(
+        "exact",
+        "what to do with images of another size: refuse them, or a way of fitting them",
+        choices=("exact", "resize", "resize_crop", "center_crop", "random_crop"),
+    )
+    horizontal_flip: bool = _option(False, "mirror images at random")
+    shuffle_buffer: int = _option(1000, "images shuffled at once, 0 for the order of the files", least=0)
+    skip_corrupt: bool = _option(False, "skip and count images that can't be read, instead of stopping")
+    num_workers: int = _option(0, "processes that decode images ahead: 0 or 1", choices=(0, 1))
+
+    # The network and the process
+    model: str = _option(
+        "digits", "preset (cifar10, 256, fashion-mnist, digits, tiny), or a pipeline to go on from"
+    )
+    dropout: float | None = _option(None, "by default the preset's", least=0.0, below=1.0)
+    num_train_timesteps: int = _option(1000, "T", least=2)
+    beta_schedule: str = _option("linear", "noise schedule", choices=tuple(SCHEDULES))
+    beta_start: float = _option(1e-4, "first beta", above=0.0, below=1.0)
+    beta_end: float = _option(0.02, "last beta", above=0.0, below=1.0)
+    rescale_betas_zero_snr: bool = _option(False, "end the schedule at pure noise")
+    prediction_type: str = _option(
+        "epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction")
+    )
+    variance_type: str = _option(
+        "fixed_large", "reverse variance: beta_t or the posterior's", choices=("fixed_large", "fixed_small")
+    )
+    clip_sample: bool = _option(True, "clip the predicted x_0 to [-1, 1] when sampling")
+
+    # Optimisation
+    max_steps: int = _option(10_000, "optimizer steps of the whole run", least=1)
+    batch_size: int = _option(64, "images per process and micro-step", least=1)
+    gradient_accumulation_steps: int = _option(1, "micro-steps per optimizer step", least=1)
+    learning_rate: float = _option(2e-4, "peak learning rate of AdamW", above=0.0)
+    lr_scheduler: str = _option(
+        "constant_with_warmup",
+        "shape of the learning rate",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"),
+    )
+    lr_warmup_steps: int = _option(500, "steps of linear warm-up", least=0)
+    adam_beta1: float = _option(0.9, "AdamW", least=0.0, below=1.0)
+    adam_beta2: float = _option(0.999, "AdamW", least=0.0, below=1.0)
+    adam_epsilon: float = _option(1e-8, "AdamW", above=0.0)
+    weight_decay: float = _option(0.0, "AdamW", least=0.0)
+    max_grad_norm: float = _option(1.0, "clip the gradient's norm, 0 for never", least=0.0)
+    ema_decay: float = _option(
+        0.9999, "decay of the averaged weights, warmed up as (1 + n)/(10 + n)", least=0.0, below=1.0
+    )
+    seed: int = _option(0, "of weights, order, noise and samples", least=0)
+
+    # How it runs
+    mixed_precision: str | None = _option(
+        None, "by default as accelerate launch says, else no", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = _option(False, "less memory, more time")
+    compile: bool = _option(False, "torch.compile the network")
+    channels_last: bool = _option(False, "memory format of convolutions")
+
+    # What it leaves behind
+    output_dir: str = _option("runs/ddpm", "folder of the run, which is the pipeline's folder too")
+    resume: str = _option("auto", "auto: go on if output_dir holds this run; never; or a checkpoint's folder")
+    checkpoint_every: int = _option(1000, "steps between checkpoints, each with its pipeline", least=1)
+    keep_checkpoints: int = _option(2, "newest checkpoints to keep", least=1)
+    log_every: int = _option(50, "steps between log lines", least=1)
+    sample_every: int = _option(1000, "steps between sample grids, 0 for none", least=0)
+    sample_num_images: int = _option(64, "images in a grid", least=1)
+    sample_steps: int | None = _option(None, "steps of sampling a grid, by default all T", least=1)
+    trackers: str = _option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = _typed(option.name, getattr(self, option.name), option.type)
+            object.__setattr__(self, option.name, value)
+            _check_range(option.name, value, option.metadata)
+        self.size  # noqa: B018  refuses what is not a size
+        if self.sample_steps is not None and self.sample_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
+            )
+
+    @property
+    def size(self) -> int | tuple[int, int] | None:
+        """`image_size` as numbers: a side, (height, width), or None."""
+        if self.image_size is None:
+            return None
+        sides = self.image_size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(
+                f"image_size is {self.image_size!r}; allowed: a positive whole number, or two as in '28x32'"
+            )
+        return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike | None = None, **changes: Any) -> "TrainConfig":
+        """The defaults, changed by a file and then by keywords.
+
+        Args:
+            path: a TOML file, or the JSON file that a run left behind.
+            **changes: keys of this class; strings are read as their types.
+
+        Raises:
+            ValueError: an unreadable file, an unknown key (the nearest is named), a value of the wrong type
+                or range.
+        """
+        values = {} if path is None else _read(Path(path))
+        where = f"config file {os.fspath(path)!r}: " if path is not None else ""
+        known = [option.name for option in dataclasses.fields(cls)]
+        for source, names in ((where, values), ("", changes)):
+            for name in names:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, 1, cutoff=0)
+                    raise ValueError(f"{source}unknown key {name!r}; did you mean {near[0]!r}?")
+        try:
+            return cls(**{**values, **changes})
+        except ValueError as error:
+            culprit = str(error).split(" ", 1)[0]
+            raise ValueError(
+                f"{where if culprit in values and culprit not in changes else ''}{error}"
+            ) from None
+
+    def to_json(self) -> str:
+        """Every key and value, indented JSON; `load` reads it."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"can't read config file {str(path)!r}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ValueError(f"config file {str(path)!r} is not {kind}: {error}") from None
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the type of its key; strings, as from the command line, are read."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or (value == "none" and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise ValueError(f"{name} is None; allowed: {kinds[0].__name__}")
+    kind = kinds[0]
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if (
+        kind is str
+        and name == "image_size"
+        and isinstance(value, (int, list, tuple))
+        and not isinstance(value, bool)
+    ):
+        return "x".join(str(side) for side in (value if isinstance(value, (list, tuple)) else (value,)))
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+            if math.isfinite(number) and (isinstance(value, str) or number == value):
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ValueError(
+        f"{name} is {value!r}; allowed: {words[kind]}{' or none' if type(None) in kinds else ''}"
+    )
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if "choices" in rules and value not in rules["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in rules["choices"]], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} is {value!r}{hint}; allowed: {', '.join(str(c) for c in rules['choices'])}")
+    bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
+    if not all(BOUNDS[rule][0](value, bound) for rule, bound in bounds.items()):
+        allowed = " and ".join(f"{BOUNDS[rule][1]} {bound:g}" for rule, bound in bounds.items())
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

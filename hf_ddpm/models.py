@@ -1,0 +1,163 @@
+"""Networks: what a denoiser is, how any model becomes one, and the U-Nets of Ho et al. 2020 by name.
+
+The file knows shapes and layouts. It deliberately does not know what the output means (parametrization.py),
+nor how a network is trained or saved.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """A network in the one slot that every room shares; a closed form or a user's own model fits as well."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The model's output at x_t.
+
+        Args:
+            x_t: noisy images, shape (B, C, H, W).
+            t: zero-based step of each example, shape (B,), int64.
+
+        Returns:
+            The prediction, shape (B, C, H, W); (B, 2C, H, W) if the model learns its variances.
+        """
+        ...
+
+
+class _Adapted:
+    """A model whose answer is unwrapped to a tensor and checked for its shape."""
+
+    def __init__(self, model: Callable[..., Any]):
+        self.model = model
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        answer = self.model(x_t, t)
+        # Told apart by the answer, never by the model's class: DDP and torch.compile change that one.
+        output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample")
+        batch, channels, *sides = x_t.shape
+        if output.shape not in (x_t.shape, torch.Size((batch, 2 * channels, *sides))):
+            raise ValueError(
+                f"the model answered shape {tuple(output.shape)} to x_t of shape {tuple(x_t.shape)}; "
+                "allowed: the same shape, or twice the channels"
+            )
+        return output
+
+
+def as_denoiser(model: Callable[..., Any]) -> Denoiser:
+    """The model as a `Denoiser`; a denoiser made here is returned as it is.
+
+    Args:
+        model: module or function of (x_t, t) that answers a tensor, an object whose `.sample` is one
+            (diffusers' `UNet2DModel`, bare, in DDP or compiled), or a tuple that begins with one.
+
+    Raises:
+        ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
+    """
+    if isinstance(model, type) or not callable(model):
+        raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
+    return model if isinstance(model, _Adapted) else _Adapted(model)
+
+
+def _layout(
+    size: int, channels: int, widths: tuple[int, ...], *, attention_at: int, **others: Any
+) -> dict[str, Any]:
+    """Config of a `UNet2DModel`; what is not said is as in google/ddpm-cifar10-32.
+
+    Args:
+        size: side of the square images.
+        channels: C.
+        widths: channels of each level, from full resolution down, each level half as large.
+        attention_at: side of the level whose residual blocks attend; the middle block always does.
+        **others: further keys of the config.
+    """
+    attends = [size >> level == attention_at for level in range(len(widths))]
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        "layers_per_block": 2,
+        "dropout": 0.0,
+        "attention_head_dim": None,  # one head as wide as its level; diffusers' default of 8 means many heads
+        "downsample_padding": 0,  # TensorFlow's SAME at stride 2: one row and column of zeros at the far side
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    } | others
+
+
+# `dropout` acts as in the paper: before the second convolution of every residual block, the middle's too, and
+# nowhere in attention (read in diffusers 0.42.1, kept true by tests/test_models.py).
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ho et al. 2020, appendix B: CIFAR-10, and LSUN and CelebA-HQ.
+    "cifar10": _layout(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M
+    "256": _layout(256, 3, (128, 128, 256, 256, 512, 512), attention_at=16),  # 114M
+    # Ours, small enough for 2 CPU cores: levels 28-14-7 and 8-4; `tiny` is for tests.
+    "fashion-mnist": _layout(28, 1, (32, 64, 64), attention_at=7),  # 1.6M
+    "digits": _layout(8, 1, (32, 64), attention_at=4, norm_num_groups=8),
+    "tiny": _layout(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
+}
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def create_model(
+    preset: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    out_channels: int | None = None,
+    dropout: float | None = None,
+) -> UNet2DModel:
+    """A freshly initialised U-Net; what is None is the preset's.
+
+    Args:
+        preset: a name in `PRESETS`.
+        image_size: side, or (height, width), each a multiple of 2^(levels − 1); the same levels attend.
+        channels: C of the images.
+        out_channels: channels of the output, C (the default) or 2C for learned variances.
+        dropout: probability in [0, 1).
+
+    Raises:
+        ValueError: an argument is not as above; the message names it and what is allowed.
+    """
+    if not isinstance(preset, str) or preset not in PRESETS:
+        near = difflib.get_close_matches(str(preset), PRESETS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"preset is {preset!r}{hint} allowed: {', '.join(PRESETS)}")
+    config = dict(PRESETS[preset])
+
+    if image_size is not None:
+        sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+        multiple = 2 ** (len(config["block_out_channels"]) - 1)
+        if len(sides) != 2 or not all(_is_positive_int(side) and side % multiple == 0 for side in sides):
+            raise ValueError(
+                f"image_size is {image_size!r}; allowed for {preset!r}: a positive multiple of {multiple}, "
+                "or a pair (height, width) of them"
+            )
+        config["sample_size"] = image_size
+    if channels is not None:
+        if not _is_positive_int(channels):
+            raise ValueError(f"channels is {channels!r}; allowed: a positive integer")
+        config["in_channels"] = config["out_channels"] = channels
+    if out_channels is not None:
+        allowed = (config["in_channels"], 2 * config["in_channels"])
+        if not _is_positive_int(out_channels) or out_channels not in allowed:
+            raise ValueError(f"out_channels is {out_channels!r}; allowed: one of {allowed} (C or 2C)")
+        config["out_channels"] = out_channels
+    if dropout is not None:
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; allowed: a probability in [0, 1)")
+        config["dropout"] = float(dropout)
+    return UNet2DModel(**config)

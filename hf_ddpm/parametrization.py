@@ -1,0 +1,143 @@
+"""What a network's output means: epsilon, sample, v_prediction, mean and score. Conversions, nothing else.
+
+With a = √ᾱ_t and s = √(1 − ᾱ_t), every output m is affine in the pair (x_0, ε), hence in m and x_t:
+
+    prediction_type    output m               x̂_0                 ε̂
+    epsilon            ε                      (x_t − s m) / a     m
+    sample             x_0                    m                   (x_t − a m) / s
+    v_prediction       a ε − s x_0            a x_t − s m         s x_t + a m
+    mean               μ̃_t(x_t, x_0)          (m − c_t x_t) / c0  √(1−ᾱ)/β (x_t − √α m)
+    score              ∇ log q(x_t | x_0)     (x_t + s² m) / a    −s m
+
+Sources: epsilon and mean, Ho et al. 2020, eqs. 7, 8, 11; v, Salimans & Ho 2022, app. D; score, Tweedie.
+It knows no network, no loss and no sampler.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from hf_ddpm.precision import narrow, wide
+from hf_ddpm.process import DiffusionProcess
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "score"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+def to_x0(
+    process: DiffusionProcess, prediction_type: str, output: Tensor, x_t: Tensor, t: Tensor | int
+) -> Tensor:
+    """x̂_0 from a network's output.
+
+    Args:
+        process: the chain that t indexes.
+        prediction_type: what `output` is, one of `PREDICTION_TYPES`.
+        output: the network's output, shape (B, C, H, W).
+        x_t: what the network saw, shape (B, C, H, W).
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+
+    Returns:
+        x̂_0, not clipped, shape and dtype of x_t (computed in float32 or wider).
+
+    Raises:
+        ValueError: an unknown prediction type; "epsilon" or "score" at ᾱ_t = 0, where they say nothing about
+            x_0.
+    """
+    _check(prediction_type)
+    if prediction_type == "epsilon":
+        return process.predict_x0(x_t, output, t)
+    x, m = wide(x_t), wide(output)
+    a, s, c0, ct = process.at(
+        t,
+        x_t,
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "posterior_mean_coef_x0",
+        "posterior_mean_coef_xt",
+    )
+    if prediction_type == "score":
+        process.require_signal(t)
+        x_0 = (x + s**2 * m) / a
+    elif prediction_type == "v_prediction":
+        x_0 = a * x - s * m
+    elif prediction_type == "mean":
+        x_0 = (m - ct * x) / c0
+    else:
+        x_0 = m
+    return narrow(x_0, x_t.dtype)
+
+
+def to_eps(
+    process: DiffusionProcess, prediction_type: str, output: Tensor, x_t: Tensor, t: Tensor | int
+) -> Tensor:
+    """ε̂ from a network's output; arguments and errors as in `to_x0`."""
+    _check(prediction_type)
+    x, m = wide(x_t), wide(output)
+    a, s = process.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    if prediction_type == "epsilon":
+        eps = m
+    elif prediction_type == "score":
+        eps = -s * m
+    elif prediction_type == "v_prediction":
+        eps = s * x + a * m
+    elif prediction_type == "mean":
+        beta, root_alpha = process.at(t, x_t, "betas", "sqrt_alphas")
+        eps = s / beta * (x - root_alpha * m)
+    else:
+        eps = (x - a * m) / s
+    return narrow(eps, x_t.dtype)
+
+
+def from_x0_eps(
+    process: DiffusionProcess, prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor | int
+) -> Tensor:
+    """The output m that means (x_0, ε): a network's training target, and the inverse of `to_x0` and `to_eps`.
+
+    Args:
+        process: the chain that t indexes.
+        prediction_type: what to return, one of `PREDICTION_TYPES`.
+        x_0: clean images, shape (B, C, H, W).
+        eps: the noise in x_t, shape (B, C, H, W).
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+
+    Returns:
+        m, shape and dtype of x_0 (computed in float32 or wider).
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    _check(prediction_type)
+    x, e = wide(x_0), wide(eps)
+    if prediction_type == "epsilon":
+        m = e
+    elif prediction_type == "sample":
+        m = x
+    elif prediction_type == "mean":
+        m = process.q_posterior_mean(x, process.q_sample(x, e, t), t)
+    else:
+        a, s = process.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        m = a * e - s * x if prediction_type == "v_prediction" else -e / s
+    return narrow(m, x_0.dtype)
+
+
+def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor | int) -> Tensor:
+    """Log σ_t² interpolated by the network, Nichol & Dhariwal 2021, eq. 15.
+
+        log σ² = f log β_t + (1 − f) log β̃_t,   f = (v + 1)/2,   with β̃_2 for β̃_1 at t = 0
+
+    Args:
+        process: the chain that t indexes.
+        v: the second half of the network's output channels, shape (B, C, H, W); not bounded to [−1, 1].
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+
+    Returns:
+        log-variance, shape of v, float32 or wider.
+    """
+    low, high = process.at(t, v, "log_fixed_small", "log_betas")
+    f = (wide(v) + 1) / 2
+    return f * high + (1 - f) * low
+
+
+def _check(prediction_type: str) -> None:
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}")

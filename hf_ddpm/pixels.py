@@ -1,0 +1,113 @@
+"""Pixels: what one encoded image or array is worth as uint8, its size, and the way to [-1, 1] and back.
+
+It knows single images. It never pads, never resizes and never converts between grey and colour unless told
+to; uint8 stays uint8 until `to_float`, which belongs on the device.
+"""
+
+import io
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from PIL import ExifTags, ImageOps
+from PIL import Image as PILImage
+from torch import Tensor
+
+FITS = ("exact", "resize", "resize_crop", "center_crop", "random_crop")
+MODES = {1: "L", 3: "RGB"}
+
+
+def to_float(images_uint8: Tensor) -> Tensor:
+    """Grey levels to the model's range, x / 127.5 − 1.
+
+    Args:
+        images_uint8: any shape, uint8.
+
+    Returns:
+        The same shape, float32, in [-1, 1].
+    """
+    if images_uint8.dtype != torch.uint8:
+        raise ValueError(f"to_float needs uint8 images, got {images_uint8.dtype}")
+    return images_uint8.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The nearest grey level: exact inverse of `to_float` on all 256 levels, clamped outside [-1, 1].
+
+    Args:
+        x: any shape, floating point.
+
+    Returns:
+        The same shape, uint8.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"to_uint8 needs floating-point images, got {x.dtype}")
+    return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
+    """One row's value as (h, w, C) uint8, converted by PIL where `channels` is 1 or 3."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(value, dict) and data is None and value.get("path"):
+        with fsspec.open(value["path"], "rb") as file:  # no `try`: a lost connection is no corrupt image
+            data = file.read()  # pyright: ignore[reportAttributeAccessIssue]
+    mode = MODES.get(channels or 0)
+    try:
+        pixels = _open_image(data, mode) if isinstance(data, bytes) else np.asarray(data)
+    except Exception as error:  # PIL has a dozen kinds of error for broken data
+        raise ValueError(f"corrupt image: {one_line(error)}") from error
+    if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.dtype.kind not in "uif":
+        raise ValueError(f"neither an encoded image nor an (H, W) or (H, W, C) array: {str(data)[:40]}")
+    if pixels.dtype != np.uint8:
+        levels = pixels.astype(np.uint8)
+        if (levels != pixels).any():
+            raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not all 8-bit grey levels")
+        pixels = levels
+    pixels = np.atleast_3d(pixels)
+    if mode and pixels.shape[2] != channels and pixels.shape[2] in MODES:
+        image = PILImage.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+        pixels = np.atleast_3d(np.asarray(image.convert(mode)))
+    return pixels
+
+
+def _open_image(data: bytes, mode: str | None) -> np.ndarray:
+    image = PILImage.open(io.BytesIO(data))
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:  # as datasets.Image does
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip without a word
+        return np.asarray(image)
+    plain = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+    return np.asarray(image.convert(mode or plain.get(image.mode, image.mode)))
+
+
+def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.ndarray) -> np.ndarray:
+    """Bring (h, w, C) to (H, W, C); `draws`, uniform in [0, 1), place the random crop."""
+    h, w, channels = pixels.shape
+    if (h, w) == (height, width):
+        return pixels
+    if fit == "exact":
+        raise ValueError(
+            f"size {h}x{w} (HxW), wanted {height}x{width}; a `fit` other than 'exact' would change it"
+        )
+    if fit in ("resize", "resize_crop"):
+        left = top = 0.0
+        if fit == "resize_crop":  # the largest centred box of the wanted proportions
+            scale = max(height / h, width / w)
+            left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
+        box = (left, top, w - left, h - top)
+        planes = [PILImage.fromarray(np.ascontiguousarray(pixels[:, :, c])) for c in range(channels)]
+        planes = [plane.resize((width, height), PILImage.Resampling.BICUBIC, box) for plane in planes]
+        return np.stack([np.asarray(plane) for plane in planes], axis=2)
+    if h < height or w < width:
+        raise ValueError(f"size {h}x{w} (HxW), too small to crop {height}x{width} from it")
+    top, left = (h - height) // 2, (w - width) // 2
+    if fit == "random_crop":
+        top, left = int(draws[0] * (h - height + 1)), int(draws[1] * (w - width + 1))
+    return pixels[top : top + height, left : left + width]
+
+
+def one_line(error: Exception) -> str:
+    """The error's words without line breaks, for a message of one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,366 @@
+"""diffusers' face of the process: config keys, set_timesteps, step, add_noise.
+
+The class translates diffusers' words into the process and its parametrisations; it holds no formula.
+Everything that the stock scheduler gets right, it gets the same way, from the same draws of the generator.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers' loader looks for it here
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
+from hf_ddpm.parametrization import from_x0_eps, learned_range_log_variance, to_x0
+from hf_ddpm.precision import narrow, wide
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr, spaced_timesteps
+
+logger = logging.getLogger(__name__)
+
+SIGMA_TABLES = {
+    "fixed_small": "sigma_small",
+    "fixed_small_log": "sigma_small",
+    "fixed_large": "sigma_large",
+    "fixed_large_log": "sigma_large",
+}
+LEARNED = ("learned", "learned_range")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what diffusers has words for
+PRIOR_WARNING = 0.01  # bits/dim
+
+
+class DDPMScheduler(diffusers.DDPMScheduler):
+    """Ancestral sampling, Ho et al. 2020, algorithm 2: a drop-in for `diffusers.DDPMScheduler`.
+
+    The 15 config keys, their defaults and the draws from the generator are the stock scheduler's. What
+    differs: tables are float64 and exact; half-precision images go through float32; `step` takes a timestep
+        per sample, adds no noise
+    at the last executed step, and reads nothing back from the device; a request that makes no sense is a
+    `ValueError` where it is used (construction is as lenient as diffusers').
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000): T.
+        beta_start (`float`, defaults to 0.0001): first β.
+        beta_end (`float`, defaults to 0.02): last β.
+        beta_schedule (`str`, defaults to `"linear"`): "linear", "scaled_linear", "squaredcos_cap_v2",
+            "sigmoid" or "laplace"; for a constant β, equal `beta_start` and `beta_end`.
+        trained_betas (`list[float]` or array, *optional*): the T betas themselves, used exactly.
+        variance_type (`str`, defaults to `"fixed_small"`): σ_t² = β̃_t ("fixed_small"), β_t ("fixed_large"),
+            either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²)
+            or "learned_range" (they interpolate, Nichol & Dhariwal 2021).
+        clip_sample (`bool`, defaults to `True`): clip the predicted x_0 to ±`clip_sample_range`.
+        prediction_type (`str`, defaults to `"epsilon"`): "epsilon", "sample" or "v_prediction".
+        thresholding (`bool`, defaults to `False`): dynamic thresholding instead of clipping, as in diffusers.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995): its quantile.
+        clip_sample_range (`float`, defaults to 1.0): where `clip_sample` clips.
+        sample_max_value (`float`, defaults to 1.0): the upper limit of dynamic thresholding.
+        timestep_spacing (`str`, defaults to `"leading"`): "leading", "trailing" or "linspace".
+        steps_offset (`int`, defaults to 0): added to every step of "leading".
+        rescale_betas_zero_snr (`bool`, defaults to `False`): end at ᾱ = 0 (Lin et al. 2023); "epsilon" can't
+            start there.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: Literal[
+            "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
+        ] = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        # A pipeline writes each component's module into model_index.json. The stock class runs what ours
+        # saved, so the instance names its module: the folder then loads where hf_ddpm is not installed.
+        self.__module__ = diffusers.DDPMScheduler.__module__
+        if trained_betas is not None:
+            betas = torch.as_tensor(np.asarray(trained_betas, dtype=np.float64))
+            self.register_to_config(trained_betas=betas.tolist())  # JSON knows no tensors
+        else:
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        self._exact_betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+
+        # What other diffusers code reads: float32, as in the stock class.
+        self.betas = self._exact_betas.float()
+        self.alphas = (1 - self._exact_betas).float()
+        self.alphas_cumprod = torch.cumprod(1 - self._exact_betas, 0).float()
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+        self.custom_timesteps = False
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
+        self._chain_of: tuple[Tensor, DiffusionProcess] | None = None
+
+    @property
+    def variance_type(self) -> str:
+        """`config.variance_type`, the one truth; assigning changes the config."""
+        return self.config["variance_type"]
+
+    @variance_type.setter
+    def variance_type(self, value: str) -> None:
+        self.register_to_config(variance_type=value)
+
+    @cached_property
+    def process(self) -> DiffusionProcess:
+        """The full process of T steps that this config describes, shared with training and likelihood.
+
+        Raises:
+            ValueError: the config describes no process (a beta outside (0, 1], or not T of them).
+        """
+        if len(self._exact_betas) != len(self):
+            raise ValueError(
+                f"trained_betas has {len(self._exact_betas)} values but num_train_timesteps is {len(self)}; "
+                "allowed: equal numbers"
+            )
+        return DiffusionProcess.from_betas(self._exact_betas)
+
+    @property
+    def chain(self) -> DiffusionProcess:
+        """The process respaced to the steps of the last `set_timesteps`; the full one before it."""
+        if (
+            self._chain_of is None or self._chain_of[0] is not self.timesteps
+        ):  # also when assigned from outside
+            whole = len(self.timesteps) == len(self.process)
+            self._chain_of = self.timesteps, self.process if whole else self.process.respaced(self.timesteps)
+        return self._chain_of[1]
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the steps to execute, evenly by `timestep_spacing`, or one by one.
+
+        Args:
+            num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. "leading" keeps the stock grid i·⌊T/K⌋
+                where that stride fits K times into T and no more, and ⌊i·T/K⌋ elsewhere, where the stock one
+                stops far below T.
+            device (`str` or `torch.device`, *optional*): where `self.timesteps` goes.
+            timesteps (`list[int]`, *optional*): the steps themselves, descending; then no
+                `num_inference_steps`.
+
+        Raises:
+            ValueError: both or neither are given, or a step or a number of steps that the process does not
+                have.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("pass exactly one of num_inference_steps and timesteps")
+        if timesteps is not None:
+            steps = torch.as_tensor(timesteps).cpu()
+            if steps.numel() and (steps.ndim != 1 or steps.is_floating_point() or (steps.diff() >= 0).any()):
+                raise ValueError(
+                    f"timesteps {steps.tolist()} are not whole numbers in strictly descending order"
+                )
+        else:
+            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+            steps = spaced_timesteps(spacing, num_inference_steps, len(self.process), offset)
+        chain = self.process.respaced(steps)
+        if timesteps is None and chain.prior_bpd_at_edges > PRIOR_WARNING:
+            logger.warning(
+                "sampling starts from N(0, I) at step %d, where x_t still knows %.3g bits/dim of its image: "
+                "use more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise",
+                steps[0],
+                chain.prior_bpd_at_edges,
+            )
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(steps)
+        self.timesteps = steps.to(device if device is not None else "cpu", torch.int64)
+        self._chain_of = self.timesteps, self.process if len(steps) == len(self.process) else chain
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One reverse step x_t → x_prev, Ho et al. 2020, algorithm 2; nothing is read back from a device.
+
+        Args:
+            model_output (`torch.Tensor`): the network's output, (B, C, H, W), or (B, 2C, H, W) for learned
+                variances.
+            timestep (`int` or `torch.Tensor`): t in the network's numbering: an int, an element of
+                `self.timesteps`, or a step per sample, shape (B,). Any other tensor on an accelerator is
+                trusted to hold steps of the chain, and draws noise at every step, which the last one
+                multiplies by zero.
+            sample (`torch.Tensor`): x_t, (B, C, H, W).
+            generator (`torch.Generator` or a list of B of them, *optional*): one `randn_tensor` draw a step,
+                and none at the last executed step.
+            return_dict (`bool`, defaults to `True`): return a `DDPMSchedulerOutput`, or the tuple of its two
+                fields.
+
+        Returns:
+            x_prev and the predicted (clipped) x_0, both with the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: a step that is not in the chain, shapes that do not fit the variance type, an unknown
+                variance or prediction type, a list of generators of another length than the batch.
+        """
+        chain, t = self.chain, self._index(timestep)
+        output, predicted_variance = self._split(model_output, sample)
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {len(sample)}; allowed: one, or one per sample"
+            )
+        if self.config["prediction_type"] not in PREDICTIONS:
+            raise ValueError(
+                f"prediction_type is {self.config['prediction_type']!r}; allowed: {', '.join(PREDICTIONS)}"
+            )
+
+        x_t = wide(sample)
+        x_0 = self._clip(to_x0(chain, self.config["prediction_type"], wide(output), x_t, t))
+        x_prev = chain.q_posterior_mean(x_0, x_t, t)
+        if not self._is_last(t):
+            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+            x_prev = x_prev + self._sigma(t, x_t, predicted_variance) * wide(noise)
+        x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
+        return (
+            DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
+            if return_dict
+            else (x_prev, x_0)
+        )
+
+    def _index(self, timestep: int | Tensor) -> int | Tensor:
+        """`timestep` as an index into the chain: an int where the host knows it without asking the device."""
+        if not isinstance(timestep, Tensor):
+            if int(timestep) != timestep:
+                raise ValueError(
+                    f"timestep is {timestep!r}; allowed: whole numbers, the steps of self.timesteps"
+                )
+            return self.chain.index_of(int(timestep))
+        if timestep.ndim == 0 and timestep.dtype == torch.int64 and timestep.device == self.timesteps.device:
+            # An element of self.timesteps is a view: its address tells its place, and so its value.
+            width = self.timesteps.element_size() * self.timesteps.stride(0)
+            place, inside = divmod(timestep.data_ptr() - self.timesteps.data_ptr(), width)
+            if (
+                timestep.device.type != "meta"
+                and inside == 0
+                and 0 <= place < (total := self.timesteps.shape[0])
+            ):
+                return total - 1 - place
+        if timestep.ndim == 0 and timestep.device.type == "cpu":
+            return self._index(int(timestep) if timestep == timestep.round() else timestep.item())  # type: ignore
+        return self.chain.index_of(timestep)
+
+    @staticmethod
+    def _is_last(t: int | Tensor) -> bool:
+        """Whether every sample is known to be at its last step, where p_θ is a decoder and adds no noise."""
+        if isinstance(t, Tensor):
+            return t.device.type == "cpu" and not t.any()
+        return t == 0
+
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction and, for a learned variance, the second C channels."""
+        if self.variance_type not in (*SIGMA_TABLES, *LEARNED):
+            raise ValueError(
+                f"variance_type is {self.variance_type!r}; allowed: {', '.join((*SIGMA_TABLES, *LEARNED))}"
+            )
+        channels = sample.shape[1] * (2 if self.variance_type in LEARNED else 1)
+        if model_output.shape != (wanted := (sample.shape[0], channels, *sample.shape[2:])):
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)}; variance_type "
+                f"{self.variance_type!r} with samples of shape {tuple(sample.shape)} wants {tuple(wanted)}"
+            )
+        if self.variance_type not in LEARNED:
+            return model_output, None
+        output, predicted_variance = model_output.chunk(2, dim=1)
+        return output, predicted_variance
+
+    def _clip(self, x_0: Tensor) -> Tensor:
+        if self.config["thresholding"]:
+            return self._threshold_sample(x_0)
+        limit = self.config["clip_sample_range"]
+        return x_0.clamp(-limit, limit) if self.config["clip_sample"] else x_0
+
+    def _sigma(self, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None) -> Tensor | float:
+        """σ_t, ready to multiply noise shaped `like`; 0 at the last step."""
+        if predicted_variance is None:
+            return self.chain.at(t, like, SIGMA_TABLES[self.variance_type])[0]
+        sigma = torch.exp(0.5 * self._log_variance(self.chain, t, predicted_variance))
+        return sigma * (t > 0).view(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else sigma
+
+    def _log_variance(self, process: DiffusionProcess, t: int | Tensor, predicted_variance: Tensor) -> Tensor:
+        if self.variance_type == "learned":
+            return wide(predicted_variance)
+        return learned_range_log_variance(process, predicted_variance, t)
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """σ_t² of step t of the chain, always a variance (the stock method has three units), 0 at t = 0."""
+        kind, index = variance_type or self.variance_type, self._index(t)
+        if kind in SIGMA_TABLES:
+            return torch.as_tensor(self.chain.at(index, self.betas, SIGMA_TABLES[kind])[0]).float() ** 2
+        if kind not in LEARNED or predicted_variance is None:
+            raise ValueError(f"variance_type {kind!r} needs predicted_variance, or is not a variance type")
+        return self._log_variance(self.chain, index, predicted_variance).exp()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, Ho et al. 2020, eq. 4.
+
+        Args:
+            original_samples (`torch.Tensor`): x_0, (B, C, H, W).
+            noise (`torch.Tensor`): ε, (B, C, H, W).
+            timesteps (`torch.Tensor`): steps of the full process, (B,) or () int64; trusted on an
+                accelerator.
+
+        Returns:
+            x_t, dtype of x_0 (computed in float32 or wider).
+
+        Raises:
+            ValueError: a step outside 0..T−1.
+        """
+        return self.process.q_sample(original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """V = √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments and errors as in `add_noise`."""
+        return from_x0_eps(self.process, "v_prediction", sample, noise, timesteps)
+
+    def decoder_log_likelihood(
+        self, x_0: Tensor, pred_original_sample: Tensor, predicted_variance: Tensor | None = None
+    ) -> Tensor:
+        """Log p_θ(x_0 | x_1) of 8-bit images, the negative of L_0: Ho et al. 2020, eq. 13.
+
+        Args:
+            x_0 (`torch.Tensor`): images on the grid u/127.5 − 1, (B, C, H, W).
+            pred_original_sample (`torch.Tensor`): x̂_0 predicted at step 0, (B, C, H, W).
+            predicted_variance (`torch.Tensor`, *optional*): the network's second C channels, for learned
+                variances.
+
+        Returns:
+            nats summed over dimensions, float64, (B,). σ_0² is β̃_2 of the full process for the fixed
+            variance types, whatever `set_timesteps` chose.
+
+        Raises:
+            ValueError: `predicted_variance` is missing for a learned variance type.
+        """
+        if self.variance_type not in LEARNED:
+            log_variance = self.process.log_variance("fixed_small")[0]
+        elif predicted_variance is None:
+            raise ValueError(
+                f"variance_type {self.variance_type!r} needs predicted_variance: its sigma is the network's"
+            )
+        else:
+            log_variance = self._log_variance(self.process, 0, predicted_variance)
+        return discretized_gaussian_log_likelihood(x_0, pred_original_sample, log_variance).flatten(1).sum(1)

@@ -1,0 +1,143 @@
+"""Schedules: the β_t that diffusers' schedulers name, in float64, and the steps that a shorter chain visits.
+
+It knows formulas for β and nothing of what is done with them; `DiffusionProcess.from_betas` validates the
+result.
+"""
+
+import difflib
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
+
+
+def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """β_t of a named schedule.
+
+    Args:
+        schedule: a name in `SCHEDULES`. "linear" is Ho et al. 2020, section 4; "squaredcos_cap_v2" is the
+            cosine of Nichol & Dhariwal 2021, eq. 17; "constant" is β_t = beta_start, the article on SDDPM.
+        num_steps: T, at least 1.
+        beta_start: the first β ("squaredcos_cap_v2" and "laplace" ignore both ends).
+        beta_end: the last β.
+
+    Returns:
+        float64, shape (T,).
+
+    Raises:
+        ValueError: the name is unknown (the nearest is named), or T is not a positive whole number.
+    """
+    if schedule not in SCHEDULES:
+        near = difflib.get_close_matches(str(schedule), SCHEDULES, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"beta_schedule {schedule!r} is unknown{hint}; allowed: {', '.join(SCHEDULES)}")
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"num_train_timesteps is {num_steps!r}; allowed: a whole number >= 1")
+    return SCHEDULES[schedule](num_steps, beta_start, beta_end)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """β rescaled so that ᾱ_{T−1} = 0 and ᾱ_0 stays, Lin et al. 2023, algorithm 1.
+
+    √ᾱ'_t = (√ᾱ_t − √ᾱ_{T−1}) · √ᾱ_0 / (√ᾱ_0 − √ᾱ_{T−1})
+    """
+    if len(betas) < 2:
+        raise ValueError(
+            "rescale_betas_zero_snr needs num_train_timesteps >= 2: one step has no shape to rescale"
+        )
+    root = torch.cumprod(1 - betas.double(), 0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = root**2
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+
+
+def spaced_timesteps(
+    spacing: str, num_inference_steps: int | None, num_steps: int, offset: int = 0
+) -> Tensor:
+    """K steps out of T, as diffusers spaces them (Lin et al. 2023, table 2).
+
+        linspace: round(i (T−1)/(K−1))       leading: i ⌊T/K⌋ + offset       trailing: round((i+1) T/K) − 1
+
+    Args:
+        spacing: "linspace", "leading" or "trailing". "leading" takes ⌊i T/K⌋ where the stride ⌊T/K⌋ would
+            fit more than K times into T: diffusers then stops far below T, yet starts from N(0, I).
+        num_inference_steps: K, 1 ≤ K ≤ T.
+        num_steps: T.
+        offset: added to every step of "leading".
+
+    Returns:
+        int64, shape (K,), descending.
+
+    Raises:
+        ValueError: an argument is not as above, or the offset moves a step out of 0..T−1.
+    """
+    n, total = num_inference_steps, num_steps
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= total:
+        raise ValueError(f"num_inference_steps is {n!r}; allowed: whole numbers in 1..{total}")
+    if spacing == "linspace":
+        steps = np.linspace(0, total - 1, n).round()
+    elif spacing == "leading":
+        stride = total // n if total // (total // n) == n else total / n
+        steps = np.floor(np.arange(n) * stride) + offset
+    elif spacing == "trailing":
+        steps = np.round(np.arange(1, n + 1) * total / n) - 1
+    else:
+        raise ValueError(f"timestep_spacing is {spacing!r}; allowed: 'linspace', 'leading', 'trailing'")
+    if steps[0] < 0 or steps[-1] >= total:
+        raise ValueError(
+            f"steps_offset {offset} moves {n} steps to {steps[0]:g}..{steps[-1]:g}; allowed: 0..{total - 1}"
+        )
+    return torch.from_numpy(steps.astype(np.int64)[::-1].copy())
+
+
+def _linear(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+
+
+def _scaled_linear(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    return torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
+
+
+def _sigmoid(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    s = torch.sigmoid(torch.linspace(-6, 6, num_steps, dtype=torch.float64))
+    return s * (beta_end - beta_start) + beta_start
+
+
+def _constant(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    return torch.full((num_steps,), beta_start, dtype=torch.float64)
+
+
+def _from_alpha_bar(alpha_bar: Callable[[float], float]) -> Callable[[int, float, float], Tensor]:
+    """β_i = min(1 − ᾱ((i+1)/T) / ᾱ(i/T), 0.999)."""
+
+    def betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+        levels = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
+        ratios = [after / before for before, after in itertools.pairwise(levels)]
+        return torch.tensor([min(1 - ratio, MAX_BETA) for ratio in ratios], dtype=torch.float64)
+
+    return betas
+
+
+def _cosine(u: float) -> float:
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(u: float) -> float:
+    """ᾱ(u) of the Laplace noise schedule as diffusers computes it (Hang et al. 2024)."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    return math.sqrt(1 / (1 + math.exp(-log_snr)))
+
+
+SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _from_alpha_bar(_cosine),
+    "sigmoid": _sigmoid,
+    "laplace": _from_alpha_bar(_laplace),
+    "constant": _constant,
+}

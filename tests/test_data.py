@@ -1,0 +1,607 @@
+import gzip
+import importlib
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Array3D, ClassLabel, Features, Image, List, Value, load_dataset
+from PIL import Image as PILImage
+
+from hf_ddpm.data import load_stream
+from hf_ddpm.pixels import FITS, to_float, to_uint8
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def noise(count, height=6, width=5, channels=1, seed=0):
+    """`count` different images (H, W) or (H, W, C)."""
+    shape = (count, height, width) if channels == 1 else (count, height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels, mode=None):
+    buffer = io.BytesIO()
+    image = PILImage.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(folder, values, shards=1, split="train", feature=None, column="image"):
+    """Parquet shards of one image column; `values` are PNG bytes, or lists where `feature` says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = Features({column: feature or Image(), "label": ClassLabel(num_classes=2)}).arrow_schema
+    rows = [{"bytes": v, "path": None} if isinstance(v, bytes) or v is None else v for v in values]
+    for i, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+        table = pa.Table.from_pydict(
+            {column: [rows[k] for k in part], "label": [0] * len(part)}, schema=schema
+        )
+        pq.write_table(table, folder / f"{split}-{i:05d}-of-{shards:05d}.parquet")
+    return folder
+
+
+def grey_folder(folder, count, shards=1, **kwargs):
+    images = noise(count)
+    write_parquet(folder, [png(image) for image in images], shards, **kwargs)
+    return torch.from_numpy(images)[:, None]
+
+
+def every(stream, epoch=0, start=0):
+    return torch.stack(list(stream.images(epoch, start)))
+
+
+def as_set(images):
+    return sorted(image.numpy().tobytes() for image in images)
+
+
+def truncated(image):
+    """A PNG whose pixels end in the middle."""
+    data = png(image)
+    return data[: data.index(b"IDAT") + 14]
+
+
+# uint8 <-> float
+
+
+def test_all_256_levels_come_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = to_float(levels)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(to_uint8(x), levels)
+    assert torch.equal(to_uint8(x.double()), levels)
+
+
+def test_to_uint8_clamps_and_rounds():
+    step = 2 / 255
+    x = torch.tensor([-3.0, -1 + 0.4 * step, -1 + 0.6 * step, 1.7])
+    assert to_uint8(x).tolist() == [0, 0, 1, 255]
+
+
+def test_conversions_refuse_the_wrong_dtype():
+    with pytest.raises(ValueError, match=r"to_float needs uint8 images, got torch.float32"):
+        to_float(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"to_uint8 needs floating-point images, got torch.uint8"):
+        to_uint8(torch.zeros(2, dtype=torch.uint8))
+
+
+# the embedded digits
+
+
+def test_digits_are_sklearns_digits():
+    from sklearn.datasets import load_digits
+
+    train, test = load_stream("digits"), load_stream("digits", "test")
+    assert train.shape == test.shape == (1, 8, 8)
+    parts = every(train), every(test)
+    assert [len(part) for part in parts] == [1497, 300]
+    assert len(torch.cat(parts).unique()) == 17
+    levels = np.asarray(load_digits().images)
+    theirs = torch.from_numpy((255 * levels / 16 + 0.5).astype(np.uint8))[:, None]
+    assert as_set(torch.cat(parts)) == as_set(theirs)
+
+
+def test_digits_are_small_stratified_and_decode_as_images():
+    folder = ROOT / "hf_ddpm" / "digits"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 400 * 1024
+    counts = []
+    for split in ("train", "test"):
+        data = load_dataset(str(folder), split=split, streaming=True)
+        assert isinstance(data.features["image"], Image) and isinstance(data.features["label"], ClassLabel)
+        assert next(iter(data))["image"].mode == "L"
+        counts.append(np.bincount([row["label"] for row in data.select_columns(["label"])], minlength=10))
+    assert abs(counts[1] - 300 / 1797 * (counts[0] + counts[1])).max() <= 1
+
+
+# sources
+
+
+def test_parquet_folder_and_single_file(tmp_path):
+    images = grey_folder(tmp_path / "data", 10, shards=3)
+    assert torch.equal(every(load_stream(tmp_path / "data")), images)
+    file = tmp_path / "data" / "train-00001-of-00003.parquet"
+    assert torch.equal(every(load_stream(str(file))), images[4:7])
+
+
+def test_image_folder(tmp_path):
+    images = noise(4, channels=3)
+    for i, image in enumerate(images):
+        folder = tmp_path / ("cats" if i < 2 else "dogs")
+        folder.mkdir(exist_ok=True)
+        PILImage.fromarray(image).save(folder / f"{i}.png")
+    stream = load_stream(tmp_path)
+    assert stream.shape == (3, 6, 5)
+    assert torch.equal(every(stream), torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_parquet_without_hugging_face_metadata(tmp_path):
+    image = noise(1)[0]
+    table = pa.table({"picture": [{"bytes": png(image), "path": None}], "name": ["a"]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert torch.equal(every(load_stream(tmp_path)), torch.from_numpy(image)[None, None])
+
+
+@pytest.mark.parametrize(
+    ("feature", "channels"),
+    [
+        (List(List(Value("uint8"))), 1),
+        (List(List(List(Value("uint8")))), 5),
+        (Array3D(shape=(6, 5, 2), dtype="uint8"), 2),
+    ],
+)
+def test_columns_of_arrays(tmp_path, feature, channels):
+    images = noise(7, channels=channels)
+    write_parquet(tmp_path, images.tolist(), shards=2, feature=feature)
+    stream = load_stream(tmp_path, shuffle_buffer=3)
+    assert stream.shape == (channels, 6, 5)
+    assert as_set(every(stream)) == as_set(
+        torch.from_numpy(images.reshape(7, 6, 5, channels)).permute(0, 3, 1, 2)
+    )
+    resized = every(load_stream(tmp_path, image_size=(4, 8), fit="resize"))
+    assert resized.shape == (7, channels, 4, 8)
+
+
+def test_column_can_be_chosen(tmp_path):
+    images = noise(2)
+    features = Features({"a": Image(), "b": Image()})
+    rows = [{"bytes": png(image), "path": None} for image in images]
+    table = pa.Table.from_pydict({"a": rows[:1], "b": rows[1:]}, schema=features.arrow_schema)
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert torch.equal(every(load_stream(tmp_path, column="b"))[0, 0], torch.from_numpy(images[1]))
+    with pytest.raises(ValueError, match="several image columns, choose one with column=: a, b"):
+        load_stream(tmp_path)
+
+
+# channels
+
+
+def test_grey_and_rgb_convert_only_when_asked(tmp_path):
+    colour, grey = noise(1, channels=3)[0], noise(1)[0]
+    write_parquet(tmp_path / "rgb", [png(colour)])
+    write_parquet(tmp_path / "grey", [png(grey)])
+    assert load_stream(tmp_path / "rgb").shape == (3, 6, 5)
+    assert load_stream(tmp_path / "grey").shape == (1, 6, 5)
+    as_grey = np.array(PILImage.fromarray(colour).convert("L"))
+    assert torch.equal(every(load_stream(tmp_path / "rgb", channels=1))[0, 0], torch.from_numpy(as_grey))
+    as_rgb = every(load_stream(tmp_path / "grey", channels=3))[0]
+    assert torch.equal(as_rgb, torch.from_numpy(grey).expand(3, 6, 5))
+
+
+def test_other_png_modes(tmp_path):
+    grey = noise(1)[0]
+    write_parquet(tmp_path / "i", [png(grey.astype(np.uint16))])
+    assert torch.equal(every(load_stream(tmp_path / "i"))[0, 0], torch.from_numpy(grey))
+    assert torch.equal(every(load_stream(tmp_path / "i", channels=3))[0, 2], torch.from_numpy(grey))
+    write_parquet(tmp_path / "one", [png(grey, "1")])
+    assert set(every(load_stream(tmp_path / "one")).unique().tolist()) <= {0, 255}
+    write_parquet(tmp_path / "palette", [png(noise(1, channels=3)[0], "P")])
+    assert load_stream(tmp_path / "palette").shape == (3, 6, 5)
+    write_parquet(tmp_path / "rgba", [png(noise(1, channels=3)[0], "RGBA")])
+    assert load_stream(tmp_path / "rgba").shape == (4, 6, 5)
+    assert load_stream(tmp_path / "rgba", channels=3).shape == (3, 6, 5)
+    write_parquet(tmp_path / "deep", [png((grey.astype(np.uint16) + 1) * 200)])
+    with pytest.raises(ValueError, match=r"row 0 of .*train-00000.* are not all 8-bit grey levels"):
+        load_stream(tmp_path / "deep", channels=1)
+
+
+def test_a_mixture_of_channels_is_an_error(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0]), png(noise(1, channels=3)[0])])
+    with pytest.raises(ValueError, match=r"row 1 of .*: 3 channels, wanted 1"):
+        every(load_stream(tmp_path))
+    assert every(load_stream(tmp_path, channels=3)).shape == (2, 3, 6, 5)
+
+
+# fit
+
+
+def test_exact_refuses_another_size_and_names_the_row(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0]), png(noise(1, 7, 5)[0])])
+    with pytest.raises(
+        ValueError, match=r"row 1 of .*train-00000-of-00001.parquet: size 7x5 \(HxW\), wanted 6x5"
+    ):
+        every(load_stream(tmp_path))
+
+
+def test_resize_is_pils_bicubic(tmp_path):
+    colour = noise(1, 9, 12, channels=3)[0]
+    write_parquet(tmp_path, [png(colour)])
+    stretched = every(load_stream(tmp_path, image_size=(4, 5), fit="resize"))[0]
+    expected = PILImage.fromarray(colour).resize((5, 4), PILImage.Resampling.BICUBIC)
+    assert torch.equal(stretched, torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
+    # 9 x 12 covers 6 x 6 from its middle 9 x 9
+    covered = every(load_stream(tmp_path, image_size=6, fit="resize_crop"))[0]
+    expected = PILImage.fromarray(colour).resize((6, 6), PILImage.Resampling.BICUBIC, (1.5, 0, 10.5, 9))
+    assert torch.equal(covered, torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
+
+
+def test_crops(tmp_path):
+    images = noise(40, 9, 12)
+    write_parquet(tmp_path, [png(image) for image in images])
+    centre = every(load_stream(tmp_path, image_size=(5, 4), fit="center_crop"))
+    assert torch.equal(centre[:, 0], torch.from_numpy(images[:, 2:7, 4:8]))
+
+    stream = load_stream(tmp_path, image_size=(5, 4), fit="random_crop", horizontal_flip=True, seed=3)
+    crops = every(stream)[:, 0].numpy()
+    places = set()
+    for crop, image in zip(crops, images, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(image, (5, 4))
+        for flipped in (False, True):
+            wanted = crop[:, ::-1] if flipped else crop
+            places |= {(*map(int, p), flipped) for p in np.argwhere((windows == wanted).all((2, 3)))}
+    tops, lefts, flips = (set(part) for part in zip(*places, strict=True))
+    assert tops == set(range(5)) and lefts == set(range(9)) and flips == {False, True}
+
+    again = load_stream(tmp_path, image_size=(5, 4), fit="random_crop", horizontal_flip=True, seed=3)
+    torch.manual_seed(1)  # the global generators must not matter
+    np.random.seed(1)  # noqa: NPY002
+    assert torch.equal(every(again, start=17)[:, 0], torch.from_numpy(crops[17:]))
+    assert not torch.equal(every(stream, epoch=1), every(stream, epoch=0))
+
+
+def test_crop_of_a_smaller_image_is_an_error(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0])])
+    for fit in ("center_crop", "random_crop"):
+        with pytest.raises(ValueError, match=r"row 0 of .*: size 6x5 \(HxW\), too small to crop 6x6"):
+            every(load_stream(tmp_path, image_size=6, fit=fit))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = PILImage.fromarray(noise(1)[0])
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.png", exif=exif)
+    assert load_stream(tmp_path).shape == (1, 5, 6)
+
+
+# order, resuming, ranks
+
+
+def test_order_without_and_with_shuffle(tmp_path):
+    images = grey_folder(tmp_path, 50, shards=5)
+    plain = load_stream(tmp_path)
+    assert torch.equal(every(plain), images) and torch.equal(every(plain, epoch=3), images)
+    shuffled = load_stream(tmp_path, shuffle_buffer=8, seed=1)
+    orders = [every(shuffled, epoch) for epoch in range(3)]
+    orders.append(every(load_stream(tmp_path, shuffle_buffer=8, seed=2)))
+    for a, b in itertools.combinations([images, *orders], 2):
+        assert as_set(a) == as_set(b) and not torch.equal(a, b)
+    assert torch.equal(every(load_stream(tmp_path, shuffle_buffer=8, seed=1), epoch=2), orders[2])
+
+
+def test_images_start_anywhere(tmp_path):
+    grey_folder(tmp_path, 20, shards=3)
+    stream = load_stream(tmp_path, shuffle_buffer=6)
+    whole = every(stream, epoch=4)
+    for start in range(20):
+        assert torch.equal(every(stream, epoch=4, start=start), whole[start:])
+    assert list(stream.images(4, start=20)) == [] == list(stream.images(4, start=99))
+
+
+def test_skipping_does_not_decode(tmp_path):
+    values = [png(image) for image in noise(5)]
+    values[2] = b"no image"
+    write_parquet(tmp_path, values)
+    assert len(every(load_stream(tmp_path), start=3)) == 2
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (1, 3)])
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_batches_resume_bit_for_bit(tmp_path, rank, world_size, skip_corrupt):
+    values = [png(image) for image in noise(17)]
+    if skip_corrupt:
+        values[5], values[13] = b"broken", truncated(noise(1)[0])
+    write_parquet(tmp_path, values, shards=4)
+
+    def stream():
+        return load_stream(
+            tmp_path, shuffle_buffer=5, horizontal_flip=True, image_size=(4, 4), fit="random_crop",
+            skip_corrupt=skip_corrupt, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    unbroken = torch.cat(list(stream().batches(4, epochs=4)))
+    epochs = [every(stream(), epoch) for epoch in range(4)]
+    assert torch.equal(unbroken, torch.cat(epochs))
+    for start in {1, *itertools.accumulate(map(len, epochs[:3])), len(unbroken) - 1}:
+        resumed = torch.cat(list(stream().batches(3, start=start, epochs=4)))
+        assert torch.equal(resumed, unbroken[start:])
+    assert list(stream().batches(4, start=len(unbroken), epochs=4)) == []
+
+
+def test_batches_run_across_epochs_and_drop_nothing(tmp_path):
+    images = grey_folder(tmp_path, 7)
+    stream = load_stream(tmp_path)
+    assert [len(batch) for batch in stream.batches(4, epochs=3)] == [4, 4, 4, 4, 4, 1]
+    endless = list(itertools.islice(stream.batches(4), 9))
+    assert all(batch.dtype == torch.uint8 and batch.shape == (4, 1, 6, 5) for batch in endless)
+    assert torch.equal(torch.cat(endless), images.repeat(6, 1, 1, 1)[:36])
+    assert torch.equal(next(stream.batches(4, start=7_000_002)), images[2:6])  # whole epochs are not read
+
+
+def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
+    grey_folder(tmp_path, 12, shards=2)
+    stream = load_stream(tmp_path, shuffle_buffer=4)
+    pairs = list(zip(stream.images(0), stream.images(1), strict=True))
+    assert torch.equal(torch.stack([a for a, _ in pairs]), every(stream, 0))
+    assert torch.equal(torch.stack([b for _, b in pairs]), every(stream, 1))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7, 8])
+@pytest.mark.parametrize("shuffle_buffer", [0, 5])
+def test_two_ranks_see_every_image_once(tmp_path, shards, shuffle_buffer):
+    images = grey_folder(tmp_path, 29, shards=shards)
+    ranks = [
+        load_stream(tmp_path, shuffle_buffer=shuffle_buffer, rank=rank, world_size=2) for rank in range(2)
+    ]
+    for epoch in range(2):
+        assert as_set(torch.cat([every(stream, epoch) for stream in ranks])) == as_set(images)
+
+
+def test_ranks_share_the_rows_as_datasets_does(tmp_path):
+    from datasets.distributed import split_dataset_by_node
+
+    for shards in (3, 4):
+        grey_folder(tmp_path / str(shards), 11, shards=shards)
+        for rank in range(2):
+            theirs = load_dataset(str(tmp_path / str(shards)), split="train", streaming=True)
+            theirs = split_dataset_by_node(theirs, rank=rank, world_size=2)
+            theirs = [torch.from_numpy(np.asarray(row["image"]).copy())[None] for row in theirs]
+            ours = load_stream(tmp_path / str(shards), rank=rank, world_size=2)
+            assert torch.equal(every(ours), torch.stack(theirs))
+
+
+# errors
+
+
+@pytest.mark.parametrize("broken", ["truncated", "garbage", "null"])
+def test_corrupt_image_names_row_and_file_or_is_skipped(tmp_path, broken):
+    images = noise(6)
+    values = [png(image) for image in images]
+    values[4] = {"truncated": truncated(images[4]), "garbage": b"not a png", "null": None}[broken]
+    write_parquet(tmp_path, values, shards=2)
+    for shuffle_buffer in (0, 3):
+        with pytest.raises(ValueError, match=r"^row 1 of .*train-00001-of-00002.parquet: [^\n]*$"):
+            every(load_stream(tmp_path, shuffle_buffer=shuffle_buffer))
+    stream = load_stream(tmp_path, skip_corrupt=True)
+    assert torch.equal(every(stream)[:, 0], torch.from_numpy(images[[0, 1, 2, 3, 5]]))
+    assert stream.skipped == 1
+    assert torch.equal(every(stream, start=4)[:, 0], torch.from_numpy(images[[5]]))
+
+
+def test_corrupt_file_in_a_folder_is_named(tmp_path):
+    for i, image in enumerate(noise(3)):
+        (tmp_path / f"{i}.png").write_bytes(png(image) if i != 1 else truncated(image))
+    with pytest.raises(ValueError, match=r"^row 1 of .*1\.png\)?: corrupt image: "):
+        every(load_stream(tmp_path))
+
+
+def test_corrupt_first_image(tmp_path):
+    write_parquet(tmp_path, [b"broken", png(noise(1)[0])])
+    with pytest.raises(ValueError, match=r"row 0 of .*corrupt image"):
+        load_stream(tmp_path)
+    assert load_stream(tmp_path, skip_corrupt=True).shape == (1, 6, 5)
+
+
+def test_misfits_are_skipped_too(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0]), png(noise(1, 7, 5)[0]), png(noise(1, channels=3)[0])])
+    stream = load_stream(tmp_path, skip_corrupt=True)
+    assert len(every(stream)) == 1 and stream.skipped == 2
+
+
+def test_ragged_and_out_of_range_arrays(tmp_path):
+    write_parquet(tmp_path / "ragged", [[[1, 2], [3]]], feature=List(List(Value("uint8"))))
+    with pytest.raises(ValueError, match=r"row 0 of .*corrupt image"):
+        load_stream(tmp_path / "ragged")
+    write_parquet(tmp_path / "large", [[[1, 256]]], feature=List(List(Value("int64"))))
+    with pytest.raises(ValueError, match=r"row 0 of .*values from 1 to 256"):
+        load_stream(tmp_path / "large", column="image")
+    with pytest.raises(ValueError, match=r"row 0 of .*neither an encoded image nor an \(H, W\)"):
+        load_stream(tmp_path / "large", column="label")
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    write_parquet(tmp_path, [png(noise(1)[0])])
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"row 0 of .*decompression bomb"):
+        load_stream(tmp_path)
+
+
+def test_a_stream_without_images_raises(tmp_path):
+    write_parquet(tmp_path / "bad", [b"broken"] * 2)
+    with pytest.raises(ValueError, match="no usable image"):
+        load_stream(tmp_path / "bad", skip_corrupt=True)
+    grey_folder(tmp_path / "one", 1)
+    lonely = load_stream(tmp_path / "one", rank=1, world_size=2)
+    with pytest.raises(ValueError, match="rank 1 of 2 has no usable image in epoch 0"):
+        next(lonely.batches(4))
+    crops = load_stream(tmp_path / "one", image_size=64, fit="center_crop", skip_corrupt=True)
+    with pytest.raises(ValueError, match="rank 0 of 1 has no usable image"):
+        next(crops.batches(4))
+
+
+def test_a_file_that_datasets_cannot_read_is_named(tmp_path):
+    write_parquet(tmp_path, [])  # one empty row group, which datasets 5.2 chokes on
+    with pytest.raises(ValueError, match=r"(can't read|no usable image in) .*train-00000-of-00001\.parquet"):
+        load_stream(tmp_path)
+
+
+def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
+    for source, message in [
+        (tmp_path / "missing", "no file or folder .*missing .it looks like a path, so the Hub was not asked"),
+        ("./missing", "no file or folder ./missing"),
+        (
+            "somebody/no-such-set",
+            "can't read 'somebody/no-such-set' as a data set: no such folder, and from the Hub: ",
+        ),
+        (tmp_path / "empty", "can't read .*empty' as a data set: "),
+        (tmp_path / "notes.txt", "notes.txt is a file, but not a .parquet file"),
+        (tmp_path / "broken", "can't read .*broken' as a data set: "),
+        ("", "the data set must be 'digits', a path or a Hub id, got ''"),
+        (3, "the data set must be 'digits', a path or a Hub id, got 3"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_stream(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_split_and_columns(tmp_path):
+    with pytest.raises(ValueError, match="no split 'validation' in digits; it has train, test"):
+        load_stream("digits", "validation")
+    with pytest.raises(ValueError, match="no column 'picture'; there are: image, label"):
+        load_stream("digits", column="picture")
+    pq.write_table(pa.table({"text": ["a"], "number": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no image column; there are: text, number"):
+        load_stream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
+        ({"image_size": -8}, "image_size must be an integer of at least 1, got -8"),
+        ({"image_size": 8.0}, r"image_size must be a positive integer or a pair \(H, W\), got 8.0"),
+        ({"image_size": (8, 8, 1)}, r"image_size must be .* got \(8, 8, 1\)"),
+        ({"image_size": (8, "8")}, "image_size must be an integer of at least 1, got '8'"),
+        ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
+        ({"channels": 1.5}, "channels must be an integer of at least 1, got 1.5"),
+        ({"channels": True}, "channels must be an integer of at least 1, got True"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer must be an integer of at least 0, got -1"),
+        ({"shuffle_buffer": 1e3}, "shuffle_buffer must be an integer of at least 0, got 1000.0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"rank": 2, "world_size": 2}, "rank must be below world_size 2, got 2"),
+        ({"world_size": 0}, "world_size must be an integer of at least 1, got 0"),
+        ({"fit": "pad"}, f"fit must be one of {', '.join(FITS)}, got 'pad'"),
+    ],
+)
+def test_impossible_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_stream("digits", **arguments)
+
+
+def test_impossible_positions():
+    stream = load_stream("digits", "test")
+    for call, name in [
+        (lambda: stream.images(-1), "epoch"),
+        (lambda: stream.images(0, start=-1), "start"),
+        (lambda: stream.batches(0), "batch_size"),
+        (lambda: stream.batches(4, start=1.5), "start"),
+        (lambda: stream.batches(4, epochs=0), "epochs"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least"):
+            call()
+
+
+def test_a_number_of_channels_the_data_does_not_have():
+    with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 2"):
+        every(load_stream("digits", "test", channels=2))
+
+
+# train_scripts/convert_idx.py
+
+
+@pytest.fixture
+def convert_idx(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    return importlib.import_module("convert_idx")
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
+    data = header + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for prefix, images, suffix in [("train", noise(11), ".gz"), ("t10k", noise(4, seed=1), "")]:
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", np.arange(len(images), dtype=np.uint8) % 3)
+    return folder
+
+
+def test_convert_idx(convert_idx, idx_folder, tmp_path):
+    out = tmp_path / "out"
+    assert convert_idx.main([str(idx_folder), str(out), "--shards", "3"]) == 0
+    names = [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == ["test-00000-of-00001.parquet", *names]
+    assert all(pq.ParquetFile(path).metadata.num_row_groups == 1 for path in out.iterdir())
+    assert torch.equal(every(load_stream(out))[:, 0], torch.from_numpy(noise(11)))
+    assert torch.equal(every(load_stream(out, "test"))[:, 0], torch.from_numpy(noise(4, seed=1)))
+    data = load_dataset(str(out), split="train", streaming=True)
+    assert data.features == Features({"image": Image(), "label": ClassLabel(num_classes=3)})
+    assert [row["label"] for row in data] == [i % 3 for i in range(11)]
+    assert convert_idx.main([str(idx_folder), str(out), "--shards", "3"]) == 0  # again, over its own files
+
+
+def test_convert_idx_refuses(convert_idx, idx_folder, tmp_path, capsys):
+    def refused(message, *arguments):
+        assert convert_idx.main([str(idx_folder), str(tmp_path / "out"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+    refused("--shards must be 1 to 11 (the number of train images), got 0", "--shards", "0")
+    refused("--shards must be 1 to 11 (the number of train images), got 12", "--shards", "12")
+    labels = idx_folder / "t10k-labels-idx1-ubyte"
+    write_idx(labels, np.zeros(5, dtype=np.uint8))
+    refused("4 t10k images but 5 labels")
+    labels.write_bytes(labels.read_bytes()[:-1])
+    refused(f"{labels} says shape (5,) but holds 4 bytes of data")
+    labels.write_bytes(b"\0\0\x08\x03")
+    refused(f"{labels} is not an idx file of unsigned bytes with 1 dimensions")
+    labels.unlink()
+    refused(f"no {labels.name} and no {labels.name}.gz in {idx_folder}")
+    zipped = idx_folder / "train-images-idx3-ubyte.gz"
+    zipped.write_bytes(zipped.read_bytes()[:-9])
+    refused(f"{zipped} is not a whole gzip file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_idx_does_not_mix_with_older_shards(convert_idx, idx_folder, tmp_path, capsys):
+    assert convert_idx.main([str(idx_folder), str(tmp_path / "out"), "--shards", "2"]) == 0
+    assert convert_idx.main([str(idx_folder), str(tmp_path / "out"), "--shards", "3"]) == 2
+    assert "already holds train-00000-of-00002.parquet" in capsys.readouterr().err
+
+
+def test_convert_idx_help(convert_idx, capsys):
+    with pytest.raises(SystemExit) as left:
+        convert_idx.main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "SOURCE" in shown and "--shards" in shown
+
+
+def test_make_digits_is_deterministic(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    importlib.import_module("make_digits").main(["--out", str(tmp_path)])
+    for split in ("train", "test"):
+        name = f"{split}-00000-of-00001.parquet"
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(ROOT / "hf_ddpm" / "digits" / name))
