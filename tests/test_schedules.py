@@ -110,7 +110,9 @@ def test_zero_terminal_snr_needs_two_steps():
 
 
 def test_unknown_name_gets_the_nearest():
-    with pytest.raises(ValueError, match=r"'linaer' is unknown \(did you mean 'linear'\?\); allowed: linear, "):
+    with pytest.raises(
+        ValueError, match=r"'linaer' is unknown \(did you mean 'linear'\?\); allowed: linear, "
+    ):
         make_betas("linaer", 10)
     with pytest.raises(ValueError, match="'zzz' is unknown; allowed"):
         make_betas("zzz", 10)
@@ -125,3 +127,144 @@ def test_number_of_steps_is_a_positive_int(steps):
 def test_prior_of_the_article_on_sddpm():
     assert 0.8**50 == pytest.approx(1.42724769271e-5, rel=1e-11)
     assert chain("constant").prior_bpd_at_edges == pytest.approx(-0.5 * math.log2(1 - 0.8**50), rel=1e-10)
+
+
+# Exact bounds: L_T + Σ L_t + L_0 on data whose denoiser is known
+
+
+def gaussian_bound(process, log_variance, variance=1.0):
+    """(L_T, Σ_{t≥1} L_t, L_0) in nats per dim on N(0, variance) with its exact denoiser and a continuous L_0."""
+    mse = mse_of_gaussian(process, variance)
+    signal = math.sqrt(variance) * process.sqrt_alphas_cumprod[-1]
+    prior = normal_kl(
+        signal, process.one_minus_alphas_cumprod[-1].log(), ZERO, ZERO
+    )  # KL is quadratic in the mean
+    last = 0.5 * (math.log(2 * math.pi) + log_variance[0] + mse[0] / log_variance[0].exp())
+    return prior.item(), step_kl(process, log_variance, mse)[1:].sum().item(), last.item()
+
+
+def entropy(variance):
+    return 0.5 * math.log(2 * math.pi * math.e * variance)
+
+
+@pytest.mark.parametrize(
+    ("name", "large", "small"),
+    [
+        ("linear", 0.113702526520, 0.578594845267),
+        ("squaredcos_cap_v2", 0.127816128685, 0.534457322844),
+        ("constant", 0.106106667549, 0.257093450159),
+    ],
+)
+def test_bound_minus_entropy_on_normal_data(name, large, small):
+    p = chain(name)
+    for variance_type, gap in [("fixed_large", large), ("fixed_small", small)]:
+        total = sum(gaussian_bound(p, p.log_variance(variance_type)))
+        assert total - entropy(1) == pytest.approx(gap, abs=2e-12)
+
+
+def test_bound_on_normal_data_in_parts():
+    small, large = LINEAR.log_variance("fixed_small"), LINEAR.log_variance("fixed_large")
+    prior, large_sum, _ = gaussian_bound(LINEAR, large)
+    assert prior == pytest.approx(2.01795560359e-5, rel=1e-11)
+    assert large_sum == pytest.approx(4.60515000643, rel=1e-11)
+    assert gaussian_bound(LINEAR, small)[1] == pytest.approx(5.07004232518, rel=1e-11)
+    second, beta_0 = small[0].exp().item(), LINEAR.betas[0].item()
+    gap = 0.5 * (math.log(second / beta_0) + beta_0 / second - 1)
+    assert sum(gaussian_bound(LINEAR, large)) - entropy(1) == pytest.approx(gap, abs=1e-12)
+    # With σ_0² = β_0 in the first entry `fixed_large` is exact: q(x_prev | x_t) = N(√α_t x_t, β_t).
+    for log_variance, expected in [(large, 0), (small, 0.464892318747)]:
+        own = torch.cat([LINEAR.betas[:1].log(), log_variance[1:]])
+        assert sum(gaussian_bound(LINEAR, own)) - entropy(1) == pytest.approx(expected, abs=2e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "large", "small"),
+    [
+        ("linear", 10, 0.597679464, 310.233393097),
+        ("linear", 50, 0.144340467, 38.438907465),
+        ("linear", 1000, 0.170653764, 0.798177770),
+        ("squaredcos_cap_v2", 10, 0.368145820, 391.758797254),
+        ("squaredcos_cap_v2", 50, 0.078805137, 29.556012785),
+        ("squaredcos_cap_v2", 1000, 0.187974487, 0.752635067),
+    ],
+)
+def test_i2_optimal_variance_reaches_the_entropy(name, count, large, small):
+    p, variance = spaced(name, count), 0.25**2
+
+    def bits(log_variance):  # continuous bins of width 2/255
+        return (sum(gaussian_bound(p, log_variance, variance)) + math.log(127.5)) / math.log(2)
+
+    target = (entropy(variance) + math.log(127.5)) / math.log(2)
+    assert target == pytest.approx(7.041449022039, abs=1e-12)
+    assert bits(optimal_log_variance(p, mse_of_gaussian(p, variance))) == pytest.approx(target, abs=1e-9)
+    assert bits(p.log_variance("fixed_large")) - target == pytest.approx(large, abs=2e-9)
+    assert bits(p.log_variance("fixed_small")) - target == pytest.approx(small, abs=2e-9)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_why_two_variances(name):
+    # Section 2: β̃ is optimal for a point, β for N(0, 1), and N(0, 4) needs more than β.
+    p = chain(name)
+    for variance, expected in [(0.0, p.posterior_variance), (1.0, p.betas)]:
+        assert_allclose(optimal_log_variance(p, mse_of_gaussian(p, variance)).exp(), expected, rtol=1e-10)
+    assert (optimal_log_variance(p, mse_of_gaussian(p, 0.3)).exp() < p.betas * (1 + 1e-12)).all()
+    assert (optimal_log_variance(p, mse_of_gaussian(p, 4.0)).exp() > p.betas)[:-1].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "variance_type", "expected"),
+    [
+        ("linear", "fixed_large", 0.9999),
+        ("linear", "fixed_small", 0.991067376353),
+        ("squaredcos_cap_v2", "fixed_small", 0.995098096301),
+        ("constant", "fixed_small", 0.652683913252),
+    ],
+)
+def test_variance_after_exact_sampling_on_normal_data(name, variance_type, expected):
+    # ε*(x_t) = √(1 − ᾱ_t) x_t makes every step linear; no noise at the last.
+    p, variance = chain(name), 1.0
+    sigma = p.sigma_large if variance_type == "fixed_large" else p.sigma_small
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for t in reversed(range(len(p))):
+        eps = math.sqrt(p.one_minus_alphas_cumprod[t].item()) * x
+        slope = p.q_posterior_mean(p.predict_x0(x, eps, t), x, t).item()
+        variance = slope**2 * variance + sigma[t].item() ** 2
+    assert variance == pytest.approx(expected, rel=1e-11)
+
+
+# One pixel x_0 = ±1: x̂_0 = tanh(√ᾱ x_t/(1 − ᾱ)), and √ᾱ x_t/(1 − ᾱ) = SNR + √SNR z given x_0 = 1
+
+
+def two_point_bits(process, variance_type):
+    """(Σ_{t≥1} L_t, L_T + H(x_0 | x_{t=0})) in bits."""
+    snr = (process.alphas_cumprod / process.one_minus_alphas_cumprod).numpy()[:, None]
+    mse = torch.from_numpy(expectation(lambda z: 1 - np.tanh(snr + np.sqrt(snr) * z), points=3001))
+    log_variance = (
+        optimal_log_variance(process, mse) if variance_type == "optimal" else process.log_variance(variance_type)
+    )
+    doubt = expectation(lambda z: np.logaddexp(0, -2 * (snr[0] + np.sqrt(snr[0]) * z))) / math.log(2)
+    return step_kl(process, log_variance, mse)[1:].sum().item() / math.log(2), process.prior_bpd_at_edges + doubt
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large", "best"),
+    [
+        ("linear", 1.006840855, 1.487182879, 1.004938123),
+        ("squaredcos_cap_v2", 1.003742087, 1.432728136, 1.002612902),
+        ("constant", 1.276588385, 1.134494788, 1.128943729),
+    ],
+)
+def test_price_of_a_gaussian_kernel(name, small, large, best):
+    for variance_type, expected in [("fixed_small", small), ("fixed_large", large), ("optimal", best)]:
+        assert sum(two_point_bits(chain(name), variance_type)) == pytest.approx(expected, abs=2e-9)
+
+
+@pytest.mark.parametrize(
+    ("count", "small", "best"), [(10, 40.6264, 4.3340), (50, 1.1557, 1.1081), (1000, 1.006812, 1.004909)]
+)
+def test_even_steps_on_two_points(count, small, best):
+    # Section 7: levels 1 + round(i·999/K), i = 0..K, are K KL terms.
+    p = spaced("linear", min(count + 1, 1000))
+    tolerance = 6e-7 if count == 1000 else 6e-5
+    assert two_point_bits(p, "fixed_small")[0] == pytest.approx(small, abs=tolerance)
+    assert two_point_bits(p, "optimal")[0] == pytest.approx(best, abs=tolerance)
