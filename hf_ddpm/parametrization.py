@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_ddpm.precision import narrow, wide
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.tables import add_scaled
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "score"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -59,7 +60,7 @@ def to_x0(
         process.require_signal(t)
         x_0 = (x + s**2 * m) / a
     elif prediction_type == "v_prediction":
-        x_0 = a * x - s * m
+        x_0 = add_scaled(a * x, -s, m)
     elif prediction_type == "mean":
         x_0 = (m - ct * x) / c0
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.precision import narrow, wide
-from hf_ddpm.tables import Tables
+from hf_ddpm.tables import Tables, add_scaled
 
 VarianceType = Literal["fixed_small", "fixed_large"]
 
@@ -244,7 +244,7 @@ class DiffusionProcess(Tables):
             x_t, shape and dtype of x_0 (computed in float32 or wider).
         """
         a, s = self.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return narrow(a * wide(x_0) + s * wide(noise), x_0.dtype)
+        return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
 
     def predict_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
         """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t, eq. 4 solved for x_0; shapes and dtypes as in `q_sample`.
@@ -255,12 +255,12 @@ class DiffusionProcess(Tables):
         """
         self.require_signal(t)
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return narrow((wide(x_t) - s * wide(eps)) / a, x_t.dtype)
+        return narrow(add_scaled(wide(x_t), -s, wide(eps)) / a, x_t.dtype)
 
     def predict_eps(self, x_t: Tensor, x_0: Tensor, t: Tensor | int) -> Tensor:
         """ε̂ = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), eq. 4 solved for ε; shapes and dtypes as in `q_sample`."""
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return narrow((wide(x_t) - a * wide(x_0)) / s, x_t.dtype)
+        return narrow(add_scaled(wide(x_t), -a, wide(x_0)) / s, x_t.dtype)
 
     def q_posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
         """Mean μ̃_t of q(x_prev | x_t, x_0), Ho et al. 2020, eq. 7.
@@ -276,7 +276,7 @@ class DiffusionProcess(Tables):
             μ̃_t, shape (B, C, H, W), dtype of x_t (computed in float32 or wider).
         """
         c0, ct = self.at(t, x_t, "posterior_mean_coef_x0", "posterior_mean_coef_xt")
-        return narrow(c0 * wide(x_0) + ct * wide(x_t), x_t.dtype)
+        return narrow(add_scaled(c0 * wide(x_0), ct, wide(x_t)), x_t.dtype)
 
     def require_signal(self, t: Tensor | int) -> None:
         """Refuse steps where ᾱ_t = 0: neither ε nor the score determines x_0 (ints and CPU tensors)."""

@@ -23,6 +23,7 @@ from hf_ddpm.parametrization import from_x0_eps, learned_range_log_variance, to_
 from hf_ddpm.precision import narrow, wide
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr, spaced_timesteps
+from hf_ddpm.tables import add_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ SIGMA_TABLES = {
     "fixed_large_log": "sigma_large",
 }
 LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = (*SIGMA_TABLES, *LEARNED)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what diffusers has words for
 PRIOR_WARNING = 0.01  # bits/dim
 
@@ -233,7 +235,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if not self._is_last(t):
             noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-            x_prev = x_prev + self._sigma(t, x_t, predicted_variance) * wide(noise)
+            x_prev = add_scaled(x_prev, self._sigma(t, x_t, predicted_variance), wide(noise))
         x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
         return (
             DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
@@ -272,17 +274,16 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction and, for a learned variance, the second C channels."""
-        if self.variance_type not in (*SIGMA_TABLES, *LEARNED):
-            raise ValueError(
-                f"variance_type is {self.variance_type!r}; allowed: {', '.join((*SIGMA_TABLES, *LEARNED))}"
-            )
-        channels = sample.shape[1] * (2 if self.variance_type in LEARNED else 1)
+        kind = self.variance_type
+        if kind not in VARIANCE_TYPES:
+            raise ValueError(f"variance_type is {kind!r}; allowed: {', '.join(VARIANCE_TYPES)}")
+        channels = sample.shape[1] * (2 if kind in LEARNED else 1)
         if model_output.shape != (wanted := (sample.shape[0], channels, *sample.shape[2:])):
             raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)}; variance_type "
-                f"{self.variance_type!r} with samples of shape {tuple(sample.shape)} wants {tuple(wanted)}"
+                f"model_output has shape {tuple(model_output.shape)}; variance_type {kind!r} with samples of "
+                f"shape {tuple(sample.shape)} wants {wanted}"
             )
-        if self.variance_type not in LEARNED:
+        if kind not in LEARNED:
             return model_output, None
         output, predicted_variance = model_output.chunk(2, dim=1)
         return output, predicted_variance

@@ -1,15 +1,18 @@
-"""What the tests of the maths compare with: definitions in numpy, 50-digit arithmetic, laws' random chains.
+"""What the tests of the maths compare with: definitions in numpy, 50-digit arithmetic, random chains.
 
-No table or equation of hf_ddpm enters an oracle; only `chain` and `spaced`, which build what is tested, call it.
+No table of hf_ddpm enters an oracle; `chain` and `spaced` build what is tested, and the last three functions
+put its tables and its KL together into numbers that maths.md states.
 """
 
 from functools import lru_cache
 
 import mpmath
 import numpy as np
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from hf_ddpm.gaussian import normal_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import make_betas
 
@@ -111,7 +114,23 @@ def random_betas(draw, min_steps: int = 1, max_steps: int = 12, high: float = 0.
 
 
 @st.composite
-def subset(draw, steps, min_size: int = 1):
+def subset(draw, steps):
     """Some of `steps`, in any order, none twice."""
-    kept = draw(st.lists(st.sampled_from(list(steps)), min_size=min_size, unique=True))
-    return kept
+    return draw(st.lists(st.sampled_from(list(steps)), min_size=1, unique=True))
+
+
+def mse_of_gaussian(process, variance):
+    """E(x̂_0 − x_0)² of the exact denoiser of N(0, variance): one over the sum of two precisions."""
+    return variance / (1 + variance * process.alphas_cumprod / process.one_minus_alphas_cumprod)
+
+
+def step_kl(process, log_variance, mse):
+    """L_t per dim at every t (meaningless at t = 0) when x̂_0 misses by √mse."""
+    shift = process.posterior_mean_coef_x0 * torch.as_tensor(mse, dtype=torch.float64).sqrt()
+    zero = shift.new_zeros(())
+    return normal_kl(shift, process.posterior_variance.log(), zero, log_variance)
+
+
+def optimal_log_variance(process, mse):
+    """log σ*² of section 7; at t = 0 it is the log of mse_0, since c0 = 1 and β̃ = 0."""
+    return (process.posterior_variance + process.posterior_mean_coef_x0**2 * mse).log()

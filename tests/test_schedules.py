@@ -1,4 +1,7 @@
-"""schedules.py: every β against its definition, the table of maths.md section 1, and diffusers' own schedules."""
+"""schedules.py: every β by definition, the table of maths.md section 1, diffusers' own; the cost of each.
+
+The second half is the bound L_T + Σ L_t + L_0 of each schedule on data whose denoiser is known.
+"""
 
 import math
 
@@ -7,11 +10,21 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from numpy.testing import assert_allclose
-from oracles import STEPS, betas_by_definition, chain
+from scipy.interpolate import CubicSpline
 
 from hf_ddpm.gaussian import bits_per_dim, normal_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr
+from tests.oracles import (
+    STEPS,
+    betas_by_definition,
+    chain,
+    expectation,
+    mse_of_gaussian,
+    optimal_log_variance,
+    spaced,
+    step_kl,
+)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -124,16 +137,23 @@ def test_number_of_steps_is_a_positive_int(steps):
         make_betas("linear", steps)
 
 
-def test_prior_of_the_article_on_sddpm():
-    assert 0.8**50 == pytest.approx(1.42724769271e-5, rel=1e-11)
-    assert chain("constant").prior_bpd_at_edges == pytest.approx(-0.5 * math.log2(1 - 0.8**50), rel=1e-10)
+@pytest.mark.parametrize(("name", "bits"), [("linear", 0.023), ("constant", 0.008)])
+def test_what_an_encoding_to_the_end_can_keep(name, bits):
+    # Section 6: I(x_0; x_{T−1}) ≤ D/2 log2(1 + SNR), for D = 784 and data of variance at most 1.
+    p = chain(name)
+    snr = (p.alphas_cumprod / p.one_minus_alphas_cumprod)[-1].item()
+    assert 784 / 2 * math.log2(1 + snr) == pytest.approx(bits, abs=5e-4)
+    assert p.prior_bpd_at_edges == pytest.approx(0.5 * math.log2(1 + snr), rel=1e-9)
 
+
+LINEAR = chain("linear")
+ZERO = torch.zeros((), dtype=torch.float64)
 
 # Exact bounds: L_T + Σ L_t + L_0 on data whose denoiser is known
 
 
 def gaussian_bound(process, log_variance, variance=1.0):
-    """(L_T, Σ_{t≥1} L_t, L_0) in nats per dim on N(0, variance) with its exact denoiser and a continuous L_0."""
+    """(L_T, Σ_{t≥1} L_t, L_0) on N(0, variance) with its exact denoiser, L_0 continuous; nats per dim."""
     mse = mse_of_gaussian(process, variance)
     signal = math.sqrt(variance) * process.sqrt_alphas_cumprod[-1]
     prior = normal_kl(
@@ -240,10 +260,14 @@ def two_point_bits(process, variance_type):
     snr = (process.alphas_cumprod / process.one_minus_alphas_cumprod).numpy()[:, None]
     mse = torch.from_numpy(expectation(lambda z: 1 - np.tanh(snr + np.sqrt(snr) * z), points=3001))
     log_variance = (
-        optimal_log_variance(process, mse) if variance_type == "optimal" else process.log_variance(variance_type)
+        optimal_log_variance(process, mse)
+        if variance_type == "optimal"
+        else process.log_variance(variance_type)
     )
     doubt = expectation(lambda z: np.logaddexp(0, -2 * (snr[0] + np.sqrt(snr[0]) * z))) / math.log(2)
-    return step_kl(process, log_variance, mse)[1:].sum().item() / math.log(2), process.prior_bpd_at_edges + doubt
+    return step_kl(process, log_variance, mse)[1:].sum().item() / math.log(
+        2
+    ), process.prior_bpd_at_edges + doubt
 
 
 @pytest.mark.parametrize(
@@ -268,3 +292,27 @@ def test_even_steps_on_two_points(count, small, best):
     tolerance = 6e-7 if count == 1000 else 6e-5
     assert two_point_bits(p, "fixed_small")[0] == pytest.approx(small, abs=tolerance)
     assert two_point_bits(p, "optimal")[0] == pytest.approx(best, abs=tolerance)
+
+
+def test_gaussian_kernel_on_two_points_at_large_beta():
+    # Section 5.1 (d): `fixed_small`, β = 0.2, T = 50, by the density of the sampler's x_t on a grid.
+    p, x = chain("constant"), np.linspace(-6, 6, 801)
+    abar, sigma = p.alphas_cumprod.numpy(), p.sigma_small.numpy()
+
+    def normal(z, scale=1.0):
+        return np.exp(-0.5 * (z / scale) ** 2) / (scale * np.sqrt(2 * np.pi))
+
+    def denoise(t):
+        return torch.from_numpy(np.tanh(np.sqrt(abar[t]) * x / (1 - abar[t])))
+
+    density = normal(x)
+    for t in reversed(range(1, 50)):
+        mean = p.q_posterior_mean(denoise(t), torch.from_numpy(x), t).numpy()
+        density = normal(x[:, None] - mean, sigma[t]) @ density * (x[1] - x[0])
+    true = sum(0.5 * normal(x - sign * np.sqrt(0.8), np.sqrt(0.2)) for sign in (-1, 1))
+    total_variation = 0.5 * np.abs(density - true).sum() * (x[1] - x[0])
+    assert total_variation == pytest.approx(0.100, abs=5e-4)
+    # P(|x̂_0| < 0.9) = P(|x| < the point where tanh is 0.9).
+    edge = math.atanh(0.9) * 0.2 / math.sqrt(0.8)
+    assert CubicSpline(x, density).integrate(-edge, edge) == pytest.approx(0.177764, abs=1e-6)
+    assert CubicSpline(x, true).integrate(-edge, edge) == pytest.approx(0.100026, abs=1e-6)
