@@ -1,13 +1,23 @@
-"""From a TrainConfig to the objects of a run: scheduler, stream, batches, network.
+"""From a TrainConfig to the objects of a run: accelerator, scheduler, batches, network, optimizer.
 
 It knows which key feeds which argument, and nothing of what the trainer does with the objects.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_ddpm.config import TrainConfig
@@ -15,6 +25,44 @@ from hf_ddpm.data import ImageStream, load_stream
 from hf_ddpm.models import PRESETS, create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Devices, processes, precision and trackers.
+
+    Raises:
+        ValueError: an unknown tracker, a precision that the device lacks, or a launch that shards the
+            network.
+    """
+    trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
+    available = sorted(str(name) for name in get_available_trackers())
+    for name in trackers:
+        if name not in available:
+            raise ValueError(
+                f"tracker {name!r} is unknown or not installed; available: {', '.join(available) or 'none'}"
+            )
+    if is_initialized():
+        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # as an object, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a number
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=trackers or None,  # type: ignore[arg-type]
+        project_dir=config.output_dir,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
+    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in kinds:
+        raise ValueError(
+            f"the launch asks for {accelerator.distributed_type.value}; allowed: one process, or several with "
+            "a whole copy of the network each"
+        )
+    return accelerator
 
 
 def make_scheduler(config: TrainConfig) -> DDPMScheduler:
@@ -53,37 +101,118 @@ def open_stream(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Imag
 
 
 class _Batches(IterableDataset):
-    """The stream's batches from a position on, for a DataLoader that may decode them in another process."""
+    """The stream's batches, each with the stream's count of skipped images; an error comes as an item.
+
+    A DataLoader may run it in another process, which has its own copy of the stream and whose exceptions
+    arrive as a printed traceback.
+    """
 
     def __init__(self, stream: ImageStream, batch_size: int, start: int):
         self.stream, self.batch_size, self.start = stream, batch_size, start
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.stream.batches(self.batch_size, self.start)
+    def __iter__(self) -> Iterator[tuple[Tensor | ValueError, int]]:
+        try:
+            for images in self.stream.batches(self.batch_size, self.start):
+                yield images, self.stream.skipped
+        except ValueError as error:
+            yield error, self.stream.skipped
 
 
-def make_loader(stream: ImageStream, config: TrainConfig, device: torch.device, start: int) -> DataLoader:
-    """Batches of uint8 images from the `start`-th one on, decoded ahead if the config says so."""
-    batches = _Batches(stream, config.batch_size, start)
-    return DataLoader(
-        batches, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda"
+def make_batches(
+    stream: ImageStream, config: TrainConfig, device: torch.device, start: int
+) -> Iterator[Tensor]:
+    """Batches of uint8 images from the `start`-th one on, without end; decoded ahead if the config says so.
+
+    Raises:
+        ValueError: an image that can't be read.
+    """
+    loader = DataLoader(
+        _Batches(stream, config.batch_size, start),
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
     )
+    for images, stream.skipped in loader:
+        if isinstance(images, ValueError):
+            raise images
+        yield images
 
 
-def make_model(config: TrainConfig, stream: ImageStream) -> nn.Module:
+def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
     """The preset for the stream's images, freshly initialised from the seed; or the network of a pipeline.
 
     Raises:
-        ValueError: neither, or a network for images of another shape.
+        ValueError: neither, or a `dropout` for a network that has its own.
     """
     channels, height, width = stream.shape
     if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
         return create_model(config.model, image_size=size, channels=channels, dropout=config.dropout)
-    pipeline = DDPMPipeline.from_pretrained(config.model)
-    if pipeline.image_shape != stream.shape:
+    if config.dropout is not None:
         raise ValueError(
-            f"model {config.model!r} is for images {pipeline.image_shape}, these are {stream.shape}"
+            f"dropout is {config.dropout}, but the network of {config.model!r} has its own; allowed: none"
         )
+    pipeline = DDPMPipeline.from_pretrained(config.model)
+    for key in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
+        was, now = pipeline.scheduler.config[key], scheduler.config[key]
+        if was != now:
+            logger.warning("%s was trained with %s %r, this run has %r", config.model, key, was, now)
     return pipeline.unet
+
+
+def prepare_model(
+    model: nn.Module, config: TrainConfig, stream: ImageStream, device: torch.device
+) -> nn.Module:
+    """The network as it is trained: on its device, with float32 master weights and the run's options.
+
+    Raises:
+        ValueError: a U-Net for other images, or an option that the network doesn't have.
+    """
+    if isinstance(model, UNet2DModel):
+        layout = model.config
+        height, width = np.broadcast_to(np.array(layout.sample_size), 2).tolist()
+        wanted = (layout.in_channels, height, width)
+        if wanted != stream.shape:
+            raise ValueError(f"the network is for images {wanted} (C, H, W), these are {stream.shape}")
+        if layout.out_channels != layout.in_channels:
+            raise ValueError(
+                f"the network answers {layout.out_channels} channels; allowed: {layout.in_channels}, as it "
+                "learns no variance here"
+            )
+    model = model.to(device=device, dtype=torch.float32).train()
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.gradient_checkpointing:
+        if not hasattr(model, "enable_gradient_checkpointing"):
+            raise ValueError(f"gradient_checkpointing is True, which {type(model).__name__} doesn't have")
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> AdamW:
+    """AdamW over all weights of the network."""
+    return AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRScheduler:
+    """The learning rate from `step` steps on; it is a function of the step, so it has no state to save."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps:
+        logger.warning(
+            "the warm-up of %d steps outlasts the run of %d", config.lr_warmup_steps, config.max_steps
+        )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_steps,
+        last_epoch=step - 1,
+    )

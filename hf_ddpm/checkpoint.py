@@ -9,9 +9,11 @@ name. Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FOLDER = re.compile(r"step-(\d{8})")
+FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     write_folder(folder, fill)
     for _, old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+    for left in folder.parent.glob(".step-*.tmp"):  # of a run killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
@@ -71,15 +75,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {str(folder)!r} does not exist")
     path = folder
     try:
-        state = json.loads((path := folder / "state.json").read_text())
+        state = json.loads((path := folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("it has no step")
         model = load_file(path := folder / "model.safetensors")
         ema = load_file(path := folder / "ema.safetensors")
         optimizer = torch.load(path := folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(optimizer, dict):
+            raise ValueError(f"it holds {type(optimizer).__name__}, not dict")
         return Checkpoint(state.pop("step"), model, ema, optimizer, state)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(
-            f"checkpoint file {str(path)!r} is missing or damaged: {_one_line(error)}"
-        ) from error
+    except Exception as error:  # what safetensors and torch.load raise on foreign bytes has no common class
+        unsafe = isinstance(
+            error, pickle.UnpicklingError
+        )  # torch's own words advise to unpickle all the same
+        reason = "it is not a file of tensors and plain values" if unsafe else _one_line(error)
+        raise ValueError(f"checkpoint file {str(path)!r} is missing or damaged: {reason}") from error
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -91,17 +101,11 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Make `folder` hold what `fill(place)` writes: all of it, or, if that fails, what was there before."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    try:
+    with _scratch(folder.with_name(f".{folder.name}.tmp")) as place:
         fill(place)
         if folder.exists():
             shutil.rmtree(folder)
         place.rename(folder)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> None:
@@ -110,22 +114,31 @@ def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> No
     Every replacement is atomic, the file `last` comes last, and a reader of files whose content did not
     change in between sees the old or the new ones, never half of one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f".{os.getpid()}.tmp"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    try:
+    with _scratch(folder / ".new.tmp") as place:
         fill(place)
         files = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: path.as_posix() == last):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(place / file, folder / file)
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """An empty folder that is gone afterwards; what a killed process left under its name goes first."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+    except SafetensorError as error:  # a full disk, in safetensors' words
+        raise OSError(f"can't write {str(place)!r}: {_one_line(error)}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Contiguous copies on the CPU: safetensors refuses tensors that share memory, as tied weights do."""
+    layout = torch.contiguous_format
+    return {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in tensors.items()}
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -22,9 +23,11 @@ from PIL import Image
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.pipeline import SCHEDULERS, DDPMPipeline, swap_scheduler
 from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.trainer import train
 
 GRID_IMAGES = 100  # a grid shows at most so many of the samples
+OURS = re.compile(r"\d{5,}\.png|grid\.png")  # what `sample` writes, and may replace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,14 +85,13 @@ def run(
     prog = prog or Path(sys.argv[0]).name
     try:
         command(sys.argv[1:] if argv is None else argv, prog)
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("HF_DDPM_TRACEBACK"):
             raise
-        print(f"{prog}: failed: {error} (HF_DDPM_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+        bad_input = isinstance(error, ValueError)
+        words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
+        print(f"{prog}: {words} {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if bad_input else 1)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -102,6 +104,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         usage="%(prog)s [--config FILE] [--key value ...]",
         description="Train a DDPM. Values come from the defaults, then the file, then the flags; '-' and '_' "
         "in a flag's name mean the same. Start it with `accelerate launch` to use several processes.",
+        epilog="example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -111,7 +114,9 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         rules, kind = option.metadata, option.type
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         text = rules["help"] + (f" ({', '.join(map(str, rules['choices']))})" if "choices" in rules else "")
-        default = "" if option.default is None else f" [{option.default}]"
+        default = "" if option.default in (None, "") else f" [{option.default}]"
+        if bool in kinds:
+            default = default.lower()  # as it is typed
         parser.add_argument(
             "--" + option.name.replace("_", "-"),
             default=argparse.SUPPRESS,
@@ -137,23 +142,26 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         prog=prog,
         description="Draw images from a model. Image i depends on the seed and i only, not on the batch or "
         "the number of processes; start it with `accelerate launch` to use several.",
+        epilog="example: %(prog)s runs/photos --num-images 16 --scheduler ddim --steps 50 --out samples",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id")
-    parser.add_argument("--num-images", type=int, default=64, metavar="N", help="how many [64]")
+    parser.add_argument("--num-images", type=_count, default=64, metavar="N", help="how many [64]")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for 00000.png, ..., grid.png")
-    parser.add_argument("--steps", type=int, metavar="K", help="sampling steps, by default all T")
+    parser.add_argument("--steps", type=_count, metavar="K", help="sampling steps, by default all T")
     parser.add_argument(
         "--scheduler", metavar="NAME", help=f"sampler, by default the model's ({', '.join(SCHEDULERS)})"
     )
     parser.add_argument(
-        "--variance-type", metavar="NAME", help="fixed_small or fixed_large, for the sampler ddpm"
+        "--variance-type", metavar="NAME", help="for the sampler ddpm (fixed_small, fixed_large)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise [0]")
+    parser.add_argument("--seed", type=_whole, default=0, metavar="S", help="of the noise [0]")
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="images at once and process [64]"
+        "--batch-size", type=_count, default=64, metavar="N", help="images at once in each process [64]"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace images that are in DIR already")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the samples that DIR holds, and nothing else in it"
+    )
     args = parser.parse(argv)
     sample(**vars(args))
 
@@ -171,27 +179,33 @@ def sample(
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred; returns the grid's path.
 
+    Everything is checked before the folder is touched, and old samples go when their successors are there.
+
     Raises:
-        ValueError: a number that is not positive, a folder that can't be written or holds images, a bad
-            model.
+        ValueError: a number out of range, a folder that can't be written or holds samples already, a bad
+            model, a sampler that is unknown or can't do this.
     """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed: whole numbers >= 1")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed: whole numbers >= 0")
-    state, folder = PartialState(), Path(out)
-    if variance_type is not None and variance_type not in ("fixed_small", "fixed_large"):
+    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
+    if variance_type not in (None, "fixed_small", "fixed_large"):
         raise ValueError(f"variance_type is {variance_type!r}; allowed: fixed_small, fixed_large")
+    state, folder = PartialState(), Path(out)
     pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
-    changes = {} if variance_type is None else {"variance_type": variance_type}
-    if scheduler is not None or changes:
-        swap_scheduler(pipeline, scheduler or "ddpm", **changes)
+    if scheduler is not None:
+        swap_scheduler(pipeline, scheduler)
+    if variance_type is not None:
+        if not isinstance(pipeline.scheduler, DDPMScheduler):
+            raise ValueError(f"variance_type is {variance_type!r}; allowed: only with the sampler ddpm")
+        pipeline.scheduler.variance_type = variance_type
+    pipeline.check_inputs(num_inference_steps=steps)
     if state.is_main_process:
         _prepare_folder(folder, overwrite)
     state.wait_for_everyone()
 
-    pipeline.set_progress_bar_config(desc="sample", leave=False, disable=not state.is_main_process)
+    pipeline.set_progress_bar_config(
+        desc="sample", leave=False, disable=not state.is_main_process, mininterval=_seconds_between_updates()
+    )
     mine = range(state.process_index, num_images, state.num_processes)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
@@ -203,10 +217,10 @@ def sample(
 
     grid = folder / "grid.png"
     if state.is_main_process:
-        save_image(
-            image_grid([Image.open(folder / f"{i:05d}.png") for i in range(min(num_images, GRID_IMAGES))]),
-            grid,
-        )
+        names = [f"{i:05d}.png" for i in range(num_images)]
+        save_image(image_grid([Image.open(folder / name) for name in names[:GRID_IMAGES]]), grid)
+        for name in _samples_in(folder) - {*names, grid.name}:
+            (folder / name).unlink()
         print(f"{num_images} images and grid.png in {folder}")
     return grid
 
@@ -218,13 +232,25 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise ValueError(f"out {str(folder)!r} can't be written: {error.strerror}") from None
-    old = sorted(folder.glob("*.png"))
-    if old and not overwrite:
+    if not overwrite and (old := _samples_in(folder)):
         raise ValueError(
-            f"out {str(folder)!r} holds {len(old)} images already; allowed: another folder, or --overwrite"
+            f"out {str(folder)!r} holds {len(old)} samples already; allowed: another folder, or --overwrite"
         )
-    for path in old:
-        path.unlink()
+
+
+def _samples_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if OURS.fullmatch(path.name)}
+
+
+def _count(word: str) -> int:
+    """A flag's value as a positive whole number."""
+    return _whole(word, 1)
+
+
+def _whole(word: str, least: int = 0) -> int:
+    if not word.isdecimal() or int(word) < least:
+        raise argparse.ArgumentTypeError(f"{word!r}; allowed: whole numbers >= {least}")
+    return int(word)
 
 
 def _image_seed(seed: int, index: int) -> int:

@@ -24,6 +24,14 @@ except ModuleNotFoundError:  # Python 3.10
 
 from hf_ddpm.schedules import SCHEDULES
 
+# Keys that a choice leaves without effect: nobody may set them and believe they act.
+UNUSED = {
+    ("beta_schedule", "squaredcos_cap_v2"): ("beta_start", "beta_end"),
+    ("beta_schedule", "laplace"): ("beta_start", "beta_end"),
+    ("beta_schedule", "constant"): ("beta_end",),
+    ("lr_scheduler", "constant"): ("lr_warmup_steps",),
+}
+
 BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
 
 
@@ -94,7 +102,7 @@ class TrainConfig:
     ema_decay: float = _option(
         0.9999, "decay of the averaged weights, warmed up as (1 + n)/(10 + n)", least=0.0, below=1.0
     )
-    seed: int = _option(0, "of weights, order, noise and samples", least=0)
+    seed: int = _option(0, "of weights, order, noise and samples", least=0, below=2**63)
 
     # How it runs
     mixed_precision: str | None = _option(
@@ -125,6 +133,19 @@ class TrainConfig:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type is 'epsilon', which can't sample from rescale_betas_zero_snr's pure noise; "
+                "allowed with it: sample, v_prediction"
+            )
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for (key, choice), unused in UNUSED.items():
+            for name in unused:
+                if getattr(self, key) == choice and getattr(self, name) not in (defaults[name], 0):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but {key} {choice!r} has no use for it; allowed: "
+                        f"{defaults[name]} (the default)"
+                    )
 
     @property
     def size(self) -> int | tuple[int, int] | None:
@@ -174,33 +195,29 @@ class TrainConfig:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"can't read config file {str(path)!r}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"config file {str(path)!r} is not {kind}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {str(path)!r} holds {type(values).__name__}; allowed: keys and values")
+    return values
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the type of its key; strings, as from the command line, are read."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if value is None or (value == "none" and type(None) in kinds):
-        if type(None) in kinds:
-            return None
-        raise ValueError(f"{name} is None; allowed: {kinds[0].__name__}")
-    kind = kinds[0]
+    kind, optional = kinds[0], type(None) in kinds
+    if optional and (value is None or str(value).lower() == "none"):
+        return None
+    if name == "image_size" and isinstance(value, (int, float, list, tuple)):
+        return "x".join(str(side) for side in (value if isinstance(value, (list, tuple)) else (value,)))
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
-    if (
-        kind is str
-        and name == "image_size"
-        and isinstance(value, (int, list, tuple))
-        and not isinstance(value, bool)
-    ):
-        return "x".join(str(side) for side in (value if isinstance(value, (list, tuple)) else (value,)))
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = kind(value)
@@ -209,9 +226,7 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(
-        f"{name} is {value!r}; allowed: {words[kind]}{' or none' if type(None) in kinds else ''}"
-    )
+    raise ValueError(f"{name} is {value!r}; allowed: {words[kind]}{' or none' if optional else ''}")
 
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:

@@ -4,25 +4,33 @@ It knows the sampling loop and the folder that a pipeline is saved in. What a st
 how a sampler is chosen by name (`swap_scheduler`) is here, so that scripts and the command line agree.
 """
 
+import contextlib
 import difflib
 import inspect
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
+from hf_ddpm.pixels import one_line
 from hf_ddpm.scheduler import DDPMScheduler
+
+logger = logging.getLogger(__name__)
 
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
@@ -37,6 +45,7 @@ SCHEDULERS: dict[str, type] = {
 }
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass
@@ -45,7 +54,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
 
     Attributes:
         images: the samples, in the asked output type.
-        pred_original_images: for each step asked for in `pred_original_steps`, the predicted x_0 there.
+        pred_original_images: for each position in `pred_original_steps`, as given, the predicted x_0 there.
     """
 
     pred_original_images: dict[int, Any] | None = None
@@ -85,8 +94,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         *,
         max_batch_size: int | None = None,
         pred_original_steps: Sequence[int] = (),
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-        | None = None,
+        callback_on_step_end: Callback | None = None,
         image_shape: tuple[int, int, int] | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Draw images.
@@ -115,46 +123,45 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         Raises:
             ValueError: an argument is not as above.
         """
-        shape, positions, num_steps = self._check(
-            batch_size,
-            generator,
-            num_inference_steps,
-            output_type,
-            max_batch_size,
-            pred_original_steps,
-            image_shape,
+        shape, num_steps, num_calls = self.check_inputs(
+            batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
-        samples, predictions = [], {position: [] for position in positions}
+        for p in pred_original_steps:
+            allowed = range(-num_calls, num_calls)
+            _require(p in allowed, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
+        places = {p: int(p) % num_calls for p in pred_original_steps}
+        samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
         for start in range(0, batch_size, chunk):
             size = min(chunk, batch_size - start)
             chosen = generator[start : start + size] if isinstance(generator, list) else generator
             sample, predicted = self._sample(
-                (size, *shape), chosen, num_steps, positions, callback_on_step_end
+                (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
             )
             samples.append(_to_unit(sample))
-            for position, x_0 in predicted.items():
-                predictions[position].append(_to_unit(x_0))
+            for p, place in places.items():
+                previews[p].append(_to_unit(predicted[place]))
         self.maybe_free_model_hooks()
 
         images = _as_type(samples, output_type)
-        previews = {p: _as_type(x_0, output_type) for p, x_0 in predictions.items()} if positions else None
+        x_0s = {p: _as_type(x_0, output_type) for p, x_0 in previews.items()} or None
         if not return_dict:
-            return (images,) if previews is None else (images, previews)
-        return DDPMPipelineOutput(images=images, pred_original_images=previews)
+            return (images,) if x_0s is None else (images, x_0s)
+        return DDPMPipelineOutput(images=images, pred_original_images=x_0s)
 
     def _sample(
         self,
         shape: tuple[int, ...],
         generator: torch.Generator | list[torch.Generator] | None,
         num_steps: int,
-        positions: Sequence[int],
-        callback: Callable[..., dict[str, Tensor] | None] | None,
+        places: set[int],
+        callback: Callback | None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One batch through algorithm 2; (samples, predicted x_0 by position)."""
+        """One batch through algorithm 2: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
         denoise = as_denoiser(self.unet)
-        scheduler.set_timesteps(num_steps)  # again for each batch: many schedulers keep state
+        if not isinstance(scheduler, DDPMScheduler):
+            scheduler.set_timesteps(num_steps)  # again for each batch: the others keep state
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if takes_generator else {}
 
@@ -167,11 +174,13 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             if not isinstance(scheduler, diffusers.DDPMScheduler):
                 output = output[:, : shape[1]]  # the others have no use for a learned variance
             result: Any = scheduler.step(output, t, x, **options)
-            if step in positions:
+            if step in places:
                 predicted[step] = self._pred_original(result, output, x_t, t)
             x = result.prev_sample
             if callback is not None:
-                x = (callback(self, step, t, {"sample": x}) or {}).get("sample", x)
+                x = ({"sample": x} | (callback(self, step, t, {"sample": x}) or {}))["sample"]
+        if not x.isfinite().all():
+            raise ValueError("the images are not finite: bad weights, or a bad scheduler config")
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -182,46 +191,58 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             raise ValueError(
                 f"{type(self.scheduler).__name__} visits step {t.item():g} and predicts no x_0 there"
             )
-        process = DDPMScheduler.from_config(self.scheduler.config).process  # type: ignore[union-attr]
-        return to_x0(process, self.scheduler.config["prediction_type"], output, x_t, int(t))
+        scheduler: Any = DDPMScheduler.from_config(_whole_config(self.scheduler))
+        return to_x0(scheduler.process, self.scheduler.config["prediction_type"], output, x_t, int(t))
 
-    def _check(
+    def check_inputs(
         self,
-        batch_size: int,
-        generator: Any,
-        num_inference_steps: int | None,
-        output_type: str,
-        max_batch_size: int | None,
-        pred_original_steps: Sequence[int],
-        image_shape: tuple[int, int, int] | None,
-    ) -> tuple[tuple[int, int, int], list[int], int]:
-        """The image's shape, the positions to keep, the number of steps: once every argument makes sense."""
-        for name, value in (("batch_size", batch_size), ("max_batch_size", max_batch_size)):
-            optional = name == "max_batch_size" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; allowed: whole numbers >= 1")
+        batch_size: int = 1,
+        generator: Any = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        max_batch_size: int | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> tuple[tuple[int, int, int], int, int]:
+        """Refuse what `__call__` can't do, before any work; its arguments and errors.
+
+        Returns:
+            The images' shape (C, H, W), K, and the number of the network's calls (more than K for some).
+        """
+        count = "whole numbers >= 1"
+        _require(_is_count(batch_size), "batch_size", batch_size, count)
+        _require(max_batch_size is None or _is_count(max_batch_size), "max_batch_size", max_batch_size, count)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators for {batch_size} images; allowed: one, or one per image"
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}")
+        _require(output_type in OUTPUT_TYPES, "output_type", output_type, ", ".join(OUTPUT_TYPES))
+
         shape = image_shape or self.image_shape
-        if output_type == "pil" and shape[0] not in PIL_CHANNELS:
-            raise ValueError(
-                f"images of {shape[0]} channels can't be PIL images; allowed here: output_type 'np', 'pt'"
-            )
-        total = self.scheduler.config["num_train_timesteps"]
+        counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
+        _require(counts, "image_shape", shape, f"(C, H, W), {count}")
+        if isinstance(self.unet, UNet2DModel):
+            channels = self.unet.config["in_channels"]
+            multiple = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+            fits = shape[0] == channels and not any(side % multiple for side in shape[1:])
+            allowed = f"{channels} channels and sides that are multiples of {multiple}, which the UNet halves"
+            _require(fits, "image_shape", shape, allowed)
+        as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
+        _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
+
+        scheduler: Any = self.scheduler
+        sampler, total = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
         num_steps = total if num_inference_steps is None else num_inference_steps
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= total:
-            raise ValueError(f"num_inference_steps is {num_steps!r}; allowed: whole numbers in 1..{total}")
-        self.scheduler.set_timesteps(num_steps)
-        steps = len(self.scheduler.timesteps)
-        if wrong := [p for p in pred_original_steps if not -steps <= p < steps]:
-            raise ValueError(
-                f"pred_original_steps has {wrong[0]}; allowed: positions in {-steps}..{steps - 1}"
-            )
-        return shape, sorted({p % steps for p in pred_original_steps}), num_steps
+        in_range = _is_count(num_steps) and num_steps <= total
+        _require(in_range, "num_inference_steps", num_steps, f"whole numbers in 1..{total}")
+        try:
+            scheduler.set_timesteps(num_steps)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
+        # Solvers of higher order divide by the distance of two steps; diffusers' "trailing" may end at -1.
+        repeats = "solver_order" in scheduler.config and bool((scheduler.sigmas.diff() >= 0).any())
+        valid = not repeats and bool((scheduler.timesteps >= 0).all())
+        _require(valid, "num_inference_steps", num_steps, f"fewer, {sampler} would repeat a step or pass 0")
+        return shape, num_steps, len(scheduler.timesteps)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -249,8 +270,8 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         """Write the folder: `model_index.json`, `scheduler/`, and `unet/` with safetensors weights.
 
         Raises:
-            ValueError: `safe_serialization=False` (pickles are never written), or a network that is not
-                diffusers' kind.
+            ValueError: `safe_serialization=False` (pickles are never written), a network that is not
+                diffusers' kind, or a folder that can't be written.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; allowed: safetensors only")
@@ -258,6 +279,10 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             raise ValueError(
                 f"{type(self.unet).__name__} can't be saved in a pipeline; allowed: a diffusers ModelMixin"
             )
+        try:  # where a file is in the way, diffusers would log a line and return
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
 
     @classmethod
@@ -274,16 +299,23 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         name = os.fspath(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would load a pickle; allowed: safetensors only")
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not Path(name).expanduser().exists():
+        folder = Path(name).expanduser()
+        looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
+        if looks_local and not folder.exists():
             raise ValueError(f"model folder {name!r} does not exist")
-        if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        if folder.exists() and not (folder / "model_index.json").is_file():
             raise ValueError(f"model folder {name!r} has no model_index.json: it is not a pipeline folder")
         try:
-            return super().from_pretrained(name, **kwargs)
-        except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"can't load a pipeline from {name!r}: {reason}") from error
+            with _messages() as messages:
+                pipeline = super().from_pretrained(str(folder) if folder.exists() else name, **kwargs)
+        except Exception as error:  # what diffusers, safetensors or the Hub client raise
+            tried = "" if folder.exists() else "no such folder, and from the Hub: "
+            raise ValueError(f"can't load a pipeline from {name!r}: {tried}{_reason(error)}") from error
+        for message in messages:
+            if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
+                raise ValueError(f"can't load a pipeline from {name!r}: {message}")
+            logger.warning(message)
+        return pipeline
 
 
 def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> None:
@@ -292,7 +324,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     Args:
         pipeline: whose `scheduler` is replaced.
         name: a key of `SCHEDULERS`.
-        **changes: config keys of the new scheduler, such as `variance_type="fixed_small"`.
+        **changes: config keys of the new scheduler, such as `timestep_spacing="trailing"`.
 
     Raises:
         ValueError: the name is unknown (the nearest is named).
@@ -301,7 +333,58 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
         near = difflib.get_close_matches(name, SCHEDULERS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
-    pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config, **changes)
+    config = _whole_config(pipeline.scheduler)
+    if config.get("timestep_spacing") != "trailing":  # a choice; the other two are samplers' defaults
+        config.pop("timestep_spacing", None)
+    if name == "pndm":
+        config["set_alpha_to_one"] = True  # end at x_0, not at step 0's noise level
+    pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+
+
+def _whole_config(scheduler: Any) -> dict[str, Any]:
+    """A config that another class can be made from.
+
+    `from_config` takes what is noted as left at the old class's default to be the new class's default, but
+    these differ: Heun's betas are others.
+    """
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[list[str]]:
+    """Collect diffusers' warnings instead of printing them, and let it show no bar."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(" ".join(record.getMessage().split()))
+    library = logging.getLogger("diffusers")
+    handlers, level, bar = library.handlers, library.level, diffusers_logging.is_progress_bar_enabled()
+    library.handlers = [handler]
+    library.setLevel(logging.WARNING)
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield found
+    finally:
+        library.handlers = handlers
+        library.setLevel(level)
+        if bar:
+            diffusers_logging.enable_progress_bar()
+
+
+def _reason(error: Exception) -> str:
+    """Why loading failed, in one line: diffusers' words, and what safetensors said before them."""
+    cause: Any = error
+    while cause is not None and not isinstance(cause, SafetensorError):
+        cause = cause.__cause__ or cause.__context__
+    return one_line(error) if cause is None else f"{one_line(error)} {one_line(cause)}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def _to_unit(x: Tensor) -> Tensor:

@@ -1,27 +1,37 @@
-"""What a training run says: one progress bar, `log.jsonl`, and accelerate's trackers.
+"""What a training run says: one progress bar, `log.jsonl`, sample grids, and accelerate's trackers.
 
-It knows numbers and where they are shown. It reads them back from the device only in `log`.
+It knows numbers and pictures and where they are shown. It reads numbers back from the device only in `log`.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.scheduler import DDPMScheduler
+
+# A log file wants a line of progress now and then.
+REFRESH = 0.5 if sys.stderr.isatty() else 15.0
 
 
 class Record:
-    """The run's progress, from the step it starts at.
+    """The run's progress, from the step it starts at; a context that ends with the bar and the trackers closed.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
@@ -30,7 +40,7 @@ class Record:
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, first: int, config: TrainConfig):
-        self.accelerator = accelerator
+        self.run, self.accelerator, self.config = run, accelerator, config
         self.loss = self.images_per_second = math.nan
         self.grad_norm: Tensor | None = None
         self._per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -40,7 +50,7 @@ class Record:
         self._file = run / "log.jsonl"
         if accelerator.is_main_process:
             _keep_lines(self._file, first)
-            (run / "train_config.json").write_text(config.to_json())
+            (run / "train_config.json").write_text(config.to_json(), encoding="utf-8")
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
             accelerator.init_trackers("hf_ddpm", config=facts)
@@ -49,10 +59,18 @@ class Record:
             initial=first,
             desc="train",
             unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file wants a line now and then
+            mininterval=REFRESH,
             dynamic_ncols=True,
             disable=not accelerator.is_main_process,
         )
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def add(self, loss: Tensor) -> None:
         """Note the loss of a micro-step, a scalar that stays on its device."""
@@ -66,6 +84,9 @@ class Record:
     def log(self, lr: float) -> None:
         """Read the numbers of the interval back from the device, and write them down.
 
+        Args:
+            lr: learning rate of the last step.
+
         Raises:
             RuntimeError: the loss is not finite.
         """
@@ -73,7 +94,10 @@ class Record:
         self._losses.clear()
         self.loss = float(mean)  # type: ignore[arg-type]
         if not math.isfinite(self.loss):
-            raise RuntimeError(f"the loss is {self.loss} at step {self._step}; the last checkpoint stands")
+            raise RuntimeError(
+                f"the loss is {self.loss} at step {self._step} (the mean from step {self._logged_step + 1} on); "
+                "checkpoints from before stand"
+            )
         now = self._worked + time.perf_counter() - self._since
         speed = (self._step - self._logged_step) * self._per_step / (now - self._logged_worked)
         self.images_per_second = (self._step - self._first) * self._per_step / now
@@ -81,13 +105,55 @@ class Record:
 
         line = {"step": self._step, "images": self._step * self._per_step, "loss": self.loss, "lr": lr}
         line["images_per_second"] = round(speed, 1)
-        if self.grad_norm is not None:
-            line["grad_norm"] = float(self.grad_norm)
+        norm = math.inf if self.grad_norm is None else float(self.grad_norm)
+        if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
+            line["grad_norm"] = norm
         if self.accelerator.is_main_process:
-            with self._file.open("a") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self._step)
         self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s", refresh=False)
+
+    def save_grid(self, model: nn.Module, scheduler: DDPMScheduler, shape: tuple[int, int, int]) -> None:
+        """Sample, always from the same noise, and show the grid; the processes share the work.
+
+        Args:
+            model: the network with its averaged weights.
+            scheduler: the run's.
+            shape: (C, H, W); images that can't be pictures are saved as an array (B, H, W, C).
+        """
+        accelerator, as_picture = self.accelerator, shape[0] in PIL_CHANNELS
+        mine = range(accelerator.process_index, self.config.sample_num_images, accelerator.num_processes)
+        images: Any = []
+        if mine:
+            pipeline = DDPMPipeline(model, scheduler)
+            pipeline.set_progress_bar_config(
+                desc="sample", leave=False, mininterval=REFRESH, disable=not accelerator.is_main_process
+            )
+            with accelerator.autocast():
+                images = pipeline(
+                    batch_size=len(mine),
+                    generator=[torch.Generator().manual_seed(self.config.seed + i) for i in mine],
+                    num_inference_steps=self.config.sample_steps,
+                    output_type="pil" if as_picture else "np",
+                    return_dict=False,
+                    max_batch_size=self.config.batch_size,
+                    image_shape=shape,
+                )[0]
+        found = dict(gather_object(list(zip(mine, images, strict=True))))
+        if not accelerator.is_main_process:
+            return
+        images = [found[i] for i in sorted(found)]
+        place = self.run / "samples" / f"step-{self._step:08d}"
+        if not as_picture:
+            np.save(place.with_suffix(".npy"), np.stack(images))
+            return
+        grid = image_grid(images)
+        save_image(grid, place.with_suffix(".png"))
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=self._step, **layout)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -96,12 +162,18 @@ class Record:
         yield
         self._since = time.perf_counter()
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
-
 
 def _keep_lines(file: Path, step: int) -> None:
     """Drop log lines past the step that the run goes on from: they will be written again."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = "".join(line + "\n" for line in lines if _step_of(line) <= step)
+    new = file.with_suffix(".tmp")
+    new.write_text(kept, encoding="utf-8")
+    os.replace(new, file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a killed run may leave half a line
+        return math.inf

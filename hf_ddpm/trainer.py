@@ -10,29 +10,35 @@ import copy
 import dataclasses
 import gc
 import logging
-import sys
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from diffusers.optimization import get_scheduler
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from hf_ddpm.build import make_loader, make_model, make_scheduler, open_stream
+from hf_ddpm.build import (
+    make_accelerator,
+    make_batches,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_scheduler,
+    open_stream,
+    prepare_model,
+)
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, update_folder
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.objectives import simple_loss
-from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import to_float
-from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.record import Record
-from hf_ddpm.scheduler import PRIOR_WARNING, DDPMScheduler
+from hf_ddpm.scheduler import PRIOR_WARNING
 
 logger = logging.getLogger(__name__)
 
@@ -67,131 +73,108 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
 
     Args:
         config: the run.
-        model: the network, by default the one that `config.model` names. A module that is not a diffusers
-            model is trained and checkpointed, but no pipeline folder can be written for it.
+        model: the network, by default the one that `config.model` names. It is trained in place, in float32.
+            A module that is not a diffusers model is trained and checkpointed, but no pipeline folder can be
+            written for it.
 
     Raises:
         ValueError: bad input: data, model, folder, or a config that differs from the run to go on from.
-        RuntimeError: the loss is not finite; the last checkpoint stands.
+        RuntimeError: the loss or the weights are not finite; checkpoints from before stand.
     """
-    # What to do: the folder, the checkpoint to go on from, the process
+    # What to do, where: precision, devices, the folder, the checkpoint to go on from
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    config = dataclasses.replace(config, mixed_precision=precision)
     run = Path(config.output_dir)
-    _check_trackers(config)
-    start = _find_checkpoint(config, run)
+    accelerator = make_accelerator(config)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    start = _find_checkpoint(config, run, world)
+    step = first = 0 if start is None else start.step
     _make_writable(run)
+
+    # With what: process, data, network and its average, optimizer
     scheduler = make_scheduler(config)
     process = scheduler.process
     if process.prior_bpd_at_edges > PRIOR_WARNING:
         logger.warning("the schedule ends %.3g bits/dim short of pure noise", process.prior_bpd_at_edges)
-
-    # Where to do it: devices, data, network, optimizer
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=_trackers(config) or None,  # type: ignore[arg-type]
-        project_dir=str(run),
-    )
-    device, world = accelerator.device, accelerator.num_processes
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    stream = open_stream(config, accelerator.process_index, world)
-    unet = (model if model is not None else make_model(config, stream)).to(device).train()
-    if config.channels_last:
-        unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()  # type: ignore[operator]
+    stream = open_stream(config, rank, world)
+    unet = model if model is not None else make_model(config, stream, scheduler)
+    unet = prepare_model(unet, config, stream, device)
     averaged = copy.deepcopy(unet).eval().requires_grad_(False)
-    ema = EMAModel(averaged.parameters(), decay=config.ema_decay, foreach=True)
+    ema = EMAModel([], decay=config.ema_decay, foreach=True)
     ema.shadow_params = list(averaged.parameters())  # one copy: the averaged network is the average
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_steps,
-    )
-    if start is not None:
-        if start.state["num_processes"] != world:
-            raise ValueError(
-                f"the run has {start.state['num_processes']} processes, this launch {world}; allowed: equal"
-            )
-        unet.load_state_dict(start.model)
-        averaged.load_state_dict(start.ema)
-        ema.optimization_step = start.step
-        optimizer.load_state_dict(start.optimizer["optimizer"])
-        schedule.load_state_dict(start.optimizer["schedule"])
-    step = first = 0 if start is None else start.step
+    ema.optimization_step = first
+    optimizer = make_optimizer(config, unet)
     network, prepared = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
-    if start is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(start.optimizer["scaler"])
     denoiser = as_denoiser(network)
+    if start is not None:
+        # After `prepare`, which would move AdamW's step counters to the device, to be read back at each step
+        _restore(start, unet, averaged, optimizer, accelerator.scaler)
+    schedule = make_schedule(config, optimizer, first)
+    del start  # it holds a copy of everything
+
+    def save_pipeline() -> None:
+        if accelerator.is_main_process and isinstance(averaged, ModelMixin):
+            pipeline = DDPMPipeline(averaged, scheduler)
+            update_folder(run, pipeline.save_pretrained, last="model_index.json")
+        accelerator.wait_for_everyone()
 
     def save() -> None:
+        if not all(weight.isfinite().all() for weight in unet.parameters()):
+            raise RuntimeError(f"the weights are not finite at step {step}; checkpoints from before stand")
         if accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-            states = {
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "scaler": scaler,
-            }
+            scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+            states = {"optimizer": optimizer.state_dict(), "scaler": scaler}
             facts = {"num_processes": world, "config": dataclasses.asdict(config)}
             checkpoint = Checkpoint(step, unet.state_dict(), averaged.state_dict(), states, facts)
             save_checkpoint(run, checkpoint, config.keep_checkpoints)
-            if hasattr(averaged, "save_pretrained"):
-                pipeline = DDPMPipeline(averaged, scheduler)
-                update_folder(run, pipeline.save_pretrained, last="model_index.json")
-        accelerator.wait_for_everyone()
+        save_pipeline()
 
     # The loop: each step draws from its own seed, nothing is read back from the device but when logging
-    record = Record(run, accelerator, first, config)
-    batches = iter(make_loader(stream, config, device, first * per_step))
-    saved = first
-    while step < config.max_steps:
-        for micro in range(config.gradient_accumulation_steps):
-            x_0 = to_float(next(batches).to(device, non_blocking=True))
-            if config.channels_last:
-                x_0 = x_0.contiguous(memory_format=torch.channels_last)
-            _seed(config.seed, step * config.gradient_accumulation_steps + micro, accelerator.process_index)
-            t = torch.randint(len(process), (len(x_0),), device=device)
-            noise = torch.randn_like(x_0)
-            with accelerator.accumulate(network):
-                loss = simple_loss(process, denoiser, x_0, t, noise, config.prediction_type).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and config.max_grad_norm > 0:
-                    record.grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                prepared.step()
-                prepared.zero_grad(set_to_none=True)
-            record.add(loss)
-        schedule.step()
-        ema.step(unet.parameters())
-        step += 1
-        record.advance(step)
+    micro_steps = config.gradient_accumulation_steps
+    per_step = config.batch_size * micro_steps
+    batches = make_batches(stream, config, device, first * per_step)
+    with Record(run, accelerator, first, config) as record:
+        while step < config.max_steps:
+            for micro in range(micro_steps):
+                x_0 = to_float(next(batches).to(device, non_blocking=True))
+                _seed(config.seed, step * micro_steps + micro, rank)
+                t = torch.randint(len(process), (len(x_0),), device=device)
+                noise = torch.randn_like(x_0)
+                if config.channels_last:
+                    x_0 = x_0.contiguous(memory_format=torch.channels_last)
+                with accelerator.accumulate(network):
+                    loss = simple_loss(process, denoiser, x_0, t, noise, config.prediction_type).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and config.max_grad_norm > 0:
+                        weights = network.parameters()
+                        record.grad_norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)
+                    prepared.step()
+                    prepared.zero_grad(set_to_none=True)
+                record.add(loss)
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+            ema.step(unet.parameters())
+            for mine, theirs in zip(averaged.buffers(), unet.buffers(), strict=True):
+                mine.copy_(theirs)
+            step += 1
+            record.advance(step)
 
-        if step % config.log_every == 0 or step == config.max_steps:
-            record.log(float(schedule.get_last_lr()[0]))
-        with record.paused():
-            if step % config.checkpoint_every == 0:
-                save()
-                saved = step
-            if config.sample_every and step % config.sample_every == 0:
-                _save_grid(accelerator, averaged, scheduler, stream.shape, config, run, step)
+            ends = step == config.max_steps
+            if ends or step % config.log_every == 0:
+                record.log(float(lr))
+            with record.paused():
+                if ends or step % config.checkpoint_every == 0:
+                    save()
+                if config.sample_every and (ends or step % config.sample_every == 0):
+                    record.save_grid(averaged, scheduler, stream.shape)
+    if step == first:
+        save_pipeline()  # the run had ended, but maybe between its last checkpoint and this
 
-    # The end: what was not saved on the way, and the iterator let go before the interpreter exits
-    with record.paused():
-        if saved != step:
-            save()
-        if config.sample_every and step % config.sample_every and step > first:
-            _save_grid(accelerator, averaged, scheduler, stream.shape, config, run, step)
-    record.close()
+    # The end: the iterator is let go before the interpreter exits, where a parquet reader can abort it
+    del batches
+    gc.collect()
     if stream.skipped:
         logger.warning("%d images could not be read and were skipped", stream.skipped)
-    del batches
-    gc.collect()  # a parquet reader left to the interpreter's exit can abort it
     accelerator.end_training()
     return TrainResult(run, step, step * per_step * world, record.loss, record.images_per_second)
 
@@ -201,85 +184,71 @@ def _seed(seed: int, draw: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, draw, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _save_grid(
-    accelerator: Accelerator,
-    model: nn.Module,
-    scheduler: DDPMScheduler,
-    shape: tuple[int, int, int],
-    config: TrainConfig,
-    run: Path,
-    step: int,
-) -> None:
-    """Sample with the averaged weights, always from the same noise, and show the grid."""
-    if not accelerator.is_main_process:
-        return
-    pipeline = DDPMPipeline(model, scheduler)
-    pipeline.set_progress_bar_config(
-        desc="sample", leave=False, mininterval=0.5 if sys.stderr.isatty() else 15.0
-    )
-    as_picture = shape[0] in PIL_CHANNELS
-    with accelerator.autocast():
-        images: Any = pipeline(
-            batch_size=config.sample_num_images,
-            generator=torch.Generator().manual_seed(config.seed),
-            num_inference_steps=config.sample_steps,
-            output_type="pil" if as_picture else "np",
-            return_dict=False,
-            max_batch_size=config.batch_size,
-            image_shape=shape,
-        )[0]
-    if not as_picture:
-        np.save(run / "samples" / f"step-{step:08d}.npy", images)
-        return
-    grid = image_grid(images)
-    save_image(grid, run / "samples" / f"step-{step:08d}.png")
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step)
-
-
-def _find_checkpoint(config: TrainConfig, run: Path) -> Checkpoint | None:
+def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint | None:
     """The checkpoint to go on from, None for a fresh start."""
     found = list_checkpoints(run)
-    if config.resume == "never" and found:
+    named = config.resume not in ("auto", "never")
+    if not found and (run / "model_index.json").exists():
+        raise ValueError(
+            f"output_dir {str(run)!r} holds a pipeline and no checkpoint to go on from; allowed: another folder"
+        )
+    if found and config.resume == "never":
         raise ValueError(
             f"output_dir {str(run)!r} holds a run at step {found[-1][0]}; resume 'auto' goes on with it"
         )
-    if config.resume in ("auto", "never"):
-        if not found:
-            return None
-        folder = found[-1][1]
-    else:
-        folder = Path(config.resume)
+    if not found and not named:
+        return None
+    folder = Path(config.resume) if named else found[-1][1]
     checkpoint = load_checkpoint(folder)
+    if found and not folder.samefile(found[-1][1]):
+        raise ValueError(
+            f"resume is {config.resume!r}, but output_dir {str(run)!r} holds a run at step {found[-1][0]}; "
+            "allowed: its newest checkpoint, or an output_dir without a run"
+        )
     was, now = checkpoint.state["config"], dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
     if changed:
         what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)
         raise ValueError(
-            f"output_dir {str(run)!r} holds another run ({what}); allowed: the same config, or another folder"
+            f"checkpoint {str(folder)!r} is of another run ({what}); allowed: the same config, or another "
+            "output_dir"
+        )
+    if checkpoint.state["num_processes"] != world:
+        raise ValueError(
+            f"the run has {checkpoint.state['num_processes']} processes, this launch {world}; allowed: equal"
+        )
+    if config.lr_scheduler in ("linear", "cosine") and was["max_steps"] != now["max_steps"]:
+        logger.warning(
+            "max_steps %d -> %d moves the end of the %s schedule: the learning rate jumps",
+            was["max_steps"],
+            now["max_steps"],
+            config.lr_scheduler,
         )
     return checkpoint
+
+
+def _restore(
+    start: Checkpoint,
+    unet: nn.Module,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    try:
+        unet.load_state_dict(start.model)
+        averaged.load_state_dict(start.ema)
+        optimizer.load_state_dict(start.optimizer["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(start.optimizer["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error
 
 
 def _make_writable(run: Path) -> None:
     try:
         (run / "samples").mkdir(parents=True, exist_ok=True)
-        probe = run / ".write-test"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=run):
+            pass
     except OSError as error:
         raise ValueError(f"output_dir {str(run)!r} can't be written: {error.strerror}") from None
-
-
-def _trackers(config: TrainConfig) -> list[str]:
-    return [name.strip() for name in config.trackers.split(",") if name.strip()]
-
-
-def _check_trackers(config: TrainConfig) -> None:
-    available = sorted(str(name) for name in get_available_trackers())
-    for name in _trackers(config):
-        if name not in available:
-            raise ValueError(
-                f"tracker {name!r} is unknown or not installed; available: {', '.join(available) or 'none'}"
-            )

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import mpmath
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,6 +18,12 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import make_betas
 
 law = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def near(expected: float, rel: float):
+    """pytest.approx without its default abs=1e-12, which would let small numbers be anything."""
+    return pytest.approx(expected, rel=rel, abs=0)
+
 
 STEPS = {"linear": 1000, "scaled_linear": 1000, "squaredcos_cap_v2": 1000, "sigmoid": 1000, "constant": 50}
 

@@ -15,6 +15,7 @@ from tests.oracles import (
     chain,
     expectation,
     mse_of_gaussian,
+    near,
     optimal_log_variance,
     spaced,
     step_kl,
@@ -176,7 +177,7 @@ def test_true_weights(variance_type, values, total):
     with_error, without = (normal_kl(m, log_posterior, means[0], log_variance) for m in means[::-1])
     weights = (with_error - without)[1:]
     assert_allclose(weights[[t - 1 for t in T_8]], values, rtol=2e-9)
-    assert weights.sum().item() == pytest.approx(total, rel=1e-10)
+    assert weights.sum().item() == near(total, rel=1e-10)
     exact = tables_by_bayes(LINEAR.betas.numpy())["w_small" if variance_type == "fixed_small" else "w_large"]
     assert_allclose(weights, exact[1:], rtol=2e-9)
     if variance_type == "fixed_small":  # w_t = ½(SNR_prev/SNR_t − 1)
@@ -192,7 +193,7 @@ def test_weight_of_the_decoder_step():
         (LINEAR.log_variance("fixed_small")[0].exp().item(), 0.916986606841),
         (LINEAR.betas[0].item(), 0.500050005001),
     ]:
-        assert shift**2 / (2 * variance) == pytest.approx(expected, rel=1e-11)
+        assert shift**2 / (2 * variance) == near(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_kl_at_mse_0_04(t, small, large, optimal):
         (LINEAR.log_variance("fixed_large"), large),
         (best, optimal),
     ]:
-        assert step_kl(LINEAR, log_variance, 0.04)[t].item() == pytest.approx(expected, rel=2e-10)
+        assert step_kl(LINEAR, log_variance, 0.04)[t].item() == near(expected, rel=2e-10)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -238,8 +239,8 @@ def test_forms_of_the_kl(name):
 def test_constant_of_fixed_large():
     # ½[log(β/β̃) − 1 + β̃/β] per dim whatever the model.
     constant = step_kl(LINEAR, LINEAR.log_variance("fixed_large"), 0)[1:]
-    assert constant[0].item() == pytest.approx(0.121387264546, rel=1e-11)
-    assert constant.sum().item() / math.log(2) == pytest.approx(0.486419230044, rel=1e-11)
+    assert constant[0].item() == near(0.121387264546, rel=1e-11)
+    assert constant.sum().item() / math.log(2) == near(0.486419230044, rel=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_sddpm_objective_is_ours_plus_a_constant():
     )
     ours = normal_kl(mean, p.posterior_variance[t].log(), torch.tensor(m, dtype=torch.float64), log_variance)
     constant = 0.5 * math.log(2 * math.pi * math.e * sigma**2)
-    assert cross == pytest.approx(ours.item() + constant, rel=1e-10)
+    assert cross == near(ours.item() + constant, rel=1e-10)
 
 
 def test_reading_an_exact_denoiser_in_any_parametrisation_gives_one_mse():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from hf_ddpm.process import DiffusionProcess
-from tests.oracles import STEPS, chain, law, random_betas, spaced, spaced_steps, subset, tables_by_bayes
+from tests.oracles import STEPS, chain, law, near, random_betas, spaced, spaced_steps, subset, tables_by_bayes
 
 from_betas = DiffusionProcess.from_betas
 T = 1000
@@ -81,17 +81,15 @@ def test_posterior_is_that_of_the_joint_gaussian(betas):
     assert_allclose(process.one_minus_alphas_cumprod, np.diag(cov), rtol=1e-12)
     for t in range(1, count):
         ct = cov[t - 1, t] / cov[t, t]
-        assert process.posterior_mean_coef_xt[t].item() == pytest.approx(ct, rel=1e-10)
-        assert process.posterior_mean_coef_x0[t].item() == pytest.approx(
-            slope[t - 1] - ct * slope[t], rel=1e-8
-        )
+        assert process.posterior_mean_coef_xt[t].item() == near(ct, rel=1e-10)
+        assert process.posterior_mean_coef_x0[t].item() == near(slope[t - 1] - ct * slope[t], rel=1e-8)
         variance = cov[t - 1, t - 1] - ct * cov[t, t - 1]
-        assert process.posterior_variance[t].item() == pytest.approx(variance, rel=1e-8)
+        assert process.posterior_variance[t].item() == near(variance, rel=1e-8)
     # q(x_t | x_s), section 1, is the step of the chain that skips from s to t.
     s, t = 0, count - 1
     jump = process.respaced([s, t])
-    assert jump.sqrt_alphas[1].item() == pytest.approx(cov[s, t] / cov[s, s], rel=1e-10)
-    assert jump.betas[1].item() == pytest.approx(cov[t, t] - cov[s, t] ** 2 / cov[s, s], rel=1e-8)
+    assert jump.sqrt_alphas[1].item() == near(cov[s, t] / cov[s, s], rel=1e-10)
+    assert jump.betas[1].item() == near(cov[t, t] - cov[s, t] ** 2 / cov[s, s], rel=1e-8)
 
 
 @law
@@ -147,7 +145,7 @@ def test_from_betas_keeps_every_digit(kind):
 
 
 def test_from_betas_of_a_list_is_the_chain_of_the_article():
-    assert from_betas([0.2] * 50).alphas_cumprod[-1].item() == pytest.approx(1.42724769271e-5, rel=1e-11)
+    assert from_betas([0.2] * 50).alphas_cumprod[-1].item() == near(1.42724769271e-5, rel=1e-11)
 
 
 def test_from_betas_widens_float32_and_copies():
@@ -225,18 +223,18 @@ def test_respacing_to_all_steps_changes_nothing():
 
 def test_a_jump_of_section_8():
     jump = chain("linear").respaced([100, 500])
-    assert jump.alphas[1].item() == pytest.approx(0.0869098913022, rel=1e-11)
-    assert jump.betas[1].item() == pytest.approx(0.913090108698, rel=1e-11)
+    assert jump.alphas[1].item() == near(0.0869098913022, rel=1e-11)
+    assert jump.betas[1].item() == near(0.913090108698, rel=1e-11)
 
 
 def test_first_entry_of_a_respaced_chain_has_two_conventions():
     full, steps = chain("linear"), spaced_steps(10)
     own, kept = full.respaced(steps), full.respaced(steps, "full")
-    assert own.log_variance("fixed_small")[0].exp().item() == pytest.approx(9.99308760e-5, rel=1e-9)
-    assert own.log_variance("fixed_large")[0].exp().item() == pytest.approx(9.99308760e-5, rel=1e-9)
+    assert own.log_variance("fixed_small")[0].exp().item() == near(9.99308760e-5, rel=1e-9)
+    assert own.log_variance("fixed_large")[0].exp().item() == near(9.99308760e-5, rel=1e-9)
     for variance_type in ("fixed_small", "fixed_large"):
         log_variance = kept.log_variance(variance_type)
-        assert log_variance[0].exp().item() == pytest.approx(5.45318766e-5, rel=1e-9)
+        assert log_variance[0].exp().item() == near(5.45318766e-5, rel=1e-9)
         assert torch.equal(log_variance[1:], own.log_variance(variance_type)[1:])
     # The full chain's entry survives further respacing; the spaced one is each chain's own.
     assert (

@@ -16,6 +16,7 @@ from hf_ddpm.plots import image_grid, save_image
 
 CONFIG = Path(__file__).parent / "configs" / "digits.toml"
 CONFIDENT = 0.9
+CLASSIFIER_C = 10  # best accuracy on the held-out digits among 0.3, 1, 3, 10, 30
 
 
 def pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
