@@ -53,7 +53,7 @@ class DiffusionProcess(Tables):
         Raises:
             ValueError: the shape or a value is not as above; the message names the first culprit.
         """
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64).clone()
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas has shape {tuple(betas.shape)}; allowed: (T,) with T >= 1")
         wrong = ~((betas > 0) & (betas <= 1))
@@ -150,7 +150,7 @@ class DiffusionProcess(Tables):
     @cached_property
     def prior_bpd_at_edges(self) -> float:
         """L_T of a pixel at ±1 in bits/dim, −½ log(1 − ᾱ_{T−1}): how far the chain's end is from N(0, I)."""
-        return bits_per_dim(-0.5 * self.one_minus_alphas_cumprod[-1].log(), 1).item()
+        return bits_per_dim(-0.5 * torch.log1p(-self.alphas_cumprod[-1]), 1).item()
 
     # Constants of q(x_prev | x_t, x_0), eqs. 6 and 7.
 
@@ -282,8 +282,10 @@ class DiffusionProcess(Tables):
         """Refuse steps where ᾱ_t = 0: neither ε nor the score determines x_0 (ints and CPU tensors)."""
         if self._floats("alphas_cumprod")[-1] > 0 or (isinstance(t, Tensor) and t.device.type != "cpu"):
             return
-        if (torch.as_tensor(t) == len(self) - 1).any():
+        silent = self.alphas_cumprod[t] == 0
+        if silent.any():
+            step = self.timesteps[t][silent].view(-1)[0]
             raise ValueError(
-                f"alphas_cumprod is 0 at step {int(self.timesteps[-1])}: noise there says nothing about x_0; "
+                f"alphas_cumprod is 0 at step {step}: the noise there says nothing about x_0; "
                 "allowed prediction types for zero terminal SNR: 'v_prediction', 'sample'"
             )

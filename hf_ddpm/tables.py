@@ -5,6 +5,7 @@ The file knows indices, dtypes and devices, and no formula. No other file indexe
 
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Tables:
                 return
             whole, low, high = not (t.is_floating_point() or t.dtype == torch.bool), t.amin(), t.amax()
         else:
-            whole, low, high = isinstance(t, int), t, t
+            whole, low, high = isinstance(t, int | np.integer) and not isinstance(t, bool), t, t
         if not (whole and low >= 0 and high < self.timesteps.shape[0]):
             got = t.tolist() if isinstance(t, Tensor) else t
             raise ValueError(

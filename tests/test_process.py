@@ -227,6 +227,13 @@ def test_a_jump_of_section_8():
     assert jump.betas[1].item() == near(0.913090108698, rel=1e-11)
 
 
+def test_a_jump_to_almost_pure_noise_keeps_its_digits():
+    # β' is 1 − 2.4e-9 here: √(1 − β') would keep 8 digits.
+    p = chain("squaredcos_cap_v2")
+    jump, exact = p.respaced([0, 999]), tables_by_bayes(p.betas.numpy())["abar"]
+    assert jump.sqrt_alphas[1].item() ** 2 == near(exact[999] / exact[0], rel=1e-12)
+
+
 def test_first_entry_of_a_respaced_chain_has_two_conventions():
     full, steps = chain("linear"), spaced_steps(10)
     own, kept = full.respaced(steps), full.respaced(steps, "full")
