@@ -59,8 +59,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in kinds:
         raise ValueError(
-            f"the launch asks for {accelerator.distributed_type.value}; allowed: one process, or several with "
-            "a whole copy of the network each"
+            f"the launch asks for {accelerator.distributed_type.value}; allowed: one process, or several "
+            "with the whole network each"
         )
     return accelerator
 
@@ -170,23 +170,23 @@ def prepare_model(
         ValueError: a U-Net for other images, or an option that the network doesn't have.
     """
     if isinstance(model, UNet2DModel):
-        layout = model.config
-        height, width = np.broadcast_to(np.array(layout.sample_size), 2).tolist()
-        wanted = (layout.in_channels, height, width)
+        answers, channels, size = (
+            model.config[key] for key in ("out_channels", "in_channels", "sample_size")
+        )
+        wanted = (channels, *np.broadcast_to(np.array(size), 2).tolist())
         if wanted != stream.shape:
             raise ValueError(f"the network is for images {wanted} (C, H, W), these are {stream.shape}")
-        if layout.out_channels != layout.in_channels:
+        if answers != channels:
             raise ValueError(
-                f"the network answers {layout.out_channels} channels; allowed: {layout.in_channels}, as it "
-                "learns no variance here"
+                f"the network answers {answers} channels; allowed: {channels}, as it learns no variance here"
             )
-    model = model.to(device=device, dtype=torch.float32).train()
+    model = model.float().to(device).train()  # type: ignore[arg-type]
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:
         if not hasattr(model, "enable_gradient_checkpointing"):
             raise ValueError(f"gradient_checkpointing is True, which {type(model).__name__} doesn't have")
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        model.enable_gradient_checkpointing()  # type: ignore[operator,call-arg]
     return model
 
 
@@ -205,7 +205,9 @@ def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRSchedul
     """The learning rate from `step` steps on; it is a function of the step, so it has no state to save."""
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps:
         logger.warning(
-            "the warm-up of %d steps outlasts the run of %d", config.lr_warmup_steps, config.max_steps
+            "lr_warmup_steps is %d in a run of max_steps %d: the learning rate never reaches its peak",
+            config.lr_warmup_steps,
+            config.max_steps,
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = config.learning_rate

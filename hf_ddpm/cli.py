@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.pipeline import SCHEDULERS, DDPMPipeline, swap_scheduler
+from hf_ddpm.pipeline import PIL_CHANNELS, SCHEDULERS, DDPMPipeline, swap_scheduler
 from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.record import REFRESH
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.trainer import train
 
@@ -39,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; `-` and `_` inside a flag's name mean the same."""
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-4 and -8x8 are values too, bad ones
         words = [_dashed(word) for word in argv]
         values, unknown = self.parse_known_args(words)
         if unknown:
@@ -185,12 +188,16 @@ def sample(
         ValueError: a number out of range, a folder that can't be written or holds samples already, a bad
             model, a sampler that is unknown or can't do this.
     """
-    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    for name, value, least in (
+        ("num_images", num_images, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
     if variance_type not in (None, "fixed_small", "fixed_large"):
         raise ValueError(f"variance_type is {variance_type!r}; allowed: fixed_small, fixed_large")
-    state, folder = PartialState(), Path(out)
+    state, folder = _processes(), Path(out)
     pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
     if scheduler is not None:
         swap_scheduler(pipeline, scheduler)
@@ -198,13 +205,17 @@ def sample(
         if not isinstance(pipeline.scheduler, DDPMScheduler):
             raise ValueError(f"variance_type is {variance_type!r}; allowed: only with the sampler ddpm")
         pipeline.scheduler.variance_type = variance_type
-    pipeline.check_inputs(num_inference_steps=steps)
-    if state.is_main_process:
-        _prepare_folder(folder, overwrite)
+    if (channels := pipeline.image_shape[0]) not in PIL_CHANNELS:
+        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1, 3, 4")
+    try:
+        pipeline.check_inputs(num_inference_steps=steps)
+    except ValueError as error:
+        raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
+    _prepare_folder(folder, overwrite)  # every process looks before any of them writes
     state.wait_for_everyone()
 
     pipeline.set_progress_bar_config(
-        desc="sample", leave=False, disable=not state.is_main_process, mininterval=_seconds_between_updates()
+        desc="sample", leave=False, disable=not state.is_main_process, mininterval=REFRESH
     )
     mine = range(state.process_index, num_images, state.num_processes)
     for start in range(0, len(mine), batch_size):
@@ -225,6 +236,15 @@ def sample(
     return grid
 
 
+def _processes() -> PartialState:
+    """The processes of this launch; on CPUs, accelerate has to be told that they belong together."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
+        PartialState._reset_state()
+        state = PartialState(cpu=True)
+    return state
+
+
 def _prepare_folder(folder: Path, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,9 +252,9 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise ValueError(f"out {str(folder)!r} can't be written: {error.strerror}") from None
-    if not overwrite and (old := _samples_in(folder)):
+    if not overwrite and _samples_in(folder):
         raise ValueError(
-            f"out {str(folder)!r} holds {len(old)} samples already; allowed: another folder, or --overwrite"
+            f"out {str(folder)!r} holds samples already; allowed: another folder, or --overwrite"
         )
 
 

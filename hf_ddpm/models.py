@@ -103,7 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "256": _layout(256, 3, (128, 128, 256, 256, 512, 512), attention_at=16),  # 114M
     # Ours, small enough for 2 CPU cores: levels 28-14-7 and 8-4; `tiny` is for tests.
     "fashion-mnist": _layout(28, 1, (32, 64, 64), attention_at=7),  # 1.6M
-    "digits": _layout(8, 1, (32, 64), attention_at=4, norm_num_groups=8),
+    "digits": _layout(8, 1, (32, 32), attention_at=4, layers_per_block=1, norm_num_groups=8),  # 0.3M
     "tiny": _layout(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
 }
 

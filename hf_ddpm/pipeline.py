@@ -165,7 +165,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if takes_generator else {}
 
-        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._dtype)
+        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
         x = x * scheduler.init_noise_sigma
         predicted: dict[int, Tensor] = {}
         for step, t in enumerate(self.progress_bar(scheduler.timesteps)):  # type: ignore[call-arg,arg-type]
@@ -224,7 +224,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             channels = self.unet.config["in_channels"]
             multiple = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
             fits = shape[0] == channels and not any(side % multiple for side in shape[1:])
-            allowed = f"{channels} channels and sides that are multiples of {multiple}, which the UNet halves"
+            allowed = f"({channels}, H, W) with H and W multiples of {multiple}, which the UNet halves"
             _require(fits, "image_shape", shape, allowed)
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
@@ -239,7 +239,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         except (ValueError, IndexError) as error:
             raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
         # Solvers of higher order divide by the distance of two steps; diffusers' "trailing" may end at -1.
-        repeats = "solver_order" in scheduler.config and bool((scheduler.sigmas.diff() >= 0).any())
+        repeats = hasattr(scheduler, "lower_order_nums") and bool((scheduler.sigmas.diff() >= 0).any())
         valid = not repeats and bool((scheduler.timesteps >= 0).all())
         _require(valid, "num_inference_steps", num_steps, f"fewer, {sampler} would repeat a step or pass 0")
         return shape, num_steps, len(scheduler.timesteps)
@@ -260,9 +260,22 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         return config.in_channels, height, width
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def device(self) -> torch.device:
+        """Where the network is; diffusers would ask it, and only its own models answer."""
+        return self._weight.device
+
+    def to(self, *args: Any, **kwargs: Any) -> "DDPMPipeline":
+        """Move the network, in place: diffusers' `to`, or `nn.Module.to` where the network is not theirs."""
+        if isinstance(self.unet, nn.Module) and not hasattr(self.unet, "dtype"):
+            self.unet.to(*args, **kwargs)
+            return self
+        return super().to(*args, **kwargs)
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any of the network's weights, for its device and dtype."""
         parameters = self.unet.parameters() if isinstance(self.unet, nn.Module) else iter(())
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+        return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any

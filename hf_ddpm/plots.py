@@ -15,17 +15,21 @@ def image_grid(
     """One picture of many images, row by row on a grey ground.
 
     Args:
-        images: PIL images of one size and mode.
+        images: PIL images of one size.
         columns: images in a row, by default as near to a square as possible.
         scale: whole-number enlargement without smoothing, by default so that an image has at least 96 pixels
             a side.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, images of several sizes, fewer than one column or a scale below one.
     """
-    if not images:
-        raise ValueError("a grid needs at least one image")
-    width, height = images[0].size
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        raise ValueError(f"a grid of images of sizes {sizes}; allowed: at least one image, all of one size")
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value!r}; allowed: whole numbers >= 1")
+    width, height = sizes[0]
     scale = scale or max(1, -(-TARGET // max(width, height)))
     columns = columns or next(n for n in range(1, len(images) + 1) if n * n >= len(images))
     rows = -(-len(images) // columns)

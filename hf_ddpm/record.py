@@ -31,7 +31,7 @@ REFRESH = 0.5 if sys.stderr.isatty() else 15.0
 
 
 class Record:
-    """The run's progress, from the step it starts at; a context that ends with the bar and the trackers closed.
+    """The run's progress from the step it starts at, a context that leaves no bar or tracker open.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
@@ -67,10 +67,11 @@ class Record:
     def __enter__(self) -> "Record":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._bar.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        if kind is not None:  # a run that ends well finishes them with `end_training`
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def add(self, loss: Tensor) -> None:
         """Note the loss of a micro-step, a scalar that stays on its device."""
@@ -95,7 +96,7 @@ class Record:
         self.loss = float(mean)  # type: ignore[arg-type]
         if not math.isfinite(self.loss):
             raise RuntimeError(
-                f"the loss is {self.loss} at step {self._step} (the mean from step {self._logged_step + 1} on); "
+                f"the loss is {self.loss} at step {self._step}, or since step {self._logged_step + 1}; "
                 "checkpoints from before stand"
             )
         now = self._worked + time.perf_counter() - self._since

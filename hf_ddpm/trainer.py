@@ -104,12 +104,14 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     ema.shadow_params = list(averaged.parameters())  # one copy: the averaged network is the average
     ema.optimization_step = first
     optimizer = make_optimizer(config, unet)
+    schedule = make_schedule(config, optimizer, first)
     network, prepared = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
     denoiser = as_denoiser(network)
     if start is not None:
         # After `prepare`, which would move AdamW's step counters to the device, to be read back at each step
         _restore(start, unet, averaged, optimizer, accelerator.scaler)
-    schedule = make_schedule(config, optimizer, first)
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr  # not the saved one: a new max_steps may have moved it
     del start  # it holds a copy of everything
 
     def save_pipeline() -> None:
@@ -170,8 +172,12 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     if step == first:
         save_pipeline()  # the run had ended, but maybe between its last checkpoint and this
 
-    # The end: the iterator is let go before the interpreter exits, where a parquet reader can abort it
-    del batches
+    # The end: the iterator goes before the interpreter does, whose exit a parquet reader can abort, and DDP
+    # before its process group, which it would else destroy under Python's lock while a thread waits for that
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # a caller's module computes as before
+    del batches, network, denoiser
+    accelerator.free_memory()
     gc.collect()
     if stream.skipped:
         logger.warning("%d images could not be read and were skipped", stream.skipped)
@@ -190,7 +196,7 @@ def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint |
     named = config.resume not in ("auto", "never")
     if not found and (run / "model_index.json").exists():
         raise ValueError(
-            f"output_dir {str(run)!r} holds a pipeline and no checkpoint to go on from; allowed: another folder"
+            f"output_dir {str(run)!r} holds a pipeline, but no checkpoint to go on from; allowed: another one"
         )
     if found and config.resume == "never":
         raise ValueError(
@@ -205,7 +211,7 @@ def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint |
             f"resume is {config.resume!r}, but output_dir {str(run)!r} holds a run at step {found[-1][0]}; "
             "allowed: its newest checkpoint, or an output_dir without a run"
         )
-    was, now = checkpoint.state["config"], dataclasses.asdict(config)
+    was, now = checkpoint.state.get("config", {}), dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
     if changed:
         what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)
@@ -213,10 +219,9 @@ def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint |
             f"checkpoint {str(folder)!r} is of another run ({what}); allowed: the same config, or another "
             "output_dir"
         )
-    if checkpoint.state["num_processes"] != world:
-        raise ValueError(
-            f"the run has {checkpoint.state['num_processes']} processes, this launch {world}; allowed: equal"
-        )
+    processes = checkpoint.state.get("num_processes")
+    if processes != world:
+        raise ValueError(f"the run has {processes} processes, this launch {world}; allowed: equal")
     if config.lr_scheduler in ("linear", "cosine") and was["max_steps"] != now["max_steps"]:
         logger.warning(
             "max_steps %d -> %d moves the end of the %s schedule: the learning rate jumps",

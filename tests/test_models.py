@@ -11,8 +11,6 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from hf_ddpm.models import PRESETS, as_denoiser, create_model
 
-SMALL = ["fashion-mnist", "digits", "tiny"]
-
 
 def on_meta(preset: str, **changes) -> UNet2DModel:
     """The model's layout without its weights: nothing is allocated or drawn."""
@@ -43,7 +41,7 @@ def attention_sides(model: UNet2DModel, size: int) -> set[int]:
         ("cifar10", 35_746_307),  # "35.7 million", Ho et al. appendix B
         ("256", 113_673_219),  # "114 million"
         ("fashion-mnist", 1_623_169),
-        ("digits", 1_001_729),
+        ("digits", 284_513),
         ("tiny", 44_969),
     ],
 )

@@ -1,0 +1,253 @@
+"""config.py: where a value comes from, what it may be, and what is said about one that it may not."""
+
+import dataclasses
+import json
+
+import pytest
+
+from hf_ddpm.config import TrainConfig
+
+
+def message(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def refused(**values) -> str:
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**values)
+    return message(error)
+
+
+def load_refused(*args, **values) -> str:
+    with pytest.raises(ValueError) as error:
+        TrainConfig.load(*args, **values)
+    return message(error)
+
+
+# Where a value comes from
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('batch_size = 16\nmax_steps = 5\ndataset = "digits"\nhorizontal_flip = true\n')
+    config = TrainConfig.load(file, max_steps="7", lr_warmup_steps="0")
+    assert (config.batch_size, config.max_steps, config.horizontal_flip) == (16, 7, True)
+    assert config.lr_warmup_steps == 0
+    assert config.learning_rate == TrainConfig().learning_rate == 2e-4
+    assert TrainConfig.load() == TrainConfig()
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().seed = 1  # type: ignore[misc]
+
+
+def test_json_round_trip(tmp_path):
+    config = TrainConfig(image_size=(28, 32), dropout=0.1, adam_epsilon=3e-9, seed=2**63 - 1, trackers="a,b")
+    file = tmp_path / "train_config.json"
+    file.write_text(config.to_json())
+    assert TrainConfig.load(file) == config
+    assert set(json.loads(config.to_json())) == {option.name for option in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", ["good.toml", "good.json"])
+def test_a_file_may_say_everything(tmp_path, name):
+    values = {
+        key: value for key, value in dataclasses.asdict(TrainConfig(seed=3)).items() if value is not None
+    }
+    file = tmp_path / name
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    file.write_text(json.dumps(values) if name.endswith("json") else lines)
+    assert TrainConfig.load(file) == TrainConfig(seed=3)
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "value"),
+    [
+        ("max_steps", "12", 12),
+        ("max_steps", 12.0, 12),
+        ("learning_rate", "2e-4", 2e-4),
+        ("learning_rate", 1, 1.0),
+        ("compile", "true", True),
+        ("compile", "False", False),
+        ("compile", True, True),
+        ("dropout", "none", None),
+        ("dropout", "None", None),
+        ("dropout", "0.1", 0.1),
+        ("mixed_precision", "none", None),
+        ("mixed_precision", "bf16", "bf16"),
+        ("sample_steps", "none", None),
+        ("channels", "3", 3),
+    ],
+)
+def test_values_are_read_as_their_types(key, given, value):
+    read = getattr(TrainConfig(**{key: given}), key)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (28, 28),
+        ("28", 28),
+        ([28, 32], (28, 32)),
+        ((28, 32), (28, 32)),
+        ("28x32", (28, 32)),
+        ("28X32", (28, 32)),
+        (None, None),
+        ("none", None),
+    ],
+)
+def test_image_size(given, size):
+    assert TrainConfig(image_size=given).size == size
+
+
+@pytest.mark.parametrize("size", ["28x", "x", "", "0", "-3", "1x2x3", "big", True, 28.5, [], [28, "a"], {}])
+def test_what_is_no_image_size(size):
+    assert refused(image_size=size).startswith("image_size is ")
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "words"),
+    [
+        ("max_steps", "many", "'many'; allowed: a whole number"),
+        ("max_steps", 1.5, "1.5; allowed: a whole number"),
+        ("max_steps", True, "True; allowed: a whole number"),
+        ("max_steps", None, "None; allowed: a whole number"),
+        ("max_steps", float("inf"), "inf; allowed: a whole number"),
+        ("learning_rate", "fast", "'fast'; allowed: a number"),
+        ("learning_rate", "nan", "'nan'; allowed: a number"),
+        ("learning_rate", [1], "[1]; allowed: a number"),
+        ("compile", "maybe", "'maybe'; allowed: true or false"),
+        ("compile", 1, "1; allowed: true or false"),
+        ("dropout", "some", "'some'; allowed: a number or none"),
+        ("dataset", 3, "3; allowed: text"),
+        ("dataset", None, "None; allowed: text"),
+    ],
+)
+def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
+    assert refused(**{key: given}) == f"{key} is {words}"
+
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "words"),
+    [
+        ("channels", [0], ">= 1"),
+        ("shuffle_buffer", [-1], ">= 0"),
+        ("dropout", [-0.1, 1.0], ">= 0 and < 1"),
+        ("num_train_timesteps", [1], ">= 2"),
+        ("beta_start", [0.0, 1.0], "> 0 and < 1"),
+        ("beta_end", [0.0, 1.0], "> 0 and < 1"),
+        ("max_steps", [0], ">= 1"),
+        ("batch_size", [0], ">= 1"),
+        ("gradient_accumulation_steps", [0], ">= 1"),
+        ("learning_rate", [0.0, -1.0], "> 0"),
+        ("lr_warmup_steps", [-1], ">= 0"),
+        ("adam_beta1", [-0.1, 1.0], ">= 0 and < 1"),
+        ("adam_beta2", [-0.1, 1.0], ">= 0 and < 1"),
+        ("adam_epsilon", [0.0], "> 0"),
+        ("weight_decay", [-0.1], ">= 0"),
+        ("max_grad_norm", [-1.0], ">= 0"),
+        ("ema_decay", [-0.1, 1.0], ">= 0 and < 1"),
+        ("seed", [-1, 2**63], ">= 0 and < 9.22337e+18"),
+        ("checkpoint_every", [0], ">= 1"),
+        ("keep_checkpoints", [0], ">= 1"),
+        ("log_every", [0], ">= 1"),
+        ("sample_every", [-1], ">= 0"),
+        ("sample_num_images", [0], ">= 1"),
+        ("sample_steps", [0], ">= 1"),
+    ],
+)
+def test_a_value_out_of_range(key, values, words):
+    for value in values:
+        assert refused(**{key: value}) == f"{key} is {value!r}; allowed: {words}"
+
+
+def test_every_range_is_tested():
+    ranged = {
+        o.name for o in dataclasses.fields(TrainConfig) if {"above", "least", "below"} & set(o.metadata)
+    }
+    tested = {case[0] for case in test_a_value_out_of_range.pytestmark[0].args[1]}
+    assert ranged == tested
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(o.name, "lineer") for o in dataclasses.fields(TrainConfig) if "choices" in o.metadata and o.type is str]
+    + [("mixed_precision", "fp8"), ("num_workers", 2)],
+)
+def test_a_choice_that_is_none(key, value):
+    text = refused(**{key: value})
+    assert text.startswith(f"{key} is {value!r}") and "; allowed: " in text
+
+
+def test_the_nearest_choice_is_named():
+    assert "did you mean 'linear'?" in refused(lr_scheduler="lineer")
+
+
+def test_values_that_contradict_each_other():
+    assert refused(sample_steps=51, num_train_timesteps=50) == "sample_steps is 51; allowed: <= 50 (T)"
+    assert "allowed with it: sample, v_prediction" in refused(rescale_betas_zero_snr=True)
+    assert TrainConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction").rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.01}, "beta_start"),
+        ({"beta_schedule": "squaredcos_cap_v2", "beta_end": 0.01}, "beta_end"),
+        ({"beta_schedule": "laplace", "beta_end": 0.01}, "beta_end"),
+        ({"beta_schedule": "constant", "beta_end": 0.01}, "beta_end"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 10}, "lr_warmup_steps"),
+    ],
+)
+def test_a_key_without_effect_is_refused(changes, key):
+    assert refused(**changes).startswith(f"{key} is {changes[key]}, but ")
+
+
+def test_a_warm_up_of_zero_goes_with_a_constant_rate():
+    assert TrainConfig(lr_scheduler="constant", lr_warmup_steps=0).lr_warmup_steps == 0
+
+
+# Files
+
+
+def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("batchsize = 16\n")
+    assert load_refused(file) == f"config file '{file}': unknown key 'batchsize'; did you mean 'batch_size'?"
+    assert load_refused(lerning_rate=1) == "unknown key 'lerning_rate'; did you mean 'learning_rate'?"
+    file.write_text("[training]\nmax_steps = 3\n")
+    assert "unknown key 'training'" in load_refused(file)
+
+
+def test_a_bad_value_is_blamed_on_who_said_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("batch_size = 0\n")
+    assert load_refused(file) == f"config file '{file}': batch_size is 0; allowed: >= 1"
+    assert load_refused(file, batch_size=-1) == "batch_size is -1; allowed: >= 1"
+    assert TrainConfig.load(file, batch_size=1).batch_size == 1
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "missing.toml"
+    assert load_refused(missing) == f"can't read config file '{missing}': No such file or directory"
+    assert "Is a directory" in load_refused(tmp_path)
+    for name, content, words in (
+        ("bad.toml", b"batch_size = = 3", "is not TOML"),
+        ("latin.toml", b"dataset = '\xe9'", "is not TOML"),
+        ("bad.json", b"{", "is not JSON"),
+        ("latin.json", b'{"dataset": "\xe9"}', "is not JSON"),
+        ("list.json", b"[1, 2]", "holds list; allowed: keys and values"),
+    ):
+        file = tmp_path / name
+        file.write_bytes(content)
+        assert f"config file '{file}' {words}" in load_refused(file)
