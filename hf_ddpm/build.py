@@ -4,6 +4,7 @@ It knows which key feeds which argument, and nothing of what the trainer does wi
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.optimization import get_scheduler
+from diffusers.utils.torch_utils import get_device
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,8 +35,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Devices, processes, precision and trackers.
 
     Raises:
-        ValueError: an unknown tracker, a precision that the device lacks, or a launch that shards the
-            network.
+        ValueError: an unknown tracker, a precision that the device lacks, or a launch whose processes work
+            alone or share out the network.
     """
     trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
     available = sorted(str(name) for name in get_available_trackers())
@@ -46,6 +48,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if is_initialized():
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
+        cpu=get_device() == "cpu",  # else two processes on a CPU would each believe to be alone
         mixed_precision=config.mixed_precision,
         # as an object, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a number
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -56,6 +59,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"the launch started {launched} processes, but accelerate sees {accelerator.num_processes}; "
+            "ACCELERATE_USE_CPU=true joins processes on a CPU"
+        )
     kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in kinds:
         raise ValueError(

@@ -22,9 +22,10 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.pipeline import PIL_CHANNELS, SCHEDULERS, DDPMPipeline, swap_scheduler
+from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.record import REFRESH
+from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.trainer import train
 

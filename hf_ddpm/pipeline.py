@@ -1,15 +1,12 @@
 """DDPMPipeline: noise → model → scheduler → image.
 
-It knows the sampling loop and the folder that a pipeline is saved in. What a step does is the scheduler's;
-how a sampler is chosen by name (`swap_scheduler`) is here, so that scripts and the command line agree.
+It knows the sampling loop and the folder that a pipeline is saved in. What a step does is the scheduler's.
 """
 
-import contextlib
-import difflib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -20,29 +17,17 @@ import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.pixels import one_line
+from hf_ddpm.samplers import diffusers_messages, load_reason, whole_config
 from hf_ddpm.scheduler import DDPMScheduler
 
 logger = logging.getLogger(__name__)
 
-SCHEDULERS: dict[str, type] = {
-    "ddpm": DDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "dpm-solver++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "deis": diffusers.DEISMultistepScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-}
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -191,7 +176,7 @@ class DDPMPipeline(diffusers.DDPMPipeline):
             raise ValueError(
                 f"{type(self.scheduler).__name__} visits step {t.item():g} and predicts no x_0 there"
             )
-        scheduler: Any = DDPMScheduler.from_config(_whole_config(self.scheduler))
+        scheduler: Any = DDPMScheduler.from_config(whole_config(self.scheduler))
         return to_x0(scheduler.process, self.scheduler.config["prediction_type"], output, x_t, int(t))
 
     def check_inputs(
@@ -319,76 +304,16 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         if folder.exists() and not (folder / "model_index.json").is_file():
             raise ValueError(f"model folder {name!r} has no model_index.json: it is not a pipeline folder")
         try:
-            with _messages() as messages:
+            with diffusers_messages() as messages:
                 pipeline = super().from_pretrained(str(folder) if folder.exists() else name, **kwargs)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "" if folder.exists() else "no such folder, and from the Hub: "
-            raise ValueError(f"can't load a pipeline from {name!r}: {tried}{_reason(error)}") from error
+            raise ValueError(f"can't load a pipeline from {name!r}: {tried}{load_reason(error)}") from error
         for message in messages:
             if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
                 raise ValueError(f"can't load a pipeline from {name!r}: {message}")
             logger.warning(message)
         return pipeline
-
-
-def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> None:
-    """Give the pipeline another sampler for the same process.
-
-    Args:
-        pipeline: whose `scheduler` is replaced.
-        name: a key of `SCHEDULERS`.
-        **changes: config keys of the new scheduler, such as `timestep_spacing="trailing"`.
-
-    Raises:
-        ValueError: the name is unknown (the nearest is named).
-    """
-    if name not in SCHEDULERS:
-        near = difflib.get_close_matches(name, SCHEDULERS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
-    config = _whole_config(pipeline.scheduler)
-    if config.get("timestep_spacing") != "trailing":  # a choice; the other two are samplers' defaults
-        config.pop("timestep_spacing", None)
-    if name == "pndm":
-        config["set_alpha_to_one"] = True  # end at x_0, not at step 0's noise level
-    pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
-
-
-def _whole_config(scheduler: Any) -> dict[str, Any]:
-    """A config that another class can be made from.
-
-    `from_config` takes what is noted as left at the old class's default to be the new class's default, but
-    these differ: Heun's betas are others.
-    """
-    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-
-
-@contextlib.contextmanager
-def _messages() -> Iterator[list[str]]:
-    """Collect diffusers' warnings instead of printing them, and let it show no bar."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(" ".join(record.getMessage().split()))
-    library = logging.getLogger("diffusers")
-    handlers, level, bar = library.handlers, library.level, diffusers_logging.is_progress_bar_enabled()
-    library.handlers = [handler]
-    library.setLevel(logging.WARNING)
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield found
-    finally:
-        library.handlers = handlers
-        library.setLevel(level)
-        if bar:
-            diffusers_logging.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    """Why loading failed, in one line: diffusers' words, and what safetensors said before them."""
-    cause: Any = error
-    while cause is not None and not isinstance(cause, SafetensorError):
-        cause = cause.__cause__ or cause.__context__
-    return one_line(error) if cause is None else f"{one_line(error)} {one_line(cause)}"
 
 
 def _is_count(value: Any) -> bool:

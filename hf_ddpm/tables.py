@@ -13,7 +13,7 @@ from hf_ddpm.precision import wide_dtype
 
 
 def add_scaled(x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """x + b·y, in one pass over the images where b is a float."""
+    """X + b·y, in one pass over the images where b is a float."""
     return torch.add(x, y, alpha=b) if isinstance(b, float) else x + b * y
 
 

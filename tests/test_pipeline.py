@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_ddpm.models import create_model
-from hf_ddpm.pipeline import SCHEDULERS, DDPMPipeline, swap_scheduler
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 
 # numpy tells diffusers' schedulers what numpy 3 will want of them.

@@ -1,4 +1,4 @@
-"""Interleaved timing in one process: A B A B ..., and the ratio pair by pair, so that a drifting machine cancels."""
+"""Interleaved timing in one process, A B A B ..., with the ratio pair by pair: a drifting machine cancels."""
 
 import json
 import statistics

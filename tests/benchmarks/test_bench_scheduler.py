@@ -27,4 +27,5 @@ def test_step(shape, variance_type, report):
     ours, stock = (stepper(c(variance_type=variance_type)) for c in (DDPMScheduler, diffusers.DDPMScheduler))
     with torch.no_grad():
         figures = interleave(ours, stock)
-    report(benchmark="scheduler.step", shape=shape, variance_type=variance_type, threads=torch.get_num_threads(), **figures)
+    threads = torch.get_num_threads()
+    report(benchmark="scheduler.step", shape=shape, variance_type=variance_type, threads=threads, **figures)

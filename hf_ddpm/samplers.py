@@ -1,0 +1,90 @@
+"""diffusers' samplers by name, and its loader's habits: what a pipeline must know of the library around it.
+
+It knows config keys, log records and errors of diffusers; it knows no images.
+"""
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+
+from hf_ddpm.pixels import one_line
+from hf_ddpm.scheduler import DDPMScheduler
+
+SCHEDULERS: dict[str, type] = {
+    "ddpm": DDPMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "dpm-solver++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+}
+
+
+def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> None:
+    """Give the pipeline another sampler for the same process.
+
+    Args:
+        pipeline: whose `scheduler` is replaced.
+        name: a key of `SCHEDULERS`.
+        **changes: config keys of the new scheduler, such as `timestep_spacing="trailing"`.
+
+    Raises:
+        ValueError: the name is unknown (the nearest is named).
+    """
+    if name not in SCHEDULERS:
+        near = difflib.get_close_matches(name, SCHEDULERS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
+    config = whole_config(pipeline.scheduler)
+    if config.get("timestep_spacing") != "trailing":  # a choice; the other two are samplers' defaults
+        config.pop("timestep_spacing", None)
+    if name == "pndm":
+        config["set_alpha_to_one"] = True  # end at x_0, not at step 0's noise level
+    pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+
+
+def whole_config(scheduler: Any) -> dict[str, Any]:
+    """A config that another class can be made from.
+
+    `from_config` takes what is noted as left at the old class's default to be the new class's default, but
+    these differ: Heun's betas are others.
+    """
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
+@contextlib.contextmanager
+def diffusers_messages() -> Iterator[list[str]]:
+    """Collect diffusers' warnings instead of printing them, and let it show no bar."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(" ".join(record.getMessage().split()))
+    library = logging.getLogger("diffusers")
+    handlers, level, bar = library.handlers, library.level, diffusers_logging.is_progress_bar_enabled()
+    library.handlers = [handler]
+    library.setLevel(logging.WARNING)
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield found
+    finally:
+        library.handlers = handlers
+        library.setLevel(level)
+        if bar:
+            diffusers_logging.enable_progress_bar()
+
+
+def load_reason(error: Exception) -> str:
+    """Why loading failed, in one line: diffusers' words, and what safetensors said before them."""
+    cause: Any = error
+    while cause is not None and not isinstance(cause, SafetensorError):
+        cause = cause.__cause__ or cause.__context__
+    return one_line(error) if cause is None else f"{one_line(error)} {one_line(cause)}"
