@@ -1,4 +1,4 @@
-"""`make demo`: train on the embedded digits, save, reload, sample, and say how many of the digits are clear."""
+"""`make demo`: train on the embedded digits, save, reload, sample, and say how many digits are clear."""
 
 import argparse
 import time
@@ -61,9 +61,11 @@ def demo(argv: Sequence[str], prog: str) -> None:
 picture         {picture}
 pipeline        {out}   (DDPMPipeline.from_pretrained({str(out)!r}))
 grids, log      {out / "samples"}, {out / "log.jsonl"}
-training        step {result.step}, {result.images} images, {trained - start:.0f} s; whole demo {seconds:.0f} s
-clear digits    {share:.0%} of {NUM_IMAGES} samples, {floor:.0%} of the real test digits: p > {CONFIDENT} for one class
-                by a logistic regression on the real training digits ({accuracy:.1%} right on the test digits)""")
+training        step {result.step}, {result.images} images, {trained - start:.0f} s
+whole demo      {seconds:.0f} s
+clear digits    {share:.0%} of {NUM_IMAGES} samples; {floor:.0%} of the real test digits
+                clear: one class has p > {CONFIDENT}, by a logistic regression trained on the real digits
+                ({accuracy:.1%} right on the test digits)""")
     if args.max_seconds is not None and seconds > args.max_seconds:
         raise RuntimeError(f"the demo took {seconds:.0f} s, more than {args.max_seconds:.0f} s")
 
