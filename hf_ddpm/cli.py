@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 
 from hf_ddpm.config import TrainConfig
@@ -198,7 +199,8 @@ def sample(
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
     if variance_type not in (None, "fixed_small", "fixed_large"):
         raise ValueError(f"variance_type is {variance_type!r}; allowed: fixed_small, fixed_large")
-    state, folder = _processes(), Path(out)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
+    state, folder = PartialState(cpu=on_cpu), Path(out)  # else two processes on CPUs each believe to be alone
     pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
     if scheduler is not None:
         swap_scheduler(pipeline, scheduler)
@@ -235,15 +237,6 @@ def sample(
             (folder / name).unlink()
         print(f"{num_images} images and grid.png in {folder}")
     return grid
-
-
-def _processes() -> PartialState:
-    """The processes of this launch; on CPUs, accelerate has to be told that they belong together."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
-        PartialState._reset_state()
-        state = PartialState(cpu=True)
-    return state
 
 
 def _prepare_folder(folder: Path, overwrite: bool) -> None:

@@ -362,6 +362,14 @@ def test_a_swap_keeps_the_process(sampler, through_disk, tmp_path):
         }
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_a_swap_to_the_samplers_own_steps(sampler, tiny_folder):
+    for pipeline in (DDPMPipeline(tiny(), short()), DDPMPipeline.from_pretrained(tiny_folder)):
+        swap_scheduler(pipeline, sampler)
+        own = SCHEDULERS[sampler]().config.timestep_spacing
+        assert pipeline.scheduler.config.timestep_spacing == own
+
+
 def test_a_swap_keeps_trailing_steps_and_takes_changes():
     pipeline = DDPMPipeline(tiny(), DDPMScheduler(timestep_spacing="trailing"))
     swap_scheduler(pipeline, "ddim", clip_sample_range=2.0)
