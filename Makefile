@@ -35,7 +35,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 bench: install
-	$(BIN)/python -m pytest -m bench -s tests/benchmarks
+	$(BIN)/python -m pytest -n 0 -m bench -s tests/benchmarks
 
 check: lint types test
 

@@ -1,4 +1,8 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and one thread per test process: pytest-xdist starts two."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for processes that tests start
 
 import pytest
 import torch

@@ -435,7 +435,7 @@ def test_any_module_or_function_samples_but_only_diffusers_models_are_saved(tmp_
         ({"image_shape": (8, 8)}, "image_shape is (8, 8); allowed: (C, H, W)"),
         ({"image_shape": 8}, "image_shape is 8; allowed: (C, H, W)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_argument(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):

@@ -816,8 +816,11 @@ def test_two_processes(tmp_path):
 
     losses, model, average, _ = by_hand(config, world=2)
     np.testing.assert_allclose(log(run), np.array(losses).reshape(3, 2).mean(1), rtol=1e-5)
-    torch.testing.assert_close(weights(run, 3), dict(model.state_dict()), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(weights(run, 3, "ema"), average, rtol=1e-4, atol=1e-6)
+    # A key's bias shifts all logits alike: its gradient is rounding, which Adam scales up to a whole step.
+    moved = [name for name in average if not name.endswith("to_k.bias")]
+    for ours, bare in ((weights(run, 3), model.state_dict()), (weights(run, 3, "ema"), average)):
+        pairs = ({name: side[name] for name in moved} for side in (ours, bare))
+        torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-6)
     assert log(run, "images") == [8, 16, 24]
 
     pipeline = DDPMPipeline.from_pretrained(run)
