@@ -6,6 +6,7 @@ It knows words on a command line: it turns them into calls, and a `ValueError` i
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -134,10 +135,9 @@ def train_command(argv: Sequence[str], prog: str) -> None:
     config = TrainConfig.load(values.pop("config"), **values)
     result = train(config)
     if PartialState().is_main_process:
-        print(
-            f"step {result.step}, {result.images} images seen, loss {result.loss:.4f}, "
-            f"{result.images_per_second:.1f} images/s"
-        )
+        done = f"step {result.step}, {result.images} images seen"
+        this_time = f", loss {result.loss:.4f}, {result.images_per_second:.1f} images/s"
+        print(done + ("; nothing left to do" if math.isnan(result.loss) else this_time))
         print(f"pipeline: {result.output_dir}")
 
 
@@ -272,3 +272,6 @@ def _image_seed(seed: int, index: int) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {"train": train_command, "sample": sample_command}
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,7 @@ class TrainConfig:
     horizontal_flip: bool = _option(False, "mirror images at random")
     shuffle_buffer: int = _option(1000, "images shuffled at once, 0 for the order of the files", least=0)
     skip_corrupt: bool = _option(False, "skip and count images that can't be read, instead of stopping")
-    num_workers: int = _option(0, "processes that decode images ahead: 0 or 1", choices=(0, 1))
+    num_workers: int = _option(0, "processes that decode images ahead", choices=(0, 1))
 
     # The network and the process
     model: str = _option(

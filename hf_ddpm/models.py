@@ -134,8 +134,8 @@ def create_model(
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         near = difflib.get_close_matches(str(preset), PRESETS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"preset is {preset!r}{hint} allowed: {', '.join(PRESETS)}")
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"preset {preset!r} is unknown{hint}; allowed: {', '.join(PRESETS)}")
     config = dict(PRESETS[preset])
 
     if image_size is not None:

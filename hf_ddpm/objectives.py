@@ -27,7 +27,12 @@ def simple_loss(
 
     Returns:
         Mean square over dimensions, shape (B,), float32 or wider.
+
+    Raises:
+        ValueError: the model's answer has another shape than the images.
     """
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     target = from_x0_eps(process, prediction_type, x_0, noise, t)
+    if output.shape != target.shape:  # a difference would broadcast without a word
+        raise ValueError(f"the model answered shape {tuple(output.shape)}; allowed: {tuple(target.shape)}")
     return (wide(output) - wide(target)).square().flatten(1).mean(1)

@@ -164,7 +164,7 @@ def test_every_flag_reaches_its_key(configs, capsys):
         (["--image-size", "8.5"], "image_size is '8.5'; allowed: a positive whole number"),
         (["--image-size=7", "--fit=resize"], "image_size is 7; allowed for 'tiny': a positive multiple of 2"),
         (["--learning-rate", "-1e-4"], "learning_rate is -0.0001; allowed: > 0"),
-        (["--model", "tinny"], "preset is 'tinny', did you mean 'tiny'? allowed: cifar10, "),
+        (["--model", "tinny"], "preset 'tinny' is unknown (did you mean 'tiny'?); allowed: cifar10, "),
         (["--model", "/nowhere/model"], "model folder '/nowhere/model' does not exist"),
         (["--dataset", "/nowhere/data"], "no file or folder /nowhere/data"),
         (["--dataset", "somebody/no-such-set"], "can't read 'somebody/no-such-set' as a data set"),

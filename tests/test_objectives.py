@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from hf_ddpm.gaussian import normal_kl
 from hf_ddpm.objectives import simple_loss
 from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps, to_eps, to_x0
+from hf_ddpm.process import DiffusionProcess
 from tests.oracles import (
     STEPS,
     chain,
@@ -282,3 +283,9 @@ def test_reading_an_exact_denoiser_in_any_parametrisation_gives_one_mse():
         assert_allclose(
             to_eps(LINEAR, kind, output, x_t, t), LINEAR.sqrt_one_minus_alphas_cumprod[t] * x_t, rtol=1e-8
         )
+
+
+def test_an_answer_of_another_shape_does_not_broadcast():
+    process, x = DiffusionProcess.from_betas([0.1, 0.2]), torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"answered shape \(2, 2, 4, 4\); allowed: \(2, 1, 4, 4\)"):
+        simple_loss(process, lambda x_t, t: torch.cat([x_t, x_t], 1), x, torch.tensor([0, 1]), x, "epsilon")
