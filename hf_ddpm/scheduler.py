@@ -154,9 +154,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """Choose the steps to execute, evenly by `timestep_spacing`, or one by one.
 
         Args:
-            num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. "leading" keeps the stock grid i·⌊T/K⌋
-                where that stride fits K times into T and no more, and ⌊i·T/K⌋ elsewhere, where the stock one
-                stops far below T.
+            num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. Where diffusers' "leading" grid i·⌊T/K⌋
+                stops so far below T that x_t still knows over 0.01 bits/dim of its image, ours is ⌊i·T/K⌋.
             device (`str` or `torch.device`, *optional*): where `self.timesteps` goes.
             timesteps (`list[int]`, *optional*): the steps themselves, descending; then no
                 `num_inference_steps`.
@@ -174,20 +173,28 @@ class DDPMScheduler(diffusers.DDPMScheduler):
                     f"timesteps {steps.tolist()} are not whole numbers in strictly descending order"
                 )
         else:
-            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
-            steps = spaced_timesteps(spacing, num_inference_steps, len(self.process), offset)
+            steps = self._spaced(num_inference_steps)
         chain = self.process.respaced(steps)
-        if timesteps is None and chain.prior_bpd_at_edges > PRIOR_WARNING:
-            logger.warning(
-                "sampling starts from N(0, I) at step %d, where x_t still knows %.3g bits/dim of its image: "
-                "use more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise",
-                steps[0],
-                chain.prior_bpd_at_edges,
-            )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(steps)
         self.timesteps = steps.to(device if device is not None else "cpu", torch.int64)
         self._chain_of = self.timesteps, self.process if len(steps) == len(self.process) else chain
+
+    def _spaced(self, num_inference_steps: int | None) -> Tensor:
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        steps, known = torch.empty(0), 0.0
+        for even in (False, True):
+            steps = spaced_timesteps(spacing, num_inference_steps, len(self.process), offset, even)
+            known = self.process.respaced(steps).prior_bpd_at_edges
+            if known <= PRIOR_WARNING:
+                return steps
+        logger.warning(
+            "sampling starts from N(0, I) at step %d, where x_t still knows %.3g bits/dim of its image: use "
+            "more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise",
+            steps[0],
+            known,
+        )
+        return steps
 
     def step(
         self,

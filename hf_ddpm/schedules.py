@@ -57,18 +57,22 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def spaced_timesteps(
-    spacing: str, num_inference_steps: int | None, num_steps: int, offset: int = 0
+    spacing: str,
+    num_inference_steps: int | None,
+    num_steps: int,
+    offset: int = 0,
+    even: bool = False,
 ) -> Tensor:
     """K steps out of T, as diffusers spaces them (Lin et al. 2023, table 2).
 
         linspace: round(i (T−1)/(K−1))       leading: i ⌊T/K⌋ + offset       trailing: round((i+1) T/K) − 1
 
     Args:
-        spacing: "linspace", "leading" or "trailing". "leading" takes ⌊i T/K⌋ where the stride ⌊T/K⌋ would
-            fit more than K times into T: diffusers then stops far below T, yet starts from N(0, I).
+        spacing: "linspace", "leading" or "trailing".
         num_inference_steps: K, 1 ≤ K ≤ T.
         num_steps: T.
         offset: added to every step of "leading".
+        even: take ⌊i T/K⌋ for "leading": ⌊T/K⌋ stops at K − 1 where K is more than half of T.
 
     Returns:
         int64, shape (K,), descending.
@@ -82,10 +86,10 @@ def spaced_timesteps(
     if spacing == "linspace":
         steps = np.linspace(0, total - 1, n).round()
     elif spacing == "leading":
-        stride = total // n if total // (total // n) == n else total / n
-        steps = np.floor(np.arange(n) * stride) + offset
+        steps = np.floor(np.arange(n) * (total / n if even else total // n)) + offset
     elif spacing == "trailing":
-        steps = np.round(np.arange(1, n + 1) * total / n) - 1
+        # diffusers' float steps, ties included; where rounding gives it one step too many, at −1, ours ends
+        steps = (np.round(np.arange(total, 0, -total / n))[:n] - 1)[::-1]
     else:
         raise ValueError(f"timestep_spacing is {spacing!r}; allowed: 'linspace', 'leading', 'trailing'")
     if steps[0] < 0 or steps[-1] >= total:

@@ -82,6 +82,18 @@ def test_timesteps_are_the_stock_ones(spacing, num_steps, offset):
     assert ours.num_inference_steps == num_steps
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_every_number_of_steps_has_the_stock_grid_or_a_mended_one(spacing):
+    for n in range(1, 1001, 3):
+        stock, ours = (c(timestep_spacing=spacing) for c in (diffusers.DDPMScheduler, DDPMScheduler))
+        stock.set_timesteps(n)
+        ours.set_timesteps(n)
+        if spacing == "leading" and 501 <= n <= 650:  # the stock grid starts at n − 1: defect 6
+            assert ours.timesteps[0] >= 997
+        else:  # beyond the n-th step the stock grid may have a step −1: defect 2
+            assert ours.timesteps.tolist() == stock.timesteps[:n].tolist()
+
+
 CONFIGS = [
     {},
     {"variance_type": "fixed_large"},

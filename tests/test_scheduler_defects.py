@@ -76,7 +76,7 @@ def test_05_offset_that_leaves_the_chain():
         DDPMScheduler(steps_offset=1).set_timesteps(1000)
 
 
-@pytest.mark.parametrize(("n", "start"), [(600, 599), (501, 500), (300, 897)])
+@pytest.mark.parametrize(("n", "start"), [(600, 599), (501, 500), (640, 639)])
 def test_06_leading_reaches_the_noisy_end(n, start):
     stock, ours = S(), DDPMScheduler()
     stock.set_timesteps(n)
