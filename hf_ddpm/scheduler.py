@@ -260,7 +260,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             return self.chain.index_of(int(timestep))
         if timestep.ndim == 0 and timestep.dtype == torch.int64 and timestep.device == self.timesteps.device:
             # An element of self.timesteps is a view: its address tells its place, and so its value.
-            width = self.timesteps.element_size() * self.timesteps.stride(0)
+            width = self.timesteps.element_size() * max(self.timesteps.stride(0), 1)  # 0 if expanded
             place, inside = divmod(timestep.data_ptr() - self.timesteps.data_ptr(), width)
             if (
                 timestep.device.type != "meta"

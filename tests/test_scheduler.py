@@ -258,6 +258,8 @@ def test_timesteps_assigned_from_outside():
     scheduler.set_timesteps(10)
     scheduler.timesteps = scheduler.timesteps[4:]
     assert scheduler.chain.timesteps.tolist() == [0, 100, 200, 300, 400, 500]
+    scheduler.timesteps = torch.tensor(500).expand(1)
+    assert scheduler.step(draw(1), scheduler.timesteps[0], draw()).prev_sample.isfinite().all()
 
 
 def test_elements_of_timesteps_ints_and_copies_mean_the_same():
