@@ -241,7 +241,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         x_0 = self._clip(to_x0(chain, self.config["prediction_type"], wide(output), x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if not self._is_last(t):
-            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+            noise = _draw_like(output, generator)
             x_prev = add_scaled(x_prev, self._sigma(t, x_t, predicted_variance), wide(noise))
         x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
         return (
@@ -372,3 +372,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         else:
             log_variance = self._log_variance(self.process, 0, predicted_variance)
         return discretized_gaussian_log_likelihood(x_0, pred_original_sample, log_variance).flatten(1).sum(1)
+
+
+def _draw_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """What `randn_tensor` draws; in the plain case without it, as it costs more than a small noise."""
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device == x.device):
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
