@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -29,6 +28,7 @@ from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.record import REFRESH
 from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.seeds import derive_seed
 from hf_ddpm.trainer import train
 
 GRID_IMAGES = 100  # a grid shows at most so many of the samples
@@ -223,7 +223,7 @@ def sample(
     mine = range(state.process_index, num_images, state.num_processes)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(_image_seed(seed, i)) for i in indices]
+        generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
         images: Any = pipeline(len(indices), generators, steps, return_dict=False)[0]
         for i, image in zip(indices, images, strict=True):
             save_image(image, folder / f"{i:05d}.png")
@@ -265,10 +265,6 @@ def _whole(word: str, least: int = 0) -> int:
     if not word.isdecimal() or int(word) < least:
         raise argparse.ArgumentTypeError(f"{word!r}; allowed: whole numbers >= {least}")
     return int(word)
-
-
-def _image_seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {"train": train_command, "sample": sample_command}

@@ -32,7 +32,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
         nats, float64, the broadcast shape.
     """
     mean1, log_variance1, mean2, log_variance2 = (
-        torch.as_tensor(z).double() for z in (mean1, log_variance1, mean2, log_variance2)
+        torch.as_tensor(z, dtype=torch.float64) for z in (mean1, log_variance1, mean2, log_variance2)
     )
     d = log_variance1 - log_variance2
     # expm1(d) − d instead of exp(d) − 1 − d: nothing is lost where the variances nearly agree.
@@ -66,7 +66,7 @@ def discretized_gaussian_log_likelihood(
         ValueError: `method` is neither "exact" nor "tanh".
     """
     x_0, mean = x_0.double(), mean.double()
-    inverse_sigma = torch.exp(-0.5 * torch.as_tensor(log_variance).double())
+    inverse_sigma = torch.exp(-0.5 * torch.as_tensor(log_variance, dtype=torch.float64))
     low = (x_0 - mean - HALF_BIN) * inverse_sigma
     high = (x_0 - mean + HALF_BIN) * inverse_sigma
     if method == "exact":

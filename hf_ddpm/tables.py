@@ -22,7 +22,7 @@ class Tables:
 
     timesteps: Tensor  # (T,) int64, ascending: the step that the network gets for each index
 
-    def at(self, t: Tensor | int, like: Tensor, *tables: str) -> list:
+    def at(self, t: Tensor | int, like: Tensor, *tables: str | Tensor) -> list:
         """The named coefficients at t, ready to multiply images shaped `like`.
 
         Args:
@@ -30,7 +30,7 @@ class Tables:
                 tensors of shape (B, 1, 1, 1), gathered in float64 and cast once to float32 or to `like`'s
                 dtype, the wider.
             like: images, shape (B, ...).
-            tables: names of tables of this class.
+            tables: names of tables of this class, or tables from elsewhere, shape (T,) float64.
 
         Raises:
             ValueError: t is out of 0..T−1. A tensor on an accelerator is trusted: reading it would stall the
@@ -38,10 +38,11 @@ class Tables:
         """
         self._check_index(t)
         if not isinstance(t, Tensor):
-            return [self._floats(name)[t] for name in tables]
+            return [self._floats(z)[t] if isinstance(z, str) else z[t].item() for z in tables]
         dtype, view = wide_dtype(like.dtype), (-1, *[1] * (like.ndim - 1))
         index = t.reshape(-1).to(like.device, torch.int64)
-        return [self._table(name, like.device).index_select(0, index).to(dtype).view(view) for name in tables]
+        found = (self._table(z, like.device) if isinstance(z, str) else z.to(like.device) for z in tables)
+        return [table.index_select(0, index).to(dtype).view(view) for table in found]
 
     def index_of(self, timesteps: Tensor | int) -> Tensor | int:
         """The index in this chain of steps in the network's numbering: the inverse of `timesteps[index]`.

@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
@@ -39,6 +38,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import to_float
 from hf_ddpm.record import Record
 from hf_ddpm.scheduler import PRIOR_WARNING
+from hf_ddpm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         while step < config.max_steps:
             for micro in range(micro_steps):
                 x_0 = to_float(next(batches).to(device, non_blocking=True))
-                _seed(config.seed, step * micro_steps + micro, rank)
+                torch.manual_seed(derive_seed(config.seed, step * micro_steps + micro, rank))
                 t = torch.randint(len(process), (len(x_0),), device=device)
                 noise = torch.randn_like(x_0)
                 if config.channels_last:
@@ -183,11 +183,6 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         logger.warning("%d images could not be read and were skipped", stream.skipped)
     accelerator.end_training()
     return TrainResult(run, step, step * per_step * world, record.loss, record.images_per_second)
-
-
-def _seed(seed: int, draw: int, rank: int) -> None:
-    """Seed every device's generator for one micro-step."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, draw, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint | None:

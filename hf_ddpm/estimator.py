@@ -1,0 +1,261 @@
+"""An unbiased estimate of the bound from a few network evaluations per image, with its standard error.
+
+L_0 has draws of its own, and the others take one t in each of n equally likely parts of a proposal p:
+
+    B̂ = L_T + mean_k L_0^(k) + (1/n) Σ_j L_{t_j} / p_{t_j},     E B̂ = L_T + Σ_{t≥1} E L_t + E L_0
+
+An image's draws depend on (seed, its index) alone, so batches, processes and models see the same ones.
+Importance-sampled t as in Nichol & Dhariwal 2021, section 3.3; the strata are ours.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ddpm.bound import bound_term, prior_kl
+from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.seeds import derive_seed
+
+UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """An unbiased estimate of the bound of each of N images, and the n + n_0 draws it is made of.
+
+    Tensors are float64 on the CPU but for the integers.
+
+    Attributes:
+        image_indices: which images, (N,) int64.
+        prior_bpd: L_T in bits/dim, (N,).
+        decoder_bpd: L_0 in bits/dim at each of its draws, (N, n_0).
+        decoder_x0_mse: ⟨(x̂_0 − x_0)²⟩ there, (N, n_0).
+        t: the steps drawn, all ≥ 1, (N, n) int64.
+        terms_bpd: L_t in bits/dim at each, not yet divided by p_t, (N, n).
+        x0_mse: ⟨(x̂_0 − x_0)²⟩ there, (N, n).
+        proposal: p_t that t was drawn from, (T,), 0 at t = 0 and 1 in sum.
+    """
+
+    image_indices: Tensor
+    prior_bpd: Tensor
+    decoder_bpd: Tensor
+    decoder_x0_mse: Tensor
+    t: Tensor
+    terms_bpd: Tensor
+    x0_mse: Tensor
+    proposal: Tensor
+
+    @property
+    def per_image_rate_bpd(self) -> Tensor:
+        """L_T + (1/n) Σ_j L_{t_j} / p_{t_j}, (N,)."""
+        if self.t.shape[1] == 0:
+            return self.prior_bpd
+        return self.prior_bpd + (self.terms_bpd / self.proposal[self.t]).mean(1)
+
+    @property
+    def per_image_distortion_bpd(self) -> Tensor:
+        """Mean over the draws of L_0, (N,)."""
+        return self.decoder_bpd.mean(1)
+
+    @property
+    def per_image_bpd(self) -> Tensor:
+        """The bound, (N,)."""
+        return self.per_image_rate_bpd + self.per_image_distortion_bpd
+
+    @property
+    def bpd(self) -> float:
+        """Mean bound over the images."""
+        return mean_and_stderr(self.per_image_bpd)[0]
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `bpd`: the spread of images and of draws together; NaN for one image."""
+        return mean_and_stderr(self.per_image_bpd)[1]
+
+    @property
+    def rate_bpd(self) -> float:
+        """Mean rate over the images."""
+        return mean_and_stderr(self.per_image_rate_bpd)[0]
+
+    @property
+    def distortion_bpd(self) -> float:
+        """Mean distortion over the images."""
+        return mean_and_stderr(self.per_image_distortion_bpd)[0]
+
+
+@torch.no_grad()
+def estimate_bound(
+    process: DiffusionProcess,
+    model: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    *,
+    num_evals_per_image: int = 16,
+    num_decoder_evals: int | None = None,
+    seed: int = 0,
+    image_indices: Tensor | Sequence[int] | None = None,
+    proposal: Tensor | None = None,
+    batch_size: int = 64,
+    **options,
+) -> Estimate:
+    """The bound of each image, unbiased, from a few network evaluations.
+
+    Args:
+        process: the chain.
+        model: a denoiser (x_t, t) → output.
+        images: clean images on the grid u/127.5 − 1, shape (N, C, H, W).
+        num_evals_per_image: network evaluations per image, n + n_0, with n ≥ 1.
+        num_decoder_evals: n_0, how many of them are spent on L_0; by default one in eight, at least one.
+        seed: with an image's index, of its draws.
+        image_indices: the images' indices in their data set, (N,), by default 0..N−1.
+        proposal: p_t for t ≥ 1 up to a factor, (T,), entry 0 unused; by default uniform. `pilot_proposal`
+            learns one that needs far fewer evaluations. It must not depend on these draws.
+        batch_size: the network sees at most so many x_t at once.
+        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
+
+    Raises:
+        ValueError: as in `bound_term`, too few evaluations, or a proposal that is not positive.
+    """
+    steps, dims = len(process), images[0].numel()
+    n_0 = max(1, round(num_evals_per_image / 8)) if num_decoder_evals is None else num_decoder_evals
+    if steps == 1:
+        n_0 = num_evals_per_image  # nothing else to evaluate
+    if n_0 < 1 or num_evals_per_image < n_0 + (steps > 1):
+        raise ValueError(
+            f"num_evals_per_image is {num_evals_per_image} with {n_0} for L_0; allowed: at least one for L_0 "
+            "and one for the other steps"
+        )
+    p = _normalised(proposal, steps)
+    indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
+    if len(indices) != len(images):
+        raise ValueError(f"{len(indices)} image_indices for {len(images)} images; allowed: one per image")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; allowed: whole numbers >= 1")
+
+    parts = []
+    for start in range(0, len(images), batch_size):
+        x_0, chunk = images[start : start + batch_size], indices[start : start + batch_size]
+        draws = [_draws(seed, int(i), p, num_evals_per_image - n_0, n_0, x_0.shape[1:]) for i in chunk]
+        t, noise = torch.cat([t for t, _ in draws]), torch.cat([noise for _, noise in draws])
+        owner = torch.arange(len(x_0)).repeat_interleave(num_evals_per_image)
+        found = []
+        for place in torch.arange(len(t)).split(batch_size):
+            x, eps = x_0[owner[place].to(x_0.device)], noise[place].to(x_0.device, x_0.dtype)
+            term = bound_term(process, model, x, t[place].to(x_0.device), eps, **options)
+            found.append(torch.stack([term.nats, term.x0_mse]).cpu())
+        nats, mse = torch.cat(found, 1).view(2, len(x_0), num_evals_per_image)
+        parts.append((chunk, prior_kl(process, x_0).cpu(), t.view_as(nats), nats, mse))
+    chunk, prior, t, nats, mse = (torch.cat(column) for column in zip(*parts, strict=True))
+    bpd = bits_per_dim(nats, dims)
+    return Estimate(
+        image_indices=chunk,
+        prior_bpd=bits_per_dim(prior, dims),
+        decoder_bpd=bpd[:, :n_0],
+        decoder_x0_mse=mse[:, :n_0],
+        t=t[:, n_0:],
+        terms_bpd=bpd[:, n_0:],
+        x0_mse=mse[:, n_0:],
+        proposal=p,
+    )
+
+
+@torch.no_grad()
+def pilot_proposal(
+    process: DiffusionProcess,
+    model: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    *,
+    num_steps: int = 40,
+    seed: int = 0,
+    **options,
+) -> Tensor:
+    """A proposal for `estimate_bound` from a few images: p_t ∝ √E L_t², with a share of uniform.
+
+    √E L_t² is measured on a grid of steps, even in log t, and interpolated in log-log. Any images serve, the
+    evaluated ones too: their draws there are fresh.
+
+    Args:
+        process: the chain.
+        model: a denoiser (x_t, t) → output.
+        images: a few clean images, shape (M, C, H, W); the pilot costs at most M · num_steps evaluations.
+        num_steps: grid points.
+        seed: of the pilot's noise.
+        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
+
+    Returns:
+        p_t, (T,) float64 on the CPU, 0 at t = 0 and 1 in sum over t ≥ 1.
+
+    Raises:
+        ValueError: as in `bound_term`.
+    """
+    last = len(process) - 1
+    if last < 1:
+        return _normalised(None, last + 1)
+    grid = np.unique(np.round(np.geomspace(1, last, num_steps)).astype(int))
+    generator = torch.Generator().manual_seed(derive_seed(2, seed))
+    squares = []
+    for t in grid.tolist():
+        nats = bound_term(process, model, images, t, randn_like(images, generator), **options).nats
+        squares.append(nats.square().mean().item())
+    floor = max(max(squares) * 1e-30, 1e-300)  # a term may be exactly 0
+    log_rms = 0.5 * np.log(np.maximum(squares, floor))
+    rms = np.exp(np.interp(np.log(np.arange(1, last + 1)), np.log(grid), log_rms))
+    p = (1 - UNIFORM_SHARE) * rms / rms.sum() + UNIFORM_SHARE / last
+    return _normalised(torch.from_numpy(np.concatenate([[0.0], p])), last + 1)
+
+
+def mean_and_stderr(values: Tensor) -> tuple[float, float]:
+    """Mean over images and its standard error, std(ddof=1)/√N; NaN for one image.
+
+    Right for any scheme within an image, as long as images are drawn independently.
+    """
+    return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def paired_difference(a: Estimate, b: Estimate) -> tuple[float, float]:
+    """Mean of B̂ − B̂' over the same images with the same draws, and its standard error, in bits/dim.
+
+    Raises:
+        ValueError: the estimates are not of the same images, or not made with the same draws.
+    """
+    for name in ("image_indices", "t"):
+        if not torch.equal(getattr(a, name), getattr(b, name)):
+            raise ValueError(f"the estimates differ in {name}; allowed: same images, seed and proposal")
+    return mean_and_stderr(a.per_image_bpd - b.per_image_bpd)
+
+
+def randn_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise in float32 or float64, as wide as the images; drawn on the generator's device."""
+    place = like.device if generator is None else generator.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=generator, device=place, dtype=dtype).to(like.device, like.dtype)
+
+
+def _normalised(proposal: Tensor | None, steps: int) -> Tensor:
+    """p_t over t ≥ 1 as float64 (T,), with 0 at t = 0."""
+    p = (
+        torch.ones(steps, dtype=torch.float64)
+        if proposal is None
+        else proposal.detach().cpu().double().clone()
+    )
+    if p.shape != (steps,):
+        raise ValueError(f"proposal has shape {tuple(p.shape)}; allowed: ({steps},)")
+    p[0] = 0
+    if not (p[1:] > 0).all() or not p.isfinite().all():
+        t = 1 + int((~((p[1:] > 0) & p[1:].isfinite())).nonzero()[0])
+        raise ValueError(f"proposal[{t}] is {p[t].item()}; allowed: finite and positive for every t >= 1")
+    return p / p.sum() if steps > 1 else p
+
+
+def _draws(seed: int, index: int, p: Tensor, n: int, n_0: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An image's steps, n_0 zeros and one in each of n equally likely parts, and its noise (n_0 + n, ...)."""
+    generator = torch.Generator().manual_seed(derive_seed(1, seed, index))
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    where = (torch.arange(n, dtype=torch.float64) + u) / max(n, 1)
+    t = torch.searchsorted(p.cumsum(0), where, right=True).clamp(1, max(1, len(p) - 1))
+    noise = torch.randn((n_0 + n, *shape), generator=generator)
+    return torch.cat([t.new_zeros(n_0), t]), noise

@@ -1,0 +1,167 @@
+"""The variational bound of images in bits/dim, Ho et al. 2020, eq. 5, with every term, and what it says.
+
+    bits/dim = (L_T + Σ_{t≥1} L_t + L_0) / (D ln 2),     rate = L_T + Σ_{t≥1} L_t,     distortion = L_0
+
+`evaluate_bound` visits every t once; `estimate_bound` (estimator.py) a few; `rate_distortion` reads either as
+a progressive code. The file knows terms and sums. It knows no data set, no folder and no process group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.bound import BoundTerm, bound_term, prior_kl
+from hf_ddpm.estimator import (
+    Estimate,
+    estimate_bound,
+    mean_and_stderr,
+    paired_difference,
+    pilot_proposal,
+    randn_like,
+)
+from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.process import DiffusionProcess
+
+__all__ = [
+    "Bound",
+    "BoundTerm",
+    "Estimate",
+    "RateDistortion",
+    "bound_term",
+    "estimate_bound",
+    "evaluate_bound",
+    "mean_and_stderr",
+    "paired_difference",
+    "pilot_proposal",
+    "prior_kl",
+    "rate_distortion",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The bound of each image with every term; float64, on the CPU.
+
+    Attributes:
+        terms_bpd: L_t in bits/dim, (B, T), index t; t = 0 is L_0.
+        prior_bpd: L_T in bits/dim, (B,).
+        x0_mse: ⟨(x̂_0 − x_0)²⟩ at each t, (B, T).
+        eps_mse: ⟨(ε̂ − ε)²⟩ at each t, (B, T).
+    """
+
+    terms_bpd: Tensor
+    prior_bpd: Tensor
+    x0_mse: Tensor
+    eps_mse: Tensor
+
+    @property
+    def rate_bpd(self) -> Tensor:
+        """L_T + Σ_{t≥1} L_t, (B,)."""
+        return self.prior_bpd + self.terms_bpd[:, 1:].sum(1)
+
+    @property
+    def distortion_bpd(self) -> Tensor:
+        """L_0, (B,)."""
+        return self.terms_bpd[:, 0]
+
+    @property
+    def total_bpd(self) -> Tensor:
+        """The bound, (B,)."""
+        return self.rate_bpd + self.distortion_bpd
+
+
+@dataclass(frozen=True, eq=False)
+class RateDistortion:
+    """The bound as a progressive code, Ho et al. 2020, section 4.3; from t = 0 up, float64 on the CPU.
+
+    Attributes:
+        t: the steps, or the middles of bins of steps, (K,).
+        step_bpd: bits/dim of one step there, mean over images; entry 0 is L_0, (K,).
+        bpd: bits/dim received by one who knows x_t: L_T + Σ_{t'>t} L_t', (K,).
+        rmse_255: 127.5 √⟨(x̂_0 − x_0)²⟩, the error of x̂_0 on the scale 0..255, (K,).
+        rate_bpd: L_T + Σ_{t≥1} L_t.
+        distortion_bpd: L_0.
+    """
+
+    t: Tensor
+    step_bpd: Tensor
+    bpd: Tensor
+    rmse_255: Tensor
+    rate_bpd: float
+    distortion_bpd: float
+
+
+@torch.no_grad()
+def evaluate_bound(
+    process: DiffusionProcess,
+    model: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    *,
+    noise_fn: Callable[[int], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    **options,
+) -> Bound:
+    """Every term of the bound once, with independent noise at each t; T network calls on the whole batch.
+
+    Args:
+        process: the chain.
+        model: a denoiser (x_t, t) → output.
+        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        noise_fn: the noise for each index t of the chain, shape of x_0, instead of fresh draws.
+        generator: of the draws; it may be on the CPU when the images are not.
+        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
+
+    Raises:
+        ValueError: as in `bound_term`.
+    """
+    terms = []
+    for t in reversed(range(len(process))):
+        noise = noise_fn(t) if noise_fn is not None else randn_like(x_0, generator)
+        terms.append(bound_term(process, model, x_0, t, noise, **options))
+    dims = x_0[0].numel()
+    nats, x0_mse, eps_mse = (
+        torch.stack([getattr(term, name) for term in reversed(terms)], 1).cpu()
+        for name in ("nats", "x0_mse", "eps_mse")
+    )
+    return Bound(bits_per_dim(nats, dims), bits_per_dim(prior_kl(process, x_0), dims).cpu(), x0_mse, eps_mse)
+
+
+def rate_distortion(result: Bound | Estimate, num_bins: int = 40) -> RateDistortion:
+    """The progressive curve: error of x̂_0 against the bits that tell x_t, Ho et al. 2020, section 4.3.
+
+    Args:
+        result: of `evaluate_bound`, for a curve over every t; or of `estimate_bound`, for one over bins of t
+            that are about equally likely under its proposal, t = 0 apart.
+        num_bins: at most so many bins, for an estimate.
+    """
+    if isinstance(result, Bound):
+        bins = torch.arange(result.terms_bpd.shape[1])
+        step, mse = result.terms_bpd.mean(0), result.x0_mse.mean(0)
+        hits = torch.ones_like(step)
+        parts = result.rate_bpd.mean().item(), result.distortion_bpd.mean().item()
+    else:
+        p, t = result.proposal, result.t.flatten()
+        step, mse, hits = (torch.zeros_like(p) for _ in range(3))
+        weight = 1 / (p[t] * max(1, len(t)))  # sums over draws become unbiased sums over t
+        step.index_add_(0, t, weight * result.terms_bpd.flatten())
+        mse.index_add_(0, t, weight * result.x0_mse.flatten())
+        hits.index_add_(0, t, weight)
+        step[0], mse[0], hits[0] = result.decoder_bpd.mean(), result.decoder_x0_mse.mean(), 1
+        bins = 1 + ((p.cumsum(0) - p) * num_bins).long().clamp(0, num_bins - 1)
+        bins[0] = 0
+        parts = result.rate_bpd, result.distortion_bpd
+
+    above = step.flip(0).cumsum(0).flip(0) - step
+    bins = bins.unique(return_inverse=True)[1]
+    count = torch.bincount(bins).double()
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(count).index_add_(0, bins, values)
+
+    seen = total(hits) > 0
+    middle = total(torch.arange(len(bins), dtype=torch.float64)) / count
+    bpd = result.prior_bpd.mean() + total(above) / count
+    rmse_255 = 127.5 * (total(mse) / total(hits)).sqrt()
+    return RateDistortion(middle[seen], (total(step) / count)[seen], bpd[seen], rmse_255[seen], *parts)
