@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood, normal_kl
-from hf_ddpm.parametrization import learned_range_log_variance, to_x0
+from hf_ddpm.parametrization import PREDICTION_TYPES, learned_range_log_variance, to_x0
 from hf_ddpm.process import DiffusionProcess
 
 FIXED = {"fixed_small": "log_fixed_small", "fixed_large": "log_fixed_large"}
@@ -97,11 +97,15 @@ def bound_term(
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}; allowed: {', '.join(DECODERS)}")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}")
+    if not x_0.is_floating_point():
+        raise ValueError(f"x_0 is {x_0.dtype}; allowed: floating-point images in [-1, 1]")
     if noise.shape != x_0.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}")
     if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}; allowed: ({x_0.shape[0]},), one step per example")
-    table = _variance_table(process, variance_type)
+    table = variance_table(process, variance_type)
     x_t = process.q_sample(x_0, noise, t)
     if (model is None) == (model_output is None):
         raise ValueError("pass exactly one of model and model_output")
@@ -142,7 +146,7 @@ def bound_term(
     return BoundTerm(nats, x0_mse.detach(), (snr * x0_mse).detach())
 
 
-def _variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> str | Tensor | None:
+def variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> str | Tensor | None:
     """Name or values of the table of log σ_t², None for a learned variance."""
     if isinstance(variance_type, Tensor):
         if variance_type.shape != (len(process),):
@@ -150,7 +154,7 @@ def _variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> s
                 f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
             )
         return variance_type.double()
-    if variance_type not in FIXED and variance_type not in LEARNED:
+    if not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
         raise ValueError(
             f"variance_type is {variance_type!r}; allowed: {', '.join((*FIXED, *LEARNED))}, or a (T,) tensor"
         )

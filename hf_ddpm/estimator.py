@@ -5,7 +5,8 @@ L_0 has draws of its own, and the others take one t in each of n equally likely 
     B̂ = L_T + mean_k L_0^(k) + (1/n) Σ_j L_{t_j} / p_{t_j},     E B̂ = L_T + Σ_{t≥1} E L_t + E L_0
 
 An image's draws depend on (seed, its index) alone, so batches, processes and models see the same ones.
-Importance-sampled t as in Nichol & Dhariwal 2021, section 3.3; the strata are ours.
+Importance-sampled t as in Nichol & Dhariwal 2021, section 3.3, with the optimal p_t ∝ √E L_t²; the strata,
+and the proposal that needs no pilot, are ours.
 """
 
 import math
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import bound_term, prior_kl
-from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.bound import bound_term, prior_kl, variance_table
+from hf_ddpm.gaussian import bits_per_dim, normal_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import derive_seed
 
 UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
+PIXEL_VARIANCE = 0.25  # what `default_proposal` takes for the spread that a network can't predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +114,8 @@ def estimate_bound(
         num_decoder_evals: n_0, how many of them are spent on L_0; by default one in eight, at least one.
         seed: with an image's index, of its draws.
         image_indices: the images' indices in their data set, (N,), by default 0..N−1.
-        proposal: p_t for t ≥ 1 up to a factor, (T,), entry 0 unused; by default uniform. `pilot_proposal`
-            learns one that needs far fewer evaluations. It must not depend on these draws.
+        proposal: p_t for t ≥ 1 up to a factor, (T,), entry 0 unused; by default `default_proposal`, which is
+            the same for all models of a process. It must not depend on these draws.
         batch_size: the network sees at most so many x_t at once.
         **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
 
@@ -129,7 +131,11 @@ def estimate_bound(
             f"num_evals_per_image is {num_evals_per_image} with {n_0} for L_0; allowed: at least one for L_0 "
             "and one for the other steps"
         )
-    p = _normalised(proposal, steps)
+    p = (
+        default_proposal(process, options["variance_type"])
+        if proposal is None
+        else _normalised(proposal, steps)
+    )
     indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
     if len(indices) != len(images):
         raise ValueError(f"{len(indices)} image_indices for {len(images)} images; allowed: one per image")
@@ -163,13 +169,36 @@ def estimate_bound(
     )
 
 
+def default_proposal(process: DiffusionProcess, variance_type: str | Tensor) -> Tensor:
+    """A proposal without a pilot: p_t ∝ L_t of Gaussian data of variance 1/4, with a share of uniform.
+
+        mse_t = 1 / (4 + SNR_t),     L_t = KL at ⟨(x̂_0 − x_0)²⟩ = mse_t,     learned variances as optimal
+
+    Args:
+        process: the chain.
+        variance_type: as in `bound_term`.
+
+    Returns:
+        p_t, (T,) float64 on the CPU, 0 at t = 0 and 1 in sum over t ≥ 1.
+    """
+    table = variance_table(process, variance_type)
+    if len(process) < 2:
+        return torch.zeros(len(process), dtype=torch.float64)
+    mse = 1 / (1 / PIXEL_VARIANCE + process.snr)
+    shift = process.posterior_mean_coef_x0 * mse.sqrt()
+    if table is None:
+        table = (process.posterior_variance + shift**2).log()
+    log_variance = getattr(process, table) if isinstance(table, str) else table
+    return _mixed(normal_kl(shift, process.log_fixed_small, shift.new_zeros(()), log_variance)[1:])
+
+
 @torch.no_grad()
 def pilot_proposal(
     process: DiffusionProcess,
     model: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     *,
-    num_steps: int = 40,
+    num_steps: int = 20,
     seed: int = 0,
     **options,
 ) -> Tensor:
@@ -194,18 +223,15 @@ def pilot_proposal(
     """
     last = len(process) - 1
     if last < 1:
-        return _normalised(None, last + 1)
+        return torch.zeros(last + 1, dtype=torch.float64)
     grid = np.unique(np.round(np.geomspace(1, last, num_steps)).astype(int))
     generator = torch.Generator().manual_seed(derive_seed(2, seed))
     squares = []
     for t in grid.tolist():
         nats = bound_term(process, model, images, t, randn_like(images, generator), **options).nats
-        squares.append(nats.square().mean().item())
-    floor = max(max(squares) * 1e-30, 1e-300)  # a term may be exactly 0
-    log_rms = 0.5 * np.log(np.maximum(squares, floor))
-    rms = np.exp(np.interp(np.log(np.arange(1, last + 1)), np.log(grid), log_rms))
-    p = (1 - UNIFORM_SHARE) * rms / rms.sum() + UNIFORM_SHARE / last
-    return _normalised(torch.from_numpy(np.concatenate([[0.0], p])), last + 1)
+        squares.append(max(nats.square().mean().item(), 1e-300))  # a term may be exactly 0
+    log_rms = np.interp(np.log(np.arange(1, last + 1)), np.log(grid), 0.5 * np.log(squares))
+    return _mixed(torch.from_numpy(np.exp(log_rms)))
 
 
 def mean_and_stderr(values: Tensor) -> tuple[float, float]:
@@ -235,18 +261,22 @@ def randn_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=place, dtype=dtype).to(like.device, like.dtype)
 
 
-def _normalised(proposal: Tensor | None, steps: int) -> Tensor:
+def _mixed(weights: Tensor) -> Tensor:
+    """The proposal (T,) from weights of t = 1..T−1, with its share of uniform."""
+    p = (1 - UNIFORM_SHARE) * weights / weights.sum().clamp(min=1e-300) + UNIFORM_SHARE / len(weights)
+    return _normalised(torch.cat([p.new_zeros(1), p]), len(p) + 1)
+
+
+def _normalised(proposal: Tensor, steps: int) -> Tensor:
     """p_t over t ≥ 1 as float64 (T,), with 0 at t = 0."""
-    p = (
-        torch.ones(steps, dtype=torch.float64)
-        if proposal is None
-        else proposal.detach().cpu().double().clone()
-    )
+    p = proposal.detach().cpu().double().clone()
     if p.shape != (steps,):
         raise ValueError(f"proposal has shape {tuple(p.shape)}; allowed: ({steps},)")
     p[0] = 0
-    if not (p[1:] > 0).all() or not p.isfinite().all():
-        t = 1 + int((~((p[1:] > 0) & p[1:].isfinite())).nonzero()[0])
+    wrong = ~((p > 0) & p.isfinite())
+    wrong[0] = False
+    if wrong.any():
+        t = int(wrong.nonzero()[0])
         raise ValueError(f"proposal[{t}] is {p[t].item()}; allowed: finite and positive for every t >= 1")
     return p / p.sum() if steps > 1 else p
 

@@ -6,8 +6,10 @@
 a progressive code. The file knows terms and sums. It knows no data set, no folder and no process group.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,14 +17,16 @@ from torch import Tensor
 from hf_ddpm.bound import BoundTerm, bound_term, prior_kl
 from hf_ddpm.estimator import (
     Estimate,
+    default_proposal,
     estimate_bound,
     mean_and_stderr,
     paired_difference,
     pilot_proposal,
     randn_like,
 )
-from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.gaussian import bits_per_dim, normal_kl
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.seeds import derive_seed
 
 __all__ = [
     "Bound",
@@ -30,13 +34,16 @@ __all__ = [
     "Estimate",
     "RateDistortion",
     "bound_term",
+    "default_proposal",
     "estimate_bound",
     "evaluate_bound",
+    "image_noise",
     "mean_and_stderr",
     "paired_difference",
     "pilot_proposal",
     "prior_kl",
     "rate_distortion",
+    "with_variance",
 ]
 
 
@@ -126,6 +133,45 @@ def evaluate_bound(
         for name in ("nats", "x0_mse", "eps_mse")
     )
     return Bound(bits_per_dim(nats, dims), bits_per_dim(prior_kl(process, x_0), dims).cpu(), x0_mse, eps_mse)
+
+
+def image_noise(seed: int, image_indices: Sequence[int], like: Tensor) -> Callable[[int], Tensor]:
+    """A `noise_fn` whose draws for an image depend on (seed, its index) alone, called for t = T−1 down to 0.
+
+    Args:
+        seed: of the draws.
+        image_indices: the images' indices in their data set, (B,).
+        like: the images, shape (B, ...), for shape, dtype and device.
+    """
+    generators = [torch.Generator().manual_seed(derive_seed(3, seed, int(i))) for i in image_indices]
+
+    def noise(t: int) -> Tensor:
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(drawn).to(like.device, like.dtype)
+
+    return noise
+
+
+def with_variance(
+    result: Bound | Estimate, process: DiffusionProcess, variance_type: Literal["fixed_small", "fixed_large"]
+) -> Bound | Estimate:
+    """The same evaluation under the other fixed variance: x̂_0 is the same, so no network is called.
+
+        L_t = ½ [log σ²/β̃ − 1 + β̃/σ² + c0² ⟨(x̂_0 − x_0)²⟩ / σ²] nats/dim,     t ≥ 1;     L_0 is shared
+
+    Args:
+        result: of `evaluate_bound` or `estimate_bound` with a fixed variance.
+        process: the chain that it was made with.
+        variance_type: the variance to score it with.
+    """
+    t = torch.arange(1, len(process)) if isinstance(result, Bound) else result.t
+    mse = result.x0_mse[:, 1:] if isinstance(result, Bound) else result.x0_mse
+    shift = process.posterior_mean_coef_x0[t] * mse.sqrt()
+    table = process.log_variance(variance_type)[t]
+    terms = bits_per_dim(normal_kl(shift, process.log_fixed_small[t], shift.new_zeros(()), table), 1)
+    if isinstance(result, Bound):
+        terms = torch.cat([result.terms_bpd[:, :1], terms], 1)
+    return dataclasses.replace(result, terms_bpd=terms)
 
 
 def rate_distortion(result: Bound | Estimate, num_bins: int = 40) -> RateDistortion:

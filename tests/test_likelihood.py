@@ -1,0 +1,535 @@
+"""likelihood.py, bound.py: the exact bound against maths.md (1, 2, 4, 5.1, 7, 8) and against linear algebra.
+
+Expectations are exact where they can be: with a linear denoiser a KL is a quadratic of (x_0, ε), which four
+pixels (±1, ±1) average without error.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
+from hf_ddpm.likelihood import bound_term, evaluate_bound, prior_kl, rate_distortion
+from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps
+from hf_ddpm.process import DiffusionProcess
+from tests.bound_oracles import (
+    LN2,
+    LinearModel,
+    all_steps,
+    answers,
+    continuous_l0,
+    draw,
+    every_level,
+    gaussian_denoiser,
+    kl,
+    levels,
+    per_step,
+    toy_learned,
+    toy_model,
+    trapezoid,
+)
+from tests.oracles import (
+    STEPS,
+    betas_by_definition,
+    chain,
+    expectation,
+    log_probability,
+    mse_of_gaussian,
+    near,
+    optimal_log_variance,
+    spaced,
+)
+
+LINEAR = chain("linear")
+SHORT = DiffusionProcess.from_betas([0.1, 0.3, 0.2, 0.5])
+T_4, X_4, EPS_4 = torch.arange(4), levels(4, 1, 2, 3), draw(4, 1, 2, 3)
+PLAIN = {"prediction_type": "sample", "clip_x0": False}
+X, EPS = (torch.tensor(z).double().view(1, 1, 2, 2) for z in ([1, 1, -1, -1], [1, -1, 1, -1]))
+VARIANCES = ["fixed_small", "fixed_large", "learned", "learned_range", "tensor"]
+COSINE = "squaredcos_cap_v2"
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("linear", 2.91129454203e-5),
+        ("scaled_linear", 5.29239358283e-4),
+        (COSINE, 1.7519849882548e-9),
+        ("sigmoid", 2.86249503442e-5),
+        ("constant", 1.0295489313177e-5),
+    ],
+)
+def test_prior_at_plus_and_minus_one(name, bits):
+    for x_0 in (X, X.float()):
+        nats = prior_kl(chain(name), x_0.repeat(3, 2, 1, 1))
+        assert (nats.shape, nats.dtype) == ((3,), torch.float64)
+        assert_allclose(nats / (8 * LN2), bits, rtol=1e-10)
+
+
+def test_prior_by_definition():
+    linear, x_0 = LinearModel([0.1, 0.3, 0.2], [0, 1, 2], 4), levels(3, 2, 1, 2)
+    last, unit = linear.s[2] ** 2 * np.eye(4), (np.zeros(4), np.eye(4))
+    expected = [kl(linear.a[2] * x, last, *unit) for x in x_0.flatten(1).numpy()]
+    assert_allclose(prior_kl(linear.process, x_0), expected, rtol=1e-12)
+    # Zero terminal SNR: the chain ends in N(0, I) itself.
+    assert (prior_kl(DiffusionProcess.from_betas([0.1, 1.0]), x_0) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("t", "small", "large", "optimal"),
+    [
+        (1, 109.052846851, 49.711617084, 2.69477711652),
+        (500, 1.86079010462e-5, 1.87757853146e-5, 1.86075548008e-5),
+    ],
+)
+def test_kl_at_mse_0_04(t, small, large, optimal):
+    x_0, noise, steps = torch.full((2, 1, 2, 3), 0.25).double(), draw(2, 1, 2, 3), torch.tensor([t, t])
+    model, best = answers(x_0 + 0.2 * EPS[0, 0, 0].view(2, 1, 1, 1)), optimal_log_variance(LINEAR, 0.04)
+    for variance_type, expected in [("fixed_small", small), ("fixed_large", large), (best, optimal)]:
+        term = bound_term(LINEAR, model, x_0, steps, noise, variance_type=variance_type, **PLAIN)
+        assert {z.dtype for z in (term.nats, term.x0_mse, term.eps_mse)} == {torch.float64}
+        assert_allclose(term.nats / 6, expected, rtol=2e-10)
+        assert_allclose(term.x0_mse, 0.04, rtol=1e-12)
+        assert_allclose(term.eps_mse, 0.04 * LINEAR.snr[t].item(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "variance_type", "interior", "saturated"),
+    [
+        ("linear", "fixed_small", 1.305377656, 0.509825070),
+        ("linear", "fixed_large", 1.305377656, 0.509825070),
+        (COSINE, "fixed_small", 0.739002762, 0.322691696),
+        ("linear", "log β", 1.712846020, 0.615886423),
+        ("constant", "fixed_small", 6.735172281, 0.986521074),
+    ],
+)
+def test_floor_of_l0(name, variance_type, interior, saturated):
+    x_0, t = every_level(), torch.zeros(256, dtype=torch.int64)
+    variance_type = chain(name).log_betas if variance_type == "log β" else variance_type
+    term = bound_term(chain(name), answers(x_0), x_0, t, draw(256, 1), variance_type=variance_type, **PLAIN)
+    assert_allclose(term.nats[1:-1] / LN2, interior, atol=1e-9)
+    assert_allclose(term.nats[[0, -1]] / LN2, saturated, atol=1e-9)
+
+
+@pytest.mark.parametrize(("first", "variance"), [("spaced", 9.99308760e-5), ("full", 5.45318766130e-5)])
+def test_first_entry_of_a_respaced_chain(first, variance):
+    process, x_0 = LINEAR.respaced(spaced("linear", 10).timesteps, first), levels(1, 1, 2, 3)
+    expected = -sum(log_probability(x, x + 0.01, math.sqrt(variance))[0] for x in x_0.flatten().tolist())
+    for variance_type in ("fixed_small", "fixed_large"):
+        bound = evaluate_bound(process, answers(x_0 + 0.01), x_0, variance_type=variance_type, **PLAIN)
+        assert bound.distortion_bpd.item() * 6 * LN2 == near(expected, rel=2e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "variance_type", "gap", "own"),
+    [
+        ("linear", "fixed_large", 0.113702526520, 0),
+        ("linear", "fixed_small", 0.578594845267, 0.464892318747),
+        (COSINE, "fixed_large", 0.127816128685, None),
+        (COSINE, "fixed_small", 0.534457322844, None),
+        ("constant", "fixed_large", 0.106106667549, None),
+        ("constant", "fixed_small", 0.257093450159, None),
+    ],
+)
+def test_bound_of_standard_normal_data(name, variance_type, gap, own):
+    # Bound − entropy in nats/dim with a continuous L_0, whose σ_0² is our tables' or β_0.
+    process, exact_eps = chain(name), per_step(name, lambda x_t, abar: (1 - abar).sqrt() * x_t)
+    term = all_steps(process, exact_eps, X, EPS, variance_type=variance_type, clip_x0=False)
+    rate = (prior_kl(process, X) + term.nats[1:].sum()).item() / 4
+    tables = process.log_variance(variance_type), process.log_betas
+    for (log_variance, *_), expected in zip(tables, (gap, own), strict=True):
+        excess = rate + continuous_l0(term.x0_mse[0], log_variance) - 0.5 * math.log(2 * math.pi * math.e)
+        assert expected is None or excess.item() == pytest.approx(expected, abs=2e-11)
+    if name == "linear":
+        kls = {"fixed_large": 4.60515000643, "fixed_small": 5.07004232518}[variance_type]
+        assert term.nats[1:].sum().item() / 4 == near(kls, rel=2e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "large", "small"),
+    [
+        ("linear", 10, 0.597679464, 310.233393097),
+        ("linear", 50, 0.144340467, 38.438907465),
+        ("linear", 1000, 0.170653764, 0.798177770),
+        (COSINE, 10, 0.368145820, 391.758797254),
+        (COSINE, 50, 0.078805137, 29.556012785),
+        (COSINE, 1000, 0.187974487, 0.752635067),
+    ],
+)
+def test_optimal_variance_of_gaussian_data_attains_the_entropy(name, count, large, small):
+    # I2 of section 8, x_0 ~ N(0, 0.25²); the network is told the full chain's steps.
+    process, model = spaced(name, count), gaussian_denoiser(name, 1 / 16)
+    best = optimal_log_variance(process, mse_of_gaussian(process, 1 / 16))
+    for variance_type, gap in [(best, 0), ("fixed_large", large), ("fixed_small", small)]:
+        log_variance = process.log_variance("fixed_small") if gap else best
+        term = all_steps(process, model, X / 4, EPS, variance_type=variance_type, **PLAIN)
+        rate = (prior_kl(process, X / 4) + term.nats[1:].sum()) / 4
+        nats = rate + continuous_l0(term.x0_mse[0], log_variance[0]) + math.log(127.5)
+        assert nats.item() / LN2 - 7.041449022039 == pytest.approx(gap, abs=2e-9)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_a_point_mass_costs_no_kl(kind):
+    # fixed_small is its true reverse variance (section 2).
+    x_0, noise, t = levels(1, 1, 2, 3), draw(1, 1, 2, 3), torch.arange(1000)
+    output = from_x0_eps(LINEAR, kind, *(z.expand(1000, 1, 2, 3) for z in (x_0, noise)), t)
+    options = {"variance_type": "fixed_small", "prediction_type": kind, "model_output": output}
+    assert_allclose(all_steps(LINEAR, None, x_0, noise, **options).nats[1:], 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("clip_x0", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_fixed_small_is_the_fall_of_snr_times_the_error(name, clip_x0):
+    # I1 of section 8, whatever the model.
+    options = {"variance_type": "fixed_small", "clip_x0": clip_x0}
+    term = all_steps(chain(name), toy_model, levels(1, 3, 2, 1), draw(1, 3, 2, 1), **options)
+    abar = np.cumprod(1 - betas_by_definition(name))
+    snr, mse = abar / (1 - abar), term.x0_mse.numpy()
+    assert_allclose(term.nats[1:], 0.5 * 6 * (snr[:-1] - snr[1:]) * mse[1:], rtol=2e-9)
+    assert_allclose(term.eps_mse, snr * mse, rtol=1e-9)
+
+
+def test_zero_terminal_snr():
+    process, x_0, noise = DiffusionProcess.from_betas([0.1, 0.5, 1.0]), levels(1, 1, 2, 2), draw(1, 1, 2, 2)
+    for kind in ("v_prediction", "sample"):
+        term = all_steps(process, toy_model, x_0, noise, variance_type="fixed_small", prediction_type=kind)
+        assert term.nats[2].item() == near(0.5 * 4 * 0.45 / 0.55 * term.x0_mse[2].item(), rel=1e-12)
+        assert term.eps_mse[2] == 0
+    with pytest.raises(ValueError, match="alphas_cumprod is 0"):
+        all_steps(process, toy_model, x_0, noise, variance_type="fixed_small")
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large", "optimal"),
+    [
+        ("linear", 1.006840855, 1.487182879, 1.004938123),
+        (COSINE, 1.003742087, 1.432728136, 1.002612902),
+        ("constant", 1.276588385, 1.134494788, 1.128943729),
+    ],
+)
+def test_price_of_one_pixel(name, small, large, optimal):
+    # Section 5.1: a fair coin ±1 with its exact denoiser, in bits; by symmetry x_0 = 1.
+    process, (z, weight) = chain(name), trapezoid(321)
+    t, noise = torch.arange(len(process)).repeat_interleave(321), z.repeat(len(process))[:, None]
+    x_0, model = torch.ones_like(noise), per_step(name, lambda x, abar: (abar.sqrt() / (1 - abar) * x).tanh())
+
+    def expected(variance_type):
+        options = {"variance_type": variance_type, "prediction_type": "sample"}
+        term = bound_term(process, model, x_0, t, noise, **options)
+        return ((y.view(-1, 321) * weight).sum(1) for y in (term.nats, term.x0_mse))
+
+    nats, mse = expected("fixed_small")
+    large_nats, best_nats = (next(expected(v)) for v in ("fixed_large", optimal_log_variance(process, mse)))
+    a, s = (getattr(process, f"sqrt_{table}alphas_cumprod")[0].item() for table in ("", "one_minus_"))
+    unsure = expectation(lambda z: np.logaddexp(0, -2 * a * (a + s * z) / s**2))  # H(x_0 | x_{t=0})
+    rest = prior_kl(process, x_0[:1]).item() + unsure
+    for terms, bits in [(nats, small), (large_nats, large), (best_nats, optimal)]:
+        assert (terms[1:].sum().item() + rest) / LN2 == pytest.approx(bits, abs=1e-9)
+
+
+def test_bound_of_a_finite_set_is_at_least_its_entropy():
+    # I3 of section 8: 4 images of 4 pixels hold 2 bits. Five standard errors; σ_0 so narrow that L_0 is ~0.
+    process, images = spaced("linear", 100), levels(4, 1, 2, 2)
+    points = images.flatten(1)
+
+    def mean_of_the_set(x_t, abar):
+        dot, abar = abar.flatten(1).sqrt() * x_t.flatten(1) @ points.T, abar.flatten(1)
+        weight = ((dot - 0.5 * abar * points.square().sum(1)) / (1 - abar)).softmax(1)
+        return (weight @ points).view_as(x_t)
+
+    table = torch.cat([torch.tensor([math.log(1e-6)]).double(), process.log_variance("fixed_small")[1:]])
+    options = {"variance_type": table, "generator": torch.Generator().manual_seed(0), **PLAIN}
+    model, x_0 = per_step("linear", mean_of_the_set), images.repeat(100, 1, 1, 1)
+    bound = evaluate_bound(process, model, x_0, **options)
+    excess, stderr = bound.total_bpd.mean() - 0.5, bound.total_bpd.std() / 20
+    assert -5 * stderr < excess < 0.1
+    assert bound.distortion_bpd.max() < 1e-3
+
+
+# Linear algebra
+
+
+@pytest.mark.parametrize("variance_type", VARIANCES)
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [0, 2, 4], [1, 4]], ids=["full", "respaced", "two"])
+def test_terms_by_brute_force(kept, variance_type):
+    linear, t = LinearModel([0.1, 0.3, 0.2, 0.5, 0.4], kept, 4), torch.arange(len(kept)).repeat(2)
+    x_0, noise = levels(len(t), 2, 1, 2), 0.7 * draw(len(t), 2, 1, 2)
+    log_variance, argument, second = linear.log_variance(variance_type)
+    expected = linear.terms(x_0, t, noise, log_variance)
+    for kind, clip_x0 in itertools.product(PREDICTION_TYPES, (False, True)):
+        options = {"variance_type": argument, "prediction_type": kind, "clip_x0": clip_x0}
+        term = bound_term(linear.process, linear.network(kind, second), x_0, t, noise, **options)
+        for got, want in zip((term.nats, term.x0_mse, term.eps_mse), expected, strict=True):
+            assert_allclose(got, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("variance_type", VARIANCES)
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 3]], ids=["full", "respaced"])
+def test_bound_is_minus_log_p_plus_the_kl_of_the_paths(kept, variance_type):
+    # An equality with the L_0 of a continuous image; E over ε by 4 points ±√2 e_i, exact for quadratics.
+    linear = LinearModel([0.1, 0.3, 0.2, 0.5], kept, 2)
+    linear.v[0] = linear.v[0, 0]  # one σ_0 for both pixels
+    log_variance, argument, second = linear.log_variance(variance_type)
+    x_0, points = levels(3, 1, 1, 2).repeat_interleave(4, 0), torch.cat([torch.eye(2), -torch.eye(2)])
+    noise = math.sqrt(2) * points.double().view(4, 1, 1, 2).repeat(3, 1, 1, 1)
+    options = {"variance_type": argument, "clip_x0": False, "noise_fn": lambda t: noise}
+    bound = evaluate_bound(linear.process, linear.network("epsilon", second), x_0, **options)
+    nats = 2 * LN2 * bound.rate_bpd + 2 * continuous_l0(bound.x0_mse[:, 0], log_variance[0, 0])
+    for x, got in zip(x_0[::4].flatten(1).numpy(), nats.view(3, 4).mean(1).tolist(), strict=True):
+        log_p, gap = linear.log_p_and_gap(x, log_variance)
+        assert got == near(-log_p + gap, rel=1e-9)
+
+
+@pytest.mark.parametrize("optimal", [True, False], ids=["optimal", "fixed_large"])
+def test_bound_of_every_level_is_at_least_its_code_length(optimal):
+    # One pixel: P(level) is the mass of p_θ(x_0) in its bin. Σ exp(−bound) ≤ 1, and nearly 1 for p = q.
+    linear, x_0, (z, weight) = LinearModel([0.3, 0.5, 0.7, 0.99], range(4), 1), every_level(), trapezoid(121)
+    process, mse = linear.process, mse_of_gaussian(linear.process, 1 / 16)
+    log_variance = process.log_variance("fixed_large")
+    if optimal:  # the exact denoiser of N(0, 0.25²)
+        linear.A[:, 0, 0], linear.b[:] = mse * process.snr / process.alphas_cumprod.sqrt(), 0
+        log_variance = optimal_log_variance(process, mse)
+    options = {"variance_type": log_variance, "noise_fn": lambda t: z.repeat(256)[:, None], **PLAIN}
+    bound = evaluate_bound(process, linear.network("sample", None), x_0.repeat_interleave(121, 0), **options)
+    nats = LN2 * (bound.total_bpd.view(256, 121) * weight).sum(1)
+    mean, cov = linear.reverse(log_variance.numpy()[:, None])
+    length = [-log_probability(x, mean[0], math.sqrt(cov[0, 0]))[0] for x in x_0[:, 0].tolist()]
+    assert (nats.numpy() - length).min() > 0
+    assert (0.998 if optimal else 0) < torch.exp(-nats).sum().item() < 1
+
+
+# Options
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_clip_x0_acts_on_the_prediction_and_precedes_the_errors(kind):
+    guess = X_4 + draw(4, 1, 2, 3, seed=1)
+    assert (guess.abs() > 1).any() and (guess.abs() < 1).any()
+    eps = SHORT.predict_eps(SHORT.q_sample(X_4, EPS_4, T_4), guess, T_4)
+    output = from_x0_eps(SHORT, kind, guess, eps, T_4)
+    args, options = (SHORT, None, X_4, T_4, EPS_4), {"variance_type": "fixed_large"}
+    cut = guess.clamp(-1, 1)
+    for clip, seen in [({}, cut), ({"clip_x0": True}, cut), ({"clip_x0": False}, guess)]:
+        term = bound_term(*args, prediction_type=kind, model_output=output, **options, **clip)
+        plain = bound_term(*args, model_output=seen, **options, **PLAIN)
+        mse = (seen - X_4).square().flatten(1).mean(1)
+        assert_allclose(term.nats, plain.nats, rtol=1e-10)
+        assert_allclose(term.x0_mse, mse, rtol=1e-10)
+        assert_allclose(term.eps_mse, SHORT.snr * mse, rtol=1e-10)
+
+
+def test_tanh_decoder_is_the_published_one_at_t_0_only():
+    got = {}
+    for decoder in ("exact", "tanh"):
+        options = {"variance_type": "fixed_small", "decoder": decoder, **PLAIN}
+        term = bound_term(SHORT, answers(X_4 + 0.3), X_4, T_4, EPS_4, **options)
+        log_variance = SHORT.log_variance("fixed_small")[0]
+        log_p = discretized_gaussian_log_likelihood(X_4, X_4 + 0.3, log_variance, decoder).flatten(1).sum(1)
+        assert term.nats[0].item() == near(-log_p[0].item(), rel=1e-12)
+        bound = evaluate_bound(SHORT, answers(X_4 + 0.3), X_4, **options)
+        assert_allclose(bound.distortion_bpd, -log_p / (6 * LN2), rtol=1e-12)
+        got[decoder] = term.nats
+    assert torch.equal(got["exact"][1:], got["tanh"][1:]) and abs(got["exact"][0] - got["tanh"][0]) > 1e-6
+
+
+def test_ends_of_the_learned_variances():
+    mean = toy_model(SHORT.q_sample(X_4, EPS_4, T_4), T_4)
+
+    def nats(variance_type, *second):
+        options = {"variance_type": variance_type, "model_output": torch.cat([mean, *second], 1)}
+        return bound_term(SHORT, None, X_4, T_4, EPS_4, **options).nats
+
+    one, log_betas = torch.ones_like(X_4), SHORT.log_betas.view(4, 1, 1, 1).expand_as(X_4)
+    small, large, betas = nats("fixed_small"), nats("fixed_large"), nats(SHORT.log_betas)
+    assert_allclose(nats("learned_range", -one), small, rtol=1e-12)
+    assert_allclose(nats("learned_range", one), betas, rtol=1e-12)  # β_0 at t = 0, not β̃_2
+    assert_allclose(nats("learned", log_betas), betas, rtol=1e-12)
+    assert_allclose(betas[1:], large[1:], rtol=1e-12)
+    assert small[0] == large[0]
+    middle = 0.5 * (SHORT.log_variance("fixed_small") + SHORT.log_betas)
+    assert_allclose(nats("learned_range", 0 * one), nats(middle), rtol=1e-12)
+    assert torch.equal(nats(middle.float()), nats(middle.float().double()))
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_gradient_reaches_the_network(variance_type, kind):
+    x_0, noise, t = levels(3, 1, 1, 2), draw(3, 1, 1, 2), torch.tensor([0, 1, 3])
+    channels = 1 if variance_type == "fixed_large" else 2
+    output = (0.5 * draw(3, channels, 1, 2, seed=1)).requires_grad_()
+    options = {"variance_type": variance_type, "prediction_type": kind, "clip_x0": False}
+
+    def nats(z):
+        return bound_term(SHORT, None, x_0, t, noise, model_output=z, **options).nats
+
+    assert torch.autograd.gradcheck(nats, output)
+    assert (torch.autograd.grad(nats(output).sum(), output)[0] != 0).all()
+
+
+# Batches, chains, dtypes
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 3, 5, 2), (5, 1, 7, 3), (5, 3)], ids=str)
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range", "learned"])
+def test_a_mixed_batch_equals_one_by_one(shape, variance_type):
+    model = toy_model if variance_type == "fixed_small" else toy_learned
+    x_0, noise, t = levels(*shape), draw(*shape), torch.tensor([2, 0, 3, 0, 1])[: shape[0]]
+    options = {"variance_type": variance_type}
+    term = bound_term(SHORT, model, x_0, t, noise, **options)
+    output = model(SHORT.q_sample(x_0, noise, t), t)
+    again = bound_term(SHORT, None, x_0, t, noise, model_output=output, **options)
+    rows = [[z[i : i + 1] for z in (x_0, t, noise)] for i in range(len(t))]
+    alone = [bound_term(SHORT, model, *row, **options) for row in rows]
+    for key in ("nats", "x0_mse", "eps_mse"):
+        assert getattr(term, key).shape == t.shape
+        assert torch.equal(getattr(term, key), getattr(again, key))
+        assert_allclose(getattr(term, key), torch.cat([getattr(one, key) for one in alone]), rtol=1e-13)
+
+
+@pytest.mark.parametrize("process", [SHORT, spaced("linear", 10)], ids=["full", "respaced"])
+@pytest.mark.parametrize("shape", [(3, 1, 3, 5), (1, 3, 2, 2), (2, 6)], ids=str)
+def test_evaluate_bound_asks_every_step_once(process, shape):
+    x_0, dims, steps, asked = levels(*shape), math.prod(shape[1:]), [], []
+    slope, count = torch.tensor(0.3).double().requires_grad_(), len(process)
+
+    def model(x_t, step):
+        steps.append(step.tolist())
+        assert (x_t.shape, x_t.dtype, step.dtype) == (shape, torch.float64, torch.int64)
+        return slope * x_t
+
+    def noise_fn(t):
+        asked.append(t)
+        return draw(*shape, seed=t)
+
+    bound = evaluate_bound(process, model, x_0, variance_type="fixed_large", noise_fn=noise_fn)
+    assert sorted(asked) == list(range(count))
+    assert sorted(steps) == [[step] * len(x_0) for step in process.timesteps.tolist()]
+    for value in (bound.terms_bpd, bound.x0_mse, bound.eps_mse):
+        assert value.dtype == torch.float64 and value.shape == (len(x_0), count) and not value.requires_grad
+    for value in (bound.prior_bpd, bound.total_bpd, bound.rate_bpd, bound.distortion_bpd):
+        assert value.dtype == torch.float64 and value.shape == (len(x_0),) and not value.requires_grad
+    for t in range(count):
+        index = torch.full((len(x_0),), t)
+        term = bound_term(process, model, x_0, index, draw(*shape, seed=t), variance_type="fixed_large")
+        assert_allclose(bound.terms_bpd[:, t], term.nats.detach() / (dims * LN2), rtol=1e-12)
+        assert_allclose(bound.x0_mse[:, t], term.x0_mse, rtol=1e-12)
+        assert_allclose(bound.eps_mse[:, t], term.eps_mse, rtol=1e-12)
+    assert_allclose(bound.prior_bpd, prior_kl(process, x_0) / (dims * LN2), rtol=1e-12)
+    assert_allclose(bound.rate_bpd, bound.prior_bpd + bound.terms_bpd[:, 1:].sum(1), rtol=1e-12)
+    assert torch.equal(bound.distortion_bpd, bound.terms_bpd[:, 0])
+    assert_allclose(bound.total_bpd, bound.rate_bpd + bound.distortion_bpd, rtol=1e-12)
+
+    curve = rate_distortion(bound)
+    assert curve.bpd.shape == curve.rmse_255.shape == (count,)
+    for t in range(count):
+        bits = np.mean(bound.prior_bpd.numpy() + bound.terms_bpd.numpy()[:, t + 1 :].sum(1))
+        assert curve.bpd[t].item() == near(bits, rel=1e-12)
+        assert curve.rmse_255[t].item() == near(127.5 * np.sqrt(bound.x0_mse.numpy()[:, t].mean()), rel=1e-12)
+    assert isinstance(curve.rate_bpd, float) and isinstance(curve.distortion_bpd, float)
+    assert curve.rate_bpd == near(bound.rate_bpd.mean().item(), rel=1e-12)
+    assert curve.distortion_bpd == near(bound.distortion_bpd.mean().item(), rel=1e-12)
+
+
+def test_noise_is_fresh_at_every_step_and_reproducible():
+    x_0, seen, totals = levels(2, 1, 16, 16), [], []
+
+    def model(x_t, steps):
+        seen.append(SHORT.predict_eps(x_t, x_0, steps))
+        return x_t
+
+    for seed in (0, 0, 1):
+        options = {"variance_type": "fixed_small", "generator": torch.Generator().manual_seed(seed)}
+        totals.append(evaluate_bound(SHORT, model, x_0, **options).total_bpd)
+    assert torch.equal(totals[0], totals[1]) and not (totals[0] == totals[2]).any()
+    noise = torch.cat(seen[:4]).flatten(1)  # 4 steps × 2 images: uncorrelated, with variance 1
+    error = noise @ noise.T / 256 - torch.eye(8)
+    assert (error.abs() < 5 * math.sqrt(2 / 256)).all()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("error", [0, 0.05])
+def test_float32_images_at_both_ends(variance_type, error):
+    t, x_0, noise = torch.tensor([0, 1, 2, 998, 999]), levels(5, 3, 4, 4), draw(5, 3, 4, 4).float()
+
+    def term(dtype):
+        model, options = lambda x_t, steps: noise.to(x_t.dtype) + error, {"variance_type": variance_type}
+        return bound_term(LINEAR, model, x_0.to(dtype), t, noise.to(dtype), **options)
+
+    thin, wide = term(torch.float32), term(torch.float64)
+    # x̂_0 is known to 6e-8 times √(1/ᾱ), at most 158, and σ_0 to 7e-3.
+    for key, rtol, atol in [("nats", 2e-4, 1e-7), ("x0_mse", 1e-3, 1e-9), ("eps_mse", 1e-3, 1e-9)]:
+        assert getattr(thin, key).dtype == torch.float64
+        assert_allclose(getattr(thin, key), getattr(wide, key), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    x_0, noise, options, seen = X_4.float(), EPS_4.float(), {"variance_type": "learned_range"}, []
+
+    def model(x_t, steps):
+        seen.append(x_t.dtype)
+        return toy_learned(x_t, steps).to(dtype)
+
+    exact = bound_term(SHORT, toy_learned, X_4, T_4, EPS_4, **options).nats
+    output = bound_term(SHORT, model, x_0, T_4, noise, **options).nats
+    images = bound_term(SHORT, model, x_0.to(dtype), T_4, noise.to(dtype), **options).nats
+    assert output.dtype == images.dtype == torch.float64 and seen == [torch.float32, dtype]
+    assert_allclose(output, exact, rtol=0.05)
+    assert_allclose(images, exact, rtol=0.05)
+    assert evaluate_bound(SHORT, model, x_0.to(dtype), **options).total_bpd.dtype == torch.float64
+
+
+def test_a_chain_of_one_step_has_the_decoder_only():
+    process, table = DiffusionProcess.from_betas([0.5]), torch.tensor([-3.0]).double()
+    bound = evaluate_bound(process, toy_model, X_4, variance_type=table)
+    assert bound.terms_bpd.shape == (4, 1) and torch.equal(bound.rate_bpd, bound.prior_bpd)
+    for variance_type in ("fixed_small", "fixed_large", "learned_range"):
+        with pytest.raises(ValueError, match="T >= 2"):
+            model = toy_learned if variance_type == "learned_range" else toy_model
+            evaluate_bound(process, model, X_4, variance_type=variance_type)
+
+
+# Errors
+
+NAMES = "fixed_small, fixed_large, learned, learned_range"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"variance_type": "fixed_medium"}, f"'fixed_medium'.*{NAMES}"),
+        ({"variance_type": torch.zeros(3)}, r"\(3,\).*\(4,\)"),
+        ({"variance_type": torch.zeros(4, 1)}, r"\(4, 1\).*\(4,\)"),
+        ({"variance_type": "learned"}, r"\(4, 1, 2, 3\).*'learned'.*\(4, 2, 2, 3\)"),
+        ({"variance_type": "learned_range"}, r"\(4, 1, 2, 3\).*'learned_range'.*\(4, 2, 2, 3\)"),
+        ({"model": toy_learned}, r"\(4, 2, 2, 3\).*\(4, 1, 2, 3\)"),
+        ({"prediction_type": "noise"}, "'noise'.*epsilon.*score"),
+        ({"decoder": "erf"}, "'erf'.*exact.*tanh"),
+        ({"decoder": "erf", "t": T_4.clamp(min=1)}, "'erf'.*exact.*tanh"),
+        ({"model": None}, "model and model_output"),
+        ({"model_output": X_4}, "model and model_output"),
+        ({"model": None, "model_output": X_4[:1]}, r"\(1, 1, 2, 3\).*\(4, 1, 2, 3\)"),
+        ({"t": T_4 + 1}, r"4\].*0\.\.3"),
+        ({"t": T_4 - 1}, r"-1.*0\.\.3"),
+        ({"t": T_4[:3]}, r"\(3,\).*\(4,\)"),
+        ({"noise": draw(4, 1, 2, 2)}, r"\(4, 1, 2, 2\).*\(4, 1, 2, 3\)"),
+        ({"noise": draw(1, 1, 2, 3)}, r"\(1, 1, 2, 3\).*\(4, 1, 2, 3\)"),
+    ],
+)
+def test_what_is_refused(changed, message):
+    options = {"model": toy_model, "t": T_4, "noise": EPS_4, "variance_type": "fixed_small", **changed}
+    with pytest.raises(ValueError, match=message) as caught:
+        bound_term(SHORT, x_0=X_4, **options)
+    assert "\n" not in str(caught.value)
+    if "t" not in changed and options["model"] is not None:  # what evaluate_bound has too
+        noise = options.pop("noise")
+        del options["t"]
+        with pytest.raises(ValueError, match=message):
+            evaluate_bound(SHORT, x_0=X_4, noise_fn=lambda t: noise, **options)
