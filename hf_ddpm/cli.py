@@ -9,30 +9,21 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from diffusers.utils.torch_utils import get_device
-from PIL import Image
 
-from hf_ddpm.config import TrainConfig
-from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.record import REFRESH
-from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
-from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.seeds import derive_seed
+from hf_ddpm.config import EvaluationConfig, TrainConfig
+from hf_ddpm.evaluation import evaluate
+from hf_ddpm.generate import sample
+from hf_ddpm.report import JSON, describe
+from hf_ddpm.samplers import SCHEDULERS
 from hf_ddpm.trainer import train
-
-GRID_IMAGES = 100  # a grid shows at most so many of the samples
-OURS = re.compile(r"\d{5,}\.png|grid\.png")  # what `sample` writes, and may replace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,21 +107,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file of the keys below, or a run's train_config.json"
     )
-    for option in dataclasses.fields(TrainConfig):
-        rules, kind = option.metadata, option.type
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        text = rules["help"] + (f" ({', '.join(map(str, rules['choices']))})" if "choices" in rules else "")
-        default = "" if option.default in (None, "") else f" [{option.default}]"
-        if bool in kinds:
-            default = default.lower()  # as it is typed
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
-            help=(text + default).replace("%", "%%"),
-            nargs="?" if bool in kinds else None,  # a bare flag means true
-            const="true" if bool in kinds else None,
-        )
+    _add_options(parser, TrainConfig)
     values = vars(parser.parse(argv))
     config = TrainConfig.load(values.pop("config"), **values)
     result = train(config)
@@ -171,89 +148,50 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     sample(**vars(args))
 
 
-def sample(
-    model: str,
-    num_images: int,
-    out: str,
-    steps: int | None = None,
-    scheduler: str | None = None,
-    variance_type: str | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    overwrite: bool = False,
-) -> Path:
-    """Write `num_images` numbered PNG files and a grid of the first hundred; returns the grid's path.
-
-    Everything is checked before the folder is touched, and old samples go when their successors are there.
-
-    Raises:
-        ValueError: a number out of range, a folder that can't be written or holds samples already, a bad
-            model, a sampler that is unknown or can't do this.
-    """
-    for name, value, least in (
-        ("num_images", num_images, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
-    if variance_type not in (None, "fixed_small", "fixed_large"):
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: fixed_small, fixed_large")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
-    state, folder = PartialState(cpu=on_cpu), Path(out)  # else two processes on CPUs each believe to be alone
-    pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
-    if scheduler is not None:
-        swap_scheduler(pipeline, scheduler)
-    if variance_type is not None:
-        if not isinstance(pipeline.scheduler, DDPMScheduler):
-            raise ValueError(f"variance_type is {variance_type!r}; allowed: only with the sampler ddpm")
-        pipeline.scheduler.variance_type = variance_type
-    if (channels := pipeline.image_shape[0]) not in PIL_CHANNELS:
-        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1, 3, 4")
-    try:
-        pipeline.check_inputs(num_inference_steps=steps)
-    except ValueError as error:
-        raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
-    _prepare_folder(folder, overwrite)  # every process looks before any of them writes
-    state.wait_for_everyone()
-
-    pipeline.set_progress_bar_config(
-        desc="sample", leave=False, disable=not state.is_main_process, mininterval=REFRESH
+def evaluate_command(argv: Sequence[str], prog: str) -> None:
+    """Measure a model's bits/dim on a data set, and its samples if asked."""
+    parser = _Parser(
+        prog=prog,
+        description="Measure the variational bound of images under a model in bits/dim, with its standard "
+        "error and plots, and optionally the quality of its samples. Killed, the same command goes on. An "
+        "image's numbers depend on the seed and its row alone; start it with `accelerate launch` to use "
+        "several processes.",
+        epilog="example: %(prog)s runs/photos photos/ --split test --num-images 1000",
+        allow_abbrev=False,
     )
-    mine = range(state.process_index, num_images, state.num_processes)
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
-        images: Any = pipeline(len(indices), generators, steps, return_dict=False)[0]
-        for i, image in zip(indices, images, strict=True):
-            save_image(image, folder / f"{i:05d}.png")
-    state.wait_for_everyone()
-
-    grid = folder / "grid.png"
-    if state.is_main_process:
-        names = [f"{i:05d}.png" for i in range(num_images)]
-        save_image(image_grid([Image.open(folder / name) for name in names[:GRID_IMAGES]]), grid)
-        for name in _samples_in(folder) - {*names, grid.name}:
-            (folder / name).unlink()
-        print(f"{num_images} images and grid.png in {folder}")
-    return grid
+    parser.add_argument(
+        "model", metavar="MODEL", help="pipeline folder or Hub id, also one of plain diffusers"
+    )
+    parser.add_argument(
+        "dataset", metavar="DATASET", help="Hub id, folder of images or of parquet files, or digits"
+    )
+    _add_options(parser, EvaluationConfig, but=("model", "dataset"))
+    config = EvaluationConfig(**vars(parser.parse(argv)))
+    report = evaluate(config, shlex.join([*prog.split(), *argv]))
+    if PartialState().is_main_process:
+        print(describe(report))
+        print(f"written: {Path(config.out or config.model) / JSON}")
 
 
-def _prepare_folder(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise ValueError(f"out {str(folder)!r} can't be written: {error.strerror}") from None
-    if not overwrite and _samples_in(folder):
-        raise ValueError(
-            f"out {str(folder)!r} holds samples already; allowed: another folder, or --overwrite"
+def _add_options(parser: argparse.ArgumentParser, options: type, but: Sequence[str] = ()) -> None:
+    """A flag for every field of a dataclass of options, `but` for some; none has a value unless typed."""
+    for option in dataclasses.fields(options):
+        if option.name in but:
+            continue
+        rules, kind = option.metadata, option.type
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        text = rules["help"] + (f" ({', '.join(map(str, rules['choices']))})" if "choices" in rules else "")
+        default = "" if option.default in (None, "") else f" [{option.default}]"
+        if bool in kinds:
+            default = default.lower()  # as it is typed
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
+            help=(text + default).replace("%", "%%"),
+            nargs="?" if bool in kinds else None,  # a bare flag means true
+            const="true" if bool in kinds else None,
         )
-
-
-def _samples_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if OURS.fullmatch(path.name)}
 
 
 def _count(word: str) -> int:
@@ -267,7 +205,11 @@ def _whole(word: str, least: int = 0) -> int:
     return int(word)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {"train": train_command, "sample": sample_command}
+COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
+    "train": train_command,
+    "sample": sample_command,
+    "evaluate": evaluate_command,
+}
 
 if __name__ == "__main__":
     main()

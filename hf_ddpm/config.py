@@ -1,19 +1,16 @@
-"""TrainConfig: every choice of a training run, from the defaults, a TOML file and flags, in this order.
+"""Every choice of a training run and of an evaluation: frozen dataclasses, checked when made.
 
-The resolved copy lies beside the weights. The file knows names, types and ranges; whether a data set or a
-folder exists is found out by who opens it.
+A run's come from the defaults, a TOML file and flags, in this order; the resolved copy lies beside the
+weights. The file knows names, types and ranges; whether a data set or a folder exists is found out by who
+opens it.
 """
 
 import dataclasses
 import difflib
 import json
-import math
-import operator
 import os
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
+from hf_ddpm.options import check_options, option
+from hf_ddpm.pixels import FITS
 from hf_ddpm.schedules import SCHEDULES
 
 # Keys that a choice leaves without effect: nobody may set them and believe they act.
@@ -32,12 +31,14 @@ UNUSED = {
     ("lr_scheduler", "constant"): ("lr_warmup_steps",),
 }
 
-BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
-
-
-def _option(default: Any, help: str, **rules: Any) -> Any:
-    """A field with its `--help` text and its rule: `choices`, or bounds as in `BOUNDS`."""
-    return field(default=default, metadata={"help": help, **rules})
+# Keys of an evaluation that act only together with another one.
+NEEDS = {
+    "num_samples": "extractor",
+    "sampling_steps": "extractor",
+    "num_reference": "extractor",
+    "reference": "extractor",
+    "first_variance": "steps",
+}
 
 
 @dataclass(frozen=True)
@@ -50,84 +51,81 @@ class TrainConfig:
     """
 
     # What it learns
-    dataset: str = _option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
-    split: str = _option("train", "split of the data set")
-    image_column: str | None = _option(None, "column of the images, by default the only one")
-    image_size: str | None = _option(None, "'28' or '28x32' (height x width), by default the first image's")
-    channels: int | None = _option(None, "1 gray, 3 RGB, by default the first image's", least=1)
-    fit: str = _option(
+    dataset: str = option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
+    split: str = option("train", "split of the data set")
+    image_column: str | None = option(None, "column of the images, by default the only one")
+    image_size: str | None = option(None, "'28' or '28x32' (height x width), by default the first image's")
+    channels: int | None = option(None, "1 gray, 3 RGB, by default the first image's", least=1)
+    fit: str = option(
         "exact",
         "what to do with images of another size: refuse them, or a way of fitting them",
-        choices=("exact", "resize", "resize_crop", "center_crop", "random_crop"),
+        choices=FITS,
     )
-    horizontal_flip: bool = _option(False, "mirror images at random")
-    shuffle_buffer: int = _option(1000, "images shuffled at once, 0 for the order of the files", least=0)
-    skip_corrupt: bool = _option(False, "skip and count images that can't be read, instead of stopping")
-    num_workers: int = _option(0, "processes that decode images ahead", choices=(0, 1))
+    horizontal_flip: bool = option(False, "mirror images at random")
+    shuffle_buffer: int = option(1000, "images shuffled at once, 0 for the order of the files", least=0)
+    skip_corrupt: bool = option(False, "skip and count images that can't be read, instead of stopping")
+    num_workers: int = option(0, "processes that decode images ahead", choices=(0, 1))
 
     # The network and the process
-    model: str = _option(
+    model: str = option(
         "digits", "preset (cifar10, 256, fashion-mnist, digits, tiny), or a pipeline to go on from"
     )
-    dropout: float | None = _option(None, "by default the preset's", least=0.0, below=1.0)
-    num_train_timesteps: int = _option(1000, "T", least=2)
-    beta_schedule: str = _option("linear", "noise schedule", choices=tuple(SCHEDULES))
-    beta_start: float = _option(1e-4, "first beta", above=0.0, below=1.0)
-    beta_end: float = _option(0.02, "last beta", above=0.0, below=1.0)
-    rescale_betas_zero_snr: bool = _option(False, "end the schedule at pure noise")
-    prediction_type: str = _option(
+    dropout: float | None = option(None, "by default the preset's", least=0.0, below=1.0)
+    num_train_timesteps: int = option(1000, "T", least=2)
+    beta_schedule: str = option("linear", "noise schedule", choices=tuple(SCHEDULES))
+    beta_start: float = option(1e-4, "first beta", above=0.0, below=1.0)
+    beta_end: float = option(0.02, "last beta", above=0.0, below=1.0)
+    rescale_betas_zero_snr: bool = option(False, "end the schedule at pure noise")
+    prediction_type: str = option(
         "epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction")
     )
-    variance_type: str = _option(
+    variance_type: str = option(
         "fixed_large", "reverse variance: beta_t or the posterior's", choices=("fixed_large", "fixed_small")
     )
-    clip_sample: bool = _option(True, "clip the predicted x_0 to [-1, 1] when sampling")
+    clip_sample: bool = option(True, "clip the predicted x_0 to [-1, 1] when sampling")
 
     # Optimisation
-    max_steps: int = _option(10_000, "optimizer steps of the whole run", least=1)
-    batch_size: int = _option(64, "images per process and micro-step", least=1)
-    gradient_accumulation_steps: int = _option(1, "micro-steps per optimizer step", least=1)
-    learning_rate: float = _option(2e-4, "peak learning rate of AdamW", above=0.0)
-    lr_scheduler: str = _option(
+    max_steps: int = option(10_000, "optimizer steps of the whole run", least=1)
+    batch_size: int = option(64, "images per process and micro-step", least=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", least=1)
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW", above=0.0)
+    lr_scheduler: str = option(
         "constant_with_warmup",
         "shape of the learning rate",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
-    lr_warmup_steps: int = _option(500, "steps of linear warm-up", least=0)
-    adam_beta1: float = _option(0.9, "AdamW", least=0.0, below=1.0)
-    adam_beta2: float = _option(0.999, "AdamW", least=0.0, below=1.0)
-    adam_epsilon: float = _option(1e-8, "AdamW", above=0.0)
-    weight_decay: float = _option(0.0, "AdamW", least=0.0)
-    max_grad_norm: float = _option(1.0, "clip the gradient's norm, 0 for never", least=0.0)
-    ema_decay: float = _option(
+    lr_warmup_steps: int = option(500, "steps of linear warm-up", least=0)
+    adam_beta1: float = option(0.9, "AdamW", least=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "AdamW", least=0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "AdamW", above=0.0)
+    weight_decay: float = option(0.0, "AdamW", least=0.0)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm, 0 for never", least=0.0)
+    ema_decay: float = option(
         0.9999, "decay of the averaged weights, warmed up as (1 + n)/(10 + n)", least=0.0, below=1.0
     )
-    seed: int = _option(0, "of weights, order, noise and samples", least=0, below=2**63)
+    seed: int = option(0, "of weights, order, noise and samples", least=0, below=2**63)
 
     # How it runs
-    mixed_precision: str | None = _option(
+    mixed_precision: str | None = option(
         None, "by default as accelerate launch says, else no", choices=("no", "fp16", "bf16")
     )
-    gradient_checkpointing: bool = _option(False, "less memory, more time")
-    compile: bool = _option(False, "torch.compile the network")
-    channels_last: bool = _option(False, "memory format of convolutions")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(False, "memory format of convolutions")
 
     # What it leaves behind
-    output_dir: str = _option("runs/ddpm", "folder of the run, which is the pipeline's folder too")
-    resume: str = _option("auto", "auto: go on if output_dir holds this run; never; or a checkpoint's folder")
-    checkpoint_every: int = _option(1000, "steps between checkpoints, each with its pipeline", least=1)
-    keep_checkpoints: int = _option(2, "newest checkpoints to keep", least=1)
-    log_every: int = _option(50, "steps between log lines", least=1)
-    sample_every: int = _option(1000, "steps between sample grids, 0 for none", least=0)
-    sample_num_images: int = _option(64, "images in a grid", least=1)
-    sample_steps: int | None = _option(None, "steps of sampling a grid, by default all T", least=1)
-    trackers: str = _option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
+    output_dir: str = option("runs/ddpm", "folder of the run, which is the pipeline's folder too")
+    resume: str = option("auto", "auto: go on if output_dir holds this run; never; or a checkpoint's folder")
+    checkpoint_every: int = option(1000, "steps between checkpoints, each with its pipeline", least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep", least=1)
+    log_every: int = option(50, "steps between log lines", least=1)
+    sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
+    sample_num_images: int = option(64, "images in a grid", least=1)
+    sample_steps: int | None = option(None, "steps of sampling a grid, by default all T", least=1)
+    trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value = _typed(option.name, getattr(self, option.name), option.type)
-            object.__setattr__(self, option.name, value)
-            _check_range(option.name, value, option.metadata)
+        check_options(self)
         self.size  # noqa: B018  refuses what is not a size
         if self.sample_steps is not None and self.sample_steps > self.num_train_timesteps:
             raise ValueError(
@@ -138,7 +136,7 @@ class TrainConfig:
                 "prediction_type is 'epsilon', which can't sample from rescale_betas_zero_snr's pure noise; "
                 "allowed with it: sample, v_prediction"
             )
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for (key, choice), unused in UNUSED.items():
             for name in unused:
                 if getattr(self, key) == choice and getattr(self, name) not in (defaults[name], 0):
@@ -173,7 +171,7 @@ class TrainConfig:
         """
         values = {} if path is None else _read(Path(path))
         where = f"config file {os.fspath(path)!r}: " if path is not None else ""
-        known = [option.name for option in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls)]
         for source, names in ((where, values), ("", changes)):
             for name in names:
                 if name not in known:
@@ -192,6 +190,67 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What `hf-ddpm evaluate` does, checked when made.
+
+    Raises:
+        ValueError: a value has the wrong type or lies out of range.
+    """
+
+    model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote")
+    dataset: str = option("", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
+    split: str = option("test", "split of the data set")
+    num_images: int | None = option(None, "how many, a random subset; by default all of the split", least=1)
+    image_column: str | None = option(None, "column of the images, by default the only one")
+    fit: str = option(
+        "exact", "what to do with images of another size, noted in the result", choices=FITS[:4]
+    )
+
+    exact: bool = option(False, "evaluate every step once instead of a few per image")
+    num_evals_per_image: int = option(16, "network evaluations per image of the estimate", least=2)
+    pilot_images: int = option(0, "images that a proposal is learned from; 0 takes the default one", least=0)
+    variance_type: str | None = option(
+        None, "reverse variance, by default the model's", choices=("fixed_large", "fixed_small")
+    )
+    clip_x0: bool = option(True, "clip the predicted x_0 to [-1, 1], as published evaluations do")
+    decoder: str = option("exact", "of L_0; tanh is the published code's", choices=("exact", "tanh"))
+    steps: int | None = option(None, "steps of the chain, by default all T", least=2)
+    first_variance: str = option(
+        "spaced",
+        "whose second step's variance serves L_0 of a shorter chain: its own, or the full one's",
+        choices=("spaced", "full"),
+    )
+
+    extractor: str | None = option(
+        None, "feature network for sample metrics: inception, or a folder or Hub id of a vision model"
+    )
+    num_samples: int = option(1000, "samples drawn for them", least=2)
+    sampling_steps: int | None = option(None, "steps of drawing them, by default all T", least=1)
+    num_reference: int | None = option(
+        None, "real images they are compared with, by default as many", least=2
+    )
+    reference: str | None = option(None, "file of the reference's features, written or reused")
+
+    compare_with: str | None = option(
+        None, "folder of an evaluation of another model, for a paired difference"
+    )
+    out: str | None = option(None, "folder for the results, by default MODEL if that is a folder")
+    overwrite: bool = option(False, "replace an evaluation that is there")
+    seed: int = option(0, "of the images chosen, the noise and the samples", least=0, below=2**63)
+    batch_size: int = option(64, "images at once in each process", least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, needed in NEEDS.items():
+            if getattr(self, name) != defaults[name] and getattr(self, needed) == defaults[needed]:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but has no use without {needed}")
+        for name in ("num_evals_per_image", "pilot_images"):
+            if self.exact and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -204,39 +263,3 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config file {str(path)!r} holds {type(values).__name__}; allowed: keys and values")
     return values
-
-
-def _typed(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as the type of its key; strings, as from the command line, are read."""
-    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    kind, optional = kinds[0], type(None) in kinds
-    if optional and (value is None or str(value).lower() == "none"):
-        return None
-    if name == "image_size" and isinstance(value, (int, float, list, tuple)):
-        return "x".join(str(side) for side in (value if isinstance(value, (list, tuple)) else (value,)))
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind is str and isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-            if math.isfinite(number) and (isinstance(value, str) or number == value):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(f"{name} is {value!r}; allowed: {words[kind]}{' or none' if optional else ''}")
-
-
-def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if "choices" in rules and value not in rules["choices"]:
-        near = difflib.get_close_matches(str(value), [str(c) for c in rules["choices"]], 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} is {value!r}{hint}; allowed: {', '.join(str(c) for c in rules['choices'])}")
-    bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
-    if not all(BOUNDS[rule][0](value, bound) for rule, bound in bounds.items()):
-        allowed = " and ".join(f"{BOUNDS[rule][1]} {bound:g}" for rule, bound in bounds.items())
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

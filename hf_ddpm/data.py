@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -166,6 +166,27 @@ class ImageStream:
         """
         replay = self._replay(_checked("epoch", epoch, 0), _checked("start", start, 0))
         return (image for image in replay if image is not None)
+
+    def num_rows(self) -> int:
+        """Rows of this rank's epoch, read through once without decoding."""
+        return sum(1 for _ in self._order(0))
+
+    def select(self, positions: Sequence[int]) -> Iterator[Tensor]:
+        """The images at these ascending positions of epoch 0's order; no other one is decoded.
+
+        Raises:
+            ValueError: an image that can't be read, or a position past the end.
+        """
+        rows, at = iter(self._order(0)), -1
+        for position in positions:
+            row = next(itertools.islice(rows, position - at - 1, None), None)
+            if row is None:
+                raise ValueError(f"no row {position} in {', '.join(sorted(set(self._shards)))}")
+            at = position
+            try:
+                yield self._load(row, 0, position)
+            except ValueError as error:
+                raise ValueError(f"{self._name(row)}: {error}") from error
 
     def batches(self, batch_size: int, start: int = 0, epochs: int | None = None) -> Iterator[Tensor]:
         """Batches that run across the ends of epochs, so that no image is dropped.

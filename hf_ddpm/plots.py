@@ -1,9 +1,13 @@
-"""Pictures for people: grids of samples, enlarged so that small images can be judged."""
+"""Pictures for people: grids of samples, enlarged so that small images can be judged; curves of the bound."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure  # never pyplot: no window, no global state
 from PIL import Image
+from torch import Tensor
+
+from hf_ddpm.likelihood import RateDistortion
 
 TARGET = 96  # pixels an image's longer side should at least have in a grid
 GAP = 4  # pixels between images
@@ -41,8 +45,79 @@ def image_grid(
     return grid
 
 
+def to_pil(image_uint8: Tensor) -> Image.Image:
+    """One uint8 image (C, H, W) as a picture; of channels that no picture has, the first is shown in grey."""
+    pixels = image_uint8 if image_uint8.shape[0] in (1, 3) else image_uint8[:1]
+    return Image.fromarray(
+        pixels.cpu().permute(1, 2, 0).numpy().squeeze(2)
+        if len(pixels) == 1
+        else pixels.cpu().permute(1, 2, 0).numpy()
+    )
+
+
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write a PNG file, making its folder; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG")
+    return path
+
+
+def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
+    """Bits/dim of a step over t, both logarithmic, and their sum from t up; returns the path.
+
+    Args:
+        curve: of `rate_distortion`.
+        path: a PNG file.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    t = curve.t.numpy() + 1
+    axes.plot(t, curve.step_bpd, color="C0", marker="." if len(t) < 100 else "", label="one step")
+    axes.plot(t, curve.step_bpd + curve.bpd, color="C1", label="this step and all above, with the prior")
+    axes.set(xscale="log", yscale="log", xlabel="t + 1 (noise grows to the right)", ylabel="bits/dim")
+    axes.set_title(
+        f"{curve.rate_bpd + curve.distortion_bpd:.3f} bits/dim = {curve.rate_bpd:.3f} rate + "
+        f"{curve.distortion_bpd:.3f} distortion (L₀, the point at the left)"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
+    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(curve.bpd, curve.rmse_255, marker="." if len(curve.t) < 100 else "")
+    axes.set(
+        xlabel="bits/dim received", ylabel="RMSE of the predicted x₀, 0..255", ylim=(0, None), xlim=(0, None)
+    )
+    axes.set_title("Progressive code: from pure noise (left) to x at t = 0 (right)")
+    axes.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def plot_reconstructions(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], path: Path) -> Path:
+    """Rows of pictures of one size under column labels; returns the path.
+
+    Args:
+        rows: PIL images, row by row.
+        labels: one per column.
+        path: a PNG file.
+    """
+    columns = len(labels)
+    figure = Figure(figsize=(1.1 * columns, 1.1 * len(rows) + 0.3), layout="constrained")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            axes = figure.add_subplot(len(rows), columns, i * columns + j + 1)
+            axes.imshow(image.convert("RGB"), interpolation="nearest")
+            axes.set_axis_off()
+            if i == 0:
+                axes.set_title(labels[j], fontsize=9)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
     return path

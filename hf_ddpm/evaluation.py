@@ -1,0 +1,204 @@
+"""A model and a data set → `evaluation.json`: bits/dim with a standard error, what it is made of, and plots.
+
+The images are scored in parts of one batch each, that processes share and that a killed run finds again; an
+image's numbers depend on the seed and its row alone. The numbers themselves are likelihood.py's.
+"""
+
+import hashlib
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_ddpm.bound import FIXED
+from hf_ddpm.config import EvaluationConfig
+from hf_ddpm.data import ImageStream
+from hf_ddpm.generate import process_state
+from hf_ddpm.likelihood import (
+    Estimate,
+    image_noise,
+    rate_distortion,
+    with_variance,
+)
+from hf_ddpm.parametrization import to_x0
+from hf_ddpm.parts import Parts
+from hf_ddpm.pixels import to_float, to_uint8
+from hf_ddpm.plots import plot_bits_per_step, plot_rate_distortion, plot_reconstructions, to_pil
+from hf_ddpm.quality import QualityConfig, choose_real, evaluate_samples
+from hf_ddpm.report import JSON, compare, per_image, read_evaluation, summary, versions, write_evaluation
+from hf_ddpm.scoring import score
+from hf_ddpm.seeds import derive_seed
+from hf_ddpm.subject import Subject, load_subject, open_images
+
+PREVIEWS = 6  # images in the picture of reconstructions
+
+
+def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
+    """Score a model, and leave `evaluation.json`, `evaluation.safetensors` and plots in a folder.
+
+    Args:
+        config: what to do.
+        command: the command line, for the record.
+
+    Returns:
+        The content of `evaluation.json`, on every process.
+
+    Raises:
+        ValueError: bad input: model, data set, folder, or an extractor; nothing has been written then.
+        RuntimeError: the bound is not finite.
+    """
+    # What is scored, on what, and whether the results have a place: all looked at before work begins
+    started, state = time.perf_counter(), process_state()
+    out = _folder(config)
+    subject = load_subject(
+        config.model,
+        state.device or torch.device("cpu"),
+        config.variance_type,
+        config.steps,
+        config.first_variance,  # type: ignore[arg-type]
+    )
+    stream = open_images(subject, config.dataset, config.split, config.image_column, config.fit)
+    total = stream.num_rows()
+    rows = _choose(total, config.num_images, config.seed)
+    quality = None
+    if config.extractor is not None:
+        quality = QualityConfig(
+            config.extractor,
+            config.num_samples,
+            config.sampling_steps,
+            config.num_reference,
+            config.reference,
+            config.seed,
+            config.batch_size,
+        )
+        choose_real(quality, total)
+    other = None if config.compare_with is None else read_evaluation(Path(config.compare_with))
+    state.wait_for_everyone()
+
+    # The bound, image by image
+    result, proposal, digests, evaluations = score(config, subject, stream, rows, total, out)
+    numbers = per_image(result)
+    if bad := int((~numbers["bpd"].isfinite()).sum()):
+        raise RuntimeError(f"the bound is not finite for {bad} of {len(rows)} images")
+    draws = result.t if isinstance(result, Estimate) else torch.tensor([config.seed])
+    tensors = numbers | {
+        "image_indices": torch.tensor(rows),
+        "digests": digests,
+        "draws": draws,
+        "proposal": proposal,
+    }
+    report: dict[str, Any] = {"bits_per_dim": summary(result, subject.variance_type)}
+    if subject.variance_type in FIXED:
+        swapped = next(name for name in FIXED if name != subject.variance_type)
+        report["other_variance"] = summary(with_variance(result, subject.process, swapped), swapped)  # type: ignore
+    report["method"] = {
+        "name": "every step once" if config.exact else "stratified estimate",
+        "steps": len(subject.process),
+        "first_variance": config.first_variance if config.steps else None,
+        "clip_x0": config.clip_x0,
+        "decoder": config.decoder,
+        "evaluations_per_image": len(subject.process) if config.exact else config.num_evals_per_image,
+        "evaluations": evaluations,
+        "pilot_images": config.pilot_images,
+        "seed": config.seed,
+    }
+    report["data"] = facts = {
+        "dataset": config.dataset,
+        "split": config.split,
+        "num_images": len(rows),
+        "num_rows": total,
+        "shape": list(stream.shape),
+        "fit": config.fit,
+        "fingerprint": hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16],
+        "trained_on": subject.trained_on(config.dataset, config.split),
+    }
+    report["model"] = {
+        "name": config.model,
+        "weights": (weights := subject.weights_digest()),
+        "prediction_type": subject.prediction_type,
+    }
+    if other is not None:
+        report["comparison"] = compare(tensors, other[1], other[0], str(config.compare_with))
+
+    # The samples
+    if quality is not None:
+        about = {key: facts[key] for key in ("dataset", "split", "num_rows", "shape", "fit")}
+        report["sample_metrics"] = evaluate_samples(quality, subject.pipeline, weights, stream, about, out)
+
+    # The files
+    report |= {
+        "seconds": round(time.perf_counter() - started, 1),
+        "processes": state.num_processes,
+        "device": str(state.device),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    if state.is_main_process:
+        curve = rate_distortion(result)
+        plot_bits_per_step(curve, out / "bits-per-step.png")
+        plot_rate_distortion(curve, out / "rate-distortion.png")
+        _reconstruct(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
+        write_evaluation(out, report, tensors)
+        Parts.clear(out)
+    state.wait_for_everyone()
+    return report
+
+
+def _folder(config: EvaluationConfig) -> Path:
+    """Where the results go: made, writable, and without an evaluation that nobody said to replace."""
+    if config.out is None and not Path(config.model).expanduser().is_dir():
+        raise ValueError(
+            f"out is None, but {config.model!r} is not a folder; allowed: a folder for the results"
+        )
+    out = Path(config.out if config.out is not None else config.model).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise ValueError(f"out {str(out)!r} can't be written: {error.strerror}") from None
+    if (out / JSON).exists() and not config.overwrite:
+        raise ValueError(
+            f"out {str(out)!r} holds an evaluation already; allowed: another folder, or overwrite"
+        )
+    return out
+
+
+def _choose(total: int, num_images: int | None, seed: int) -> list[int]:
+    """Rows to score, ascending: all, or a random subset, as a data set may be sorted by class."""
+    if num_images is None or num_images == total:
+        return list(range(total))
+    if num_images > total:
+        raise ValueError(f"num_images is {num_images}, but the split has {total}; allowed: 1 to {total}")
+    order = np.random.default_rng(derive_seed(5, seed)).permutation(total)
+    return sorted(order[:num_images].tolist())
+
+
+@torch.no_grad()
+def _reconstruct(
+    subject: Subject, stream: ImageStream, rows: list[int], config: EvaluationConfig, path: Path
+) -> None:
+    """A picture of x_t above the predicted x_0, for some images (rows) and noise levels (columns)."""
+    process, device = subject.process, subject.pipeline.device
+    x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
+    noise = image_noise(config.seed, rows, x_0)(0)
+    levels = np.unique(np.round(np.array([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99]) * (len(process) - 1)))
+    columns = [x_0, *(process.q_sample(x_0, noise, int(t)) for t in levels)]
+    predicted = [x_0]
+    for t, x_t in zip(levels.astype(int).tolist(), columns[1:], strict=True):
+        output = subject.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
+        predicted.append(
+            to_x0(process, subject.prediction_type, output[:, : x_0.shape[1]], x_t, t).clamp(-1, 1)
+        )
+    pictures = [
+        [to_pil(to_uint8(column[i])) for column in kind]
+        for i in range(len(rows))
+        for kind in (columns, predicted)
+    ]
+    labels = ["image", *(f"t = {process.timesteps[int(t)]}" for t in levels)]
+    plot_reconstructions(pictures, labels, path)

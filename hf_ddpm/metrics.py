@@ -1,0 +1,164 @@
+"""Sample quality: the distance of two sets of images in the eyes of a feature network, through torchmetrics.
+
+    uint8 images ─► Extractor ─► Features (of samples, of a reference) ─► sample_metrics ─► SampleMetrics
+
+With Gaussians N(μ, Σ) fitted to the D features of either set, k(x, y) = (xᵀy/D + 1)³ and softmax p(y|x),
+
+    Fréchet distance   |μ − μ_r|² + Tr(Σ + Σ_r − 2 (Σ Σ_r)^½)     FID: Heusel et al. 2017, eq. 6
+    kernel distance    the unbiased estimate of MMD² under k      KID: Bińkowski et al. 2018
+    classifier score   exp E_x KL(p(y|x) ‖ p(y))                  IS: Salimans et al. 2016
+
+A number means nothing without its network. FID, KID and IS are Inception's; any other's carries the network's
+name and a hash of its weights (of a DINOv2, Stein et al. 2023 call the first FD-DINOv2). The first and last
+are biased by the number of images: compare equal numbers, next to what real images reach among each other.
+
+It knows no networks (extractors.py), pipelines or streams. torchmetrics is imported when used.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from hf_ddpm.extractors import INCEPTION, Extractor, Features, load_extractor, torchmetrics_module
+from hf_ddpm.pixels import one_line
+
+__all__ = [
+    "INCEPTION",
+    "Extractor",
+    "Features",
+    "SampleMetrics",
+    "load_extractor",
+    "load_reference",
+    "sample_metrics",
+    "save_reference",
+]
+LEAST_LOG_P = -700.0  # its exp is still a float64; of a probability 0 torchmetrics would make NaN
+
+
+def save_reference(path: str | os.PathLike[str], features: Features, facts: Mapping[str, Any]) -> None:
+    """Write a reference set's features, 4 N (D + K) bytes, to a safetensors file, whole or not at all.
+
+    Args:
+        path: where it goes; its folder is made when missing.
+        features: the reference set.
+        facts: what its images are (JSON): fingerprint of the data, split, number, seed.
+    """
+    path = Path(path)
+    tensors = {name: x.contiguous() for name, x in features.tensors().items()}
+    metadata = {"extractor": features.extractor, "facts": json.dumps(dict(facts))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(save(tensors, metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Mapping[str, Any]) -> Features:
+    """Read what `save_reference` wrote, if it was written by this extractor with these facts.
+
+    Raises:
+        ValueError: no such file, a damaged one, or another one; the message names what differs.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        found = {**json.loads(metadata["facts"]), "extractor": metadata["extractor"]}
+        features = Features(metadata["extractor"], **tensors)
+    except Exception as error:  # what safetensors raises on foreign bytes has no common class
+        raise ValueError(f"reference {str(path)!r} is missing or damaged: {one_line(error)}") from error
+    wanted = {**json.loads(json.dumps(dict(facts))), "extractor": extractor_name}
+    differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if differ:
+        words = "; ".join(f"{key} is {found.get(key)!r}, wanted {wanted.get(key)!r}" for key in differ)
+        raise ValueError(f"reference {str(path)!r} is another one: {words}")
+    return features
+
+
+@final
+@dataclass(frozen=True)
+class SampleMetrics:
+    """How far samples are from a reference; the names with their network's label come from `labelled`.
+
+    Attributes:
+        extractor: name of the network.
+        frechet_distance: 0 for equal means and covariances; few images raise it.
+        kid_mean: MMD², mean over random subsets; unbiased, so it may be below 0.
+        kid_std: the subsets' standard deviation, which is not the mean's error.
+        inception_score: (mean, standard deviation) over ten parts of the samples; None without logits.
+        num_samples: images measured.
+        num_reference: images they were compared with.
+    """
+
+    extractor: str
+    frechet_distance: float
+    kid_mean: float
+    kid_std: float
+    inception_score: tuple[float, float] | None
+    num_samples: int
+    num_reference: int
+
+    def labelled(self) -> dict[str, float]:
+        """The numbers as FID, KID, IS (Inception's) or FD, KD, CS, such as "FD (fashion-mnist@ab12cd34)"."""
+        fd, kd, score = ("FID", "KID", "IS") if self.extractor == INCEPTION else ("FD", "KD", "CS")
+        values = {fd: self.frechet_distance, kd: self.kid_mean, f"{kd} std": self.kid_std}
+        if self.inception_score is not None:
+            values |= {score: self.inception_score[0], f"{score} std": self.inception_score[1]}
+        return {f"{name} ({self.extractor})": value for name, value in values.items()}
+
+
+def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> SampleMetrics:
+    """Measure samples against a reference, in float64; the global random state is left alone.
+
+    Args:
+        samples: N >= 2 images.
+        reference: M >= 2 images of the same extractor.
+        seed: of KID's 100 pairs of subsets (1000 images each, or half of the smaller set: with all of it they
+            would be equal) and of the score's split into ten parts.
+
+    Raises:
+        ValueError: too few images, different extractors or widths, values not finite, no torchmetrics.
+    """
+    if samples.extractor != reference.extractor:
+        raise ValueError(f"samples are by {samples.extractor}, the reference is by {reference.extractor}")
+    x, y = samples.features.double(), reference.features.double()
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features are {x.shape[1]} wide, the reference's {y.shape[1]}")
+    for name, given in (("samples", samples), ("reference", reference)):
+        if len(given) < 2:
+            raise ValueError(f"{name}: {len(given)} images; allowed: at least 2")
+        if not all(part.isfinite().all() for part in given.tensors().values()):
+            raise ValueError(f"{name}: the features of {given.extractor} are not finite")
+
+    given = nn.Identity()
+    given.num_features = x.shape[1]  # pyright: ignore[reportArgumentType]
+    frechet = torchmetrics_module("fid").FrechetInceptionDistance(given)
+    for part, real in ((x, False), (y, True)):  # a common shift changes nothing, and Σx² − Nμ² cancels less
+        frechet.update(part - y.mean(0), real=real)
+
+    score, size = None, max(2, min(1000, min(len(x), len(y)) // 2))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
+        kernel = torchmetrics_module("kid").KernelInceptionDistance(given, subsets=100, subset_size=size)
+        kernel.update(x, real=False)
+        kernel.update(y, real=True)
+        kid_mean, kid_std = (value.item() for value in kernel.compute())
+        if samples.logits is not None:
+            classes = torchmetrics_module("inception").InceptionScore(given, splits=10)
+            classes.update(samples.logits.double().log_softmax(1).clamp(min=LEAST_LOG_P))
+            mean, std = classes.compute()
+            score = mean.item(), std.item()
+    distance = frechet.compute().item()
+    return SampleMetrics(samples.extractor, distance, kid_mean, kid_std, score, len(x), len(y))

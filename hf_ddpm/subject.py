@@ -1,0 +1,167 @@
+"""What is evaluated: a pipeline's network, the process it is scored with, and the images it is scored on.
+
+It refuses what would make the number false: a scheduler that contradicts the training record beside it,
+images of another size or another number of channels than the model's.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ddpm.bound import FIXED, LEARNED
+from hf_ddpm.build import make_scheduler
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.data import ImageStream, load_stream
+from hf_ddpm.models import Denoiser, as_denoiser
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.samplers import whole_config
+from hf_ddpm.scheduler import PREDICTIONS, DDPMScheduler
+
+logger = logging.getLogger(__name__)
+
+RECORD = "train_config.json"
+# What of a training run's config decides what its network's answers mean.
+PROCESS_KEYS = (
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"),
+    "prediction_type",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, ready to be scored.
+
+    Attributes:
+        pipeline: the model, on its device, in eval mode.
+        process: the chain, full or respaced.
+        prediction_type: what the network's answer means.
+        variance_type: the reverse variance it is scored with.
+        record: the training run's config, None where the model has none.
+    """
+
+    pipeline: DDPMPipeline
+    process: DiffusionProcess
+    prediction_type: str
+    variance_type: str
+    record: TrainConfig | None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network in its slot."""
+        return as_denoiser(self.pipeline.unet)
+
+    def trained_on(self, dataset: str, split: str) -> bool:
+        """Whether the training record names these images."""
+        return self.record is not None and (self.record.dataset, self.record.split) == (dataset, split)
+
+    def weights_digest(self) -> str:
+        """Sixteen hex digits of the network's weights."""
+        found = hashlib.sha256()
+        state: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
+        for name, weight in sorted(state.items()):
+            found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
+
+
+def load_subject(
+    model: str,
+    device: torch.device,
+    variance_type: str | None = None,
+    steps: int | None = None,
+    first_variance: Literal["spaced", "full"] = "spaced",
+) -> Subject:
+    """Load a pipeline folder or Hub id, also one that plain diffusers wrote.
+
+    Args:
+        model: folder or Hub id.
+        device: where the network goes.
+        variance_type: "fixed_small" or "fixed_large", for a network that learns none; by default the
+            scheduler's.
+        steps: K of the respaced chain, by the scheduler's own spacing; by default all T.
+        first_variance: σ_0² of a respaced chain, see `DiffusionProcess.respaced`.
+
+    Raises:
+        ValueError: a bad model, a scheduler that contradicts the training record, a variance that the network
+            can't be scored with, or an impossible number of steps.
+    """
+    pipeline = DDPMPipeline.from_pretrained(model).to(device)
+    if isinstance(pipeline.unet, nn.Module):
+        pipeline.unet.eval()
+    scheduler: Any = DDPMScheduler.from_config(whole_config(pipeline.scheduler))
+    prediction_type = scheduler.config["prediction_type"]
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"the scheduler of {model!r} has prediction_type {prediction_type!r}; "
+            f"allowed: {', '.join(PREDICTIONS)}"
+        )
+    own = scheduler.variance_type.removesuffix("_log")
+    if variance_type is not None and own in LEARNED:
+        raise ValueError(
+            f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none"
+        )
+    if own not in (*FIXED, *LEARNED):
+        raise ValueError(
+            f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join((*FIXED, *LEARNED))}"
+        )
+    process = scheduler.process
+    if steps is not None:
+        if steps > len(process):
+            raise ValueError(f"steps is {steps}; allowed: <= {len(process)} (T)")
+        scheduler.set_timesteps(steps)
+        process = process.respaced(scheduler.timesteps, first_variance)
+    return Subject(pipeline, process, prediction_type, variance_type or own, _read_record(model, scheduler))
+
+
+def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:
+    """The training run's config, if the model's folder has one; it must agree with the scheduler."""
+    file = Path(model).expanduser() / RECORD
+    if not file.is_file():
+        return None
+    record = TrainConfig.load(file)
+    trained = make_scheduler(record)
+    same = scheduler.process.betas.shape == trained.process.betas.shape and torch.allclose(
+        scheduler.process.betas, trained.process.betas, rtol=1e-9, atol=0
+    )
+    keys = [key for key in PROCESS_KEYS if scheduler.config[key] != trained.config[key]]
+    if not same or "prediction_type" in keys:
+        differ = ", ".join(
+            f"{key} {scheduler.config[key]!r}, trained {trained.config[key]!r}" for key in keys
+        )
+        raise ValueError(
+            f"the scheduler of {model!r} contradicts its {RECORD}: {differ or 'other betas'}; "
+            "allowed: the process that the network was trained with"
+        )
+    return record
+
+
+def open_images(
+    subject: Subject, dataset: str, split: str, image_column: str | None = None, fit: str = "exact"
+) -> ImageStream:
+    """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
+
+    Raises:
+        ValueError: a bad data set, or images of another shape than the model's.
+    """
+    channels, *size = shape = subject.pipeline.image_shape
+    stream = load_stream(
+        dataset,
+        split,
+        None if fit == "exact" else (size[0], size[1]),
+        column=image_column,
+        fit=fit,
+    )
+    if stream.shape != shape:
+        hint = "; a `fit` would resize them, and the record says so" if stream.shape[0] == channels else ""
+        raise ValueError(
+            f"images of {dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
+        )
+    if subject.trained_on(dataset, split):
+        logger.warning("the model was trained on this split: its bits/dim here say nothing about new images")
+    return stream
