@@ -122,6 +122,10 @@ class TrainConfig:
     sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
     sample_num_images: int = option(64, "images in a grid", least=1)
     sample_steps: int | None = option(None, "steps of sampling a grid, by default all T", least=1)
+    evaluate_every: int = option(0, "steps between bits/dim of held-out images, 0 for never", least=0)
+    evaluate_split: str = option("test", "split of the held-out images")
+    evaluate_num_images: int = option(256, "how many of them, at most", least=2)
+    evaluate_num_evals: int = option(16, "network evaluations for each", least=2)
     trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
 
     def __post_init__(self) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import bound_term, prior_kl, variance_table
-from hf_ddpm.gaussian import bits_per_dim, normal_kl
+from hf_ddpm.bound import bound_term, prior_kl
+from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import derive_seed
 
@@ -131,11 +131,7 @@ def estimate_bound(
             f"num_evals_per_image is {num_evals_per_image} with {n_0} for L_0; allowed: at least one for L_0 "
             "and one for the other steps"
         )
-    p = (
-        default_proposal(process, options["variance_type"])
-        if proposal is None
-        else _normalised(proposal, steps)
-    )
+    p = default_proposal(process) if proposal is None else _normalised(proposal, steps)
     indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
     if len(indices) != len(images):
         raise ValueError(f"{len(indices)} image_indices for {len(images)} images; allowed: one per image")
@@ -169,27 +165,24 @@ def estimate_bound(
     )
 
 
-def default_proposal(process: DiffusionProcess, variance_type: str | Tensor) -> Tensor:
+def default_proposal(process: DiffusionProcess) -> Tensor:
     """A proposal without a pilot: p_t ∝ L_t of Gaussian data of variance 1/4, with a share of uniform.
 
-        mse_t = 1 / (4 + SNR_t),     L_t = KL at ⟨(x̂_0 − x_0)²⟩ = mse_t,     learned variances as optimal
+        mse_t = 1 / (4 + SNR_t),     L_t = ½ log(1 + c0² mse_t / β̃_t)  at the optimal variance
+
+    It is the same for all models and variances of a process, so their estimates compare by paired difference.
 
     Args:
         process: the chain.
-        variance_type: as in `bound_term`.
 
     Returns:
         p_t, (T,) float64 on the CPU, 0 at t = 0 and 1 in sum over t ≥ 1.
     """
-    table = variance_table(process, variance_type)
     if len(process) < 2:
         return torch.zeros(len(process), dtype=torch.float64)
     mse = 1 / (1 / PIXEL_VARIANCE + process.snr)
-    shift = process.posterior_mean_coef_x0 * mse.sqrt()
-    if table is None:
-        table = (process.posterior_variance + shift**2).log()
-    log_variance = getattr(process, table) if isinstance(table, str) else table
-    return _mixed(normal_kl(shift, process.log_fixed_small, shift.new_zeros(()), log_variance)[1:])
+    gain = process.posterior_mean_coef_x0.square() * mse / process.log_fixed_small.exp()
+    return _mixed(torch.log1p(gain)[1:])
 
 
 @torch.no_grad()

@@ -147,7 +147,10 @@ def _load_inception(device: str | torch.device) -> Extractor:
 
 def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+    from transformers.utils import logging
 
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     path = Path(source).expanduser()
     like_a_path = path.is_absolute() or source[:1] == "." or source.count("/") > 1
     if not source or (like_a_path and not path.is_dir()):
@@ -164,6 +167,9 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
         model, info = load(place, trust_remote_code=False, **options)
     except Exception as error:  # what transformers, the Hub client and safetensors raise has no common class
         raise ValueError(f"can't load the {what} of {source!r}: {one_line(error)}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     missing = set(info["missing_keys"])
     if lacks := sorted(name for name in missing if "pooler." not in name):
         raise ValueError(f"the weights of {source!r} lack {lacks[0]} and {len(lacks) - 1} more")

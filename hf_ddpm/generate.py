@@ -16,7 +16,7 @@ from PIL import Image
 
 from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.record import REFRESH
+from hf_ddpm.progress import REFRESH
 from hf_ddpm.samplers import swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import derive_seed

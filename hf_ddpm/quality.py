@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_ddpm.data import ImageStream
 from hf_ddpm.generate import image_generators
@@ -29,7 +28,7 @@ from hf_ddpm.metrics import (
 )
 from hf_ddpm.parts import Parts
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.record import REFRESH
+from hf_ddpm.progress import progress
 from hf_ddpm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -153,14 +152,7 @@ def _draw(
         i for i in range(len(chunks)) if i % state.num_processes == state.process_index and i not in parts
     ]
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(
-        total=num_steps * len(mine),
-        desc="sample",
-        unit="step",
-        mininterval=REFRESH,
-        dynamic_ncols=True,
-        disable=not state.is_main_process,
-    ) as bar:
+    with progress("sample", num_steps * len(mine), "step", state.is_main_process) as bar:
 
         def advance(*_: Any) -> None:
             bar.update()
@@ -197,14 +189,14 @@ def _real(
         }
         if file is not None and file.exists():
             return load_reference(file, extractor.name, facts)
-    state, batches = PartialState(), range(0, len(rows), config.batch_size)
+    state = PartialState()
     images = stream.select([int(row) for row in rows])
     found = []
-    for start in tqdm(
-        batches, desc="features", leave=False, mininterval=REFRESH, disable=not state.is_main_process
-    ):
-        batch: list[Tensor] = [next(images) for _ in rows[start : start + config.batch_size]]
-        found.append(extractor(torch.stack(batch)))
+    with progress("features", len(rows), "image", state.is_main_process, leave=False) as bar:
+        for start in range(0, len(rows), config.batch_size):
+            batch: list[Tensor] = [next(images) for _ in rows[start : start + config.batch_size]]
+            found.append(extractor(torch.stack(batch)))
+            bar.update(len(batch))
     features = Features.cat(found)
     if file is not None and facts is not None and state.is_main_process:
         save_reference(file, features, facts)

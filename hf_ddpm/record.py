@@ -8,9 +8,8 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
-
-# A log file wants a line of progress now and then.
-REFRESH = 0.5 if sys.stderr.isatty() else 15.0
 
 
 class Record:
@@ -54,15 +50,7 @@ class Record:
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
             accelerator.init_trackers("hf_ddpm", config=facts)
-        self._bar = tqdm(
-            total=config.max_steps,
-            initial=first,
-            desc="train",
-            unit="step",
-            mininterval=REFRESH,
-            dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
-        )
+        self._bar = progress("train", config.max_steps, "step", accelerator.is_main_process, initial=first)
 
     def __enter__(self) -> "Record":
         return self
@@ -109,11 +97,16 @@ class Record:
         norm = math.inf if self.grad_norm is None else float(self.grad_norm)
         if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
             line["grad_norm"] = norm
+        self.note(line)
+        self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s", refresh=False)
+
+    def note(self, line: Mapping[str, float]) -> None:
+        """Write numbers of this step to log.jsonl and the trackers."""
+        numbers = {key: value for key, value in line.items() if key != "step"}
         if self.accelerator.is_main_process:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self._step)
-        self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s", refresh=False)
+                file.write(json.dumps({"step": self._step, **numbers}) + "\n")
+        self.accelerator.log(numbers, step=self._step)
 
     def save_grid(self, model: nn.Module, scheduler: DDPMScheduler, shape: tuple[int, int, int]) -> None:
         """Sample, always from the same noise, and show the grid; the processes share the work.

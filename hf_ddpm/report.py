@@ -63,6 +63,8 @@ def describe(report: Mapping[str, Any]) -> str:
     if "sample_metrics" in report:
         found = report["sample_metrics"]
         for name, value in found["samples"].items():
+            if " std " in name:
+                continue
             lines.append(
                 f"{name}: {value:.4g} of {found['num_samples']} samples, {found['floor'][name]:.4g} of "
                 f"{found['num_floor']} real images"
@@ -131,8 +133,8 @@ def compare(
     for key, what in (
         ("image_indices", "images"),
         ("digests", "images"),
+        ("proposal", "process or pilot"),
         ("draws", "seed, method or number of evaluations"),
-        ("proposal", "proposal of steps"),
     ):
         if not torch.equal(tensors[key], other[key]):
             raise ValueError(f"compare_with {name!r} has other values: {what}; allowed: the same as here")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import ImageStream
@@ -23,10 +22,9 @@ from hf_ddpm.likelihood import (
     image_noise,
     pilot_proposal,
 )
-from hf_ddpm.models import Denoiser
 from hf_ddpm.parts import Parts
 from hf_ddpm.pixels import to_float
-from hf_ddpm.record import REFRESH
+from hf_ddpm.progress import Counted, progress
 from hf_ddpm.subject import Subject
 
 # What the bound of an image depends on, besides the model and the data.
@@ -60,7 +58,7 @@ def score(
     parts = Parts(out, settings | options | {"weights": subject.weights_digest(), "rows": total})
     state.wait_for_everyone()
 
-    proposal, denoiser = default_proposal(process, subject.variance_type), _Counted(subject.denoiser)
+    proposal, denoiser = default_proposal(process), Counted(subject.denoiser)
     if config.pilot_images:
         pilot = to_float(torch.stack(list(stream.select(rows[: config.pilot_images])))).to(state.device)
         proposal = pilot_proposal(process, denoiser, pilot, seed=config.seed, **options)
@@ -72,14 +70,8 @@ def score(
     per_row = len(process) if config.exact else config.num_evals_per_image
     images = stream.select([row for i in mine for row in chunks[i]])
     evaluations = denoiser.count + per_row * len(rows)
-    with tqdm(
-        total=per_row * sum(len(chunks[i]) for i in mine),
-        desc="evaluate",
-        unit="eval",
-        mininterval=REFRESH,
-        dynamic_ncols=True,
-        disable=not state.is_main_process,
-    ) as denoiser.bar:
+    total = per_row * sum(len(chunks[i]) for i in mine)
+    with progress("evaluate", total, "eval", state.is_main_process) as denoiser.bar:
         for i in mine:
             pixels = torch.stack([next(images) for _ in chunks[i]])
             x_0 = to_float(pixels).to(state.device)
@@ -107,20 +99,6 @@ def score(
     digests = tensors.pop("digests")
     result = Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal)
     return result, proposal, digests, evaluations
-
-
-class _Counted:
-    """A denoiser that counts its evaluations, one per image and step, and shows them in `bar`."""
-
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser, self.count = denoiser, 0
-        self.bar: Any = None
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        self.count += len(x_t)
-        if self.bar is not None:
-            self.bar.update(len(x_t))
-        return self.denoiser(x_t, t)
 
 
 def _digest(image: Tensor) -> int:

@@ -32,6 +32,7 @@ from hf_ddpm.build import (
 )
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, update_folder
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.heldout import HeldOut
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.objectives import simple_loss
 from hf_ddpm.pipeline import DDPMPipeline
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers"),
     *("sample_every", "sample_num_images", "sample_steps", "num_workers"),
+    *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
 }
 
 
@@ -97,6 +99,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     if process.prior_bpd_at_edges > PRIOR_WARNING:
         logger.warning("the schedule ends %.3g bits/dim short of pure noise", process.prior_bpd_at_edges)
     stream = open_stream(config, rank, world)
+    heldout = HeldOut(config, run, accelerator, stream.shape) if config.evaluate_every else None
+    options = {"variance_type": config.variance_type, "prediction_type": config.prediction_type}
     unet = model if model is not None else make_model(config, stream, scheduler)
     unet = prepare_model(unet, config, stream, device)
     averaged = copy.deepcopy(unet).eval().requires_grad_(False)
@@ -167,6 +171,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
             with record.paused():
                 if ends or step % config.checkpoint_every == 0:
                     save()
+                if heldout and (ends or step % config.evaluate_every == 0):
+                    record.note(heldout.evaluate(averaged, process, step, options))
                 if config.sample_every and (ends or step % config.sample_every == 0):
                     record.save_grid(averaged, scheduler, stream.shape)
     if step == first:

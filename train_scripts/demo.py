@@ -14,7 +14,7 @@ import hf_ddpm
 from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.cli import run
 from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.record import REFRESH
+from hf_ddpm.progress import REFRESH
 
 CONFIG = Path(__file__).parent / "configs" / "digits.toml"
 NUM_IMAGES = 64

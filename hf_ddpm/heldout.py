@@ -1,0 +1,127 @@
+"""The bound of held-out images while a network trains: the same images, steps and noise every time.
+
+    RUN/heldout/step-00000500.safetensors     row, bpd, rate_bpd and distortion_bpd of each image
+
+The draws depend on the seed and an image's row alone, so the change since the last time is a paired
+difference, whose error is far below that of either estimate.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.data import load_stream
+from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
+from hf_ddpm.models import as_denoiser
+from hf_ddpm.pixels import to_float
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.progress import Counted, progress
+from hf_ddpm.seeds import derive_seed
+
+FILE = re.compile(r"step-(\d{8,})\.safetensors")
+COLUMNS = ("rows", "bpd", "rate_bpd", "distortion_bpd")
+
+
+class HeldOut:
+    """This rank's share of the held-out images, in memory as uint8.
+
+    Args:
+        config: the run; its images are fitted as the run's, but never mirrored or cropped at random.
+        run: the run's folder.
+        accelerator: the processes that share the images.
+        shape: (C, H, W) of the run's images.
+
+    Raises:
+        ValueError: no such split, or images of another shape.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, accelerator: Accelerator, shape: tuple[int, int, int]):
+        stream = load_stream(
+            config.dataset,
+            config.evaluate_split,
+            shape[1:],
+            config.channels,
+            column=config.image_column,
+            fit="center_crop" if config.fit == "random_crop" else config.fit,
+        )
+        if stream.shape != shape:
+            raise ValueError(
+                f"images of evaluate_split {config.evaluate_split!r} are {stream.shape} (C, H, W); "
+                f"allowed: the run's {shape}"
+            )
+        order = np.random.default_rng(derive_seed(5, config.seed)).permutation(stream.num_rows())
+        chosen = np.sort(order[: config.evaluate_num_images])
+        self._rows = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
+        self._images = list(stream.select(self._rows))
+        self._folder, self._accelerator, self._config = run / "heldout", accelerator, config
+
+    def evaluate(
+        self, model: nn.Module, process: DiffusionProcess, step: int, options: dict[str, Any]
+    ) -> dict[str, float]:
+        """Estimate the bound, note each image's, and compare with the last time.
+
+        Args:
+            model: the network with its averaged weights, in eval mode.
+            process: the run's.
+            step: optimizer steps done.
+            options: `variance_type` and `prediction_type`, as in `bound_term`.
+
+        Returns:
+            For log.jsonl: means over all images with standard errors, on every process.
+        """
+        accelerator, evals = self._accelerator, self._config.evaluate_num_evals
+        found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        with progress(
+            "evaluate", evals * len(self._rows), "eval", accelerator.is_main_process, leave=False
+        ) as bar:
+            denoiser = Counted(as_denoiser(model), bar)
+            for start in range(0, len(self._rows), self._config.batch_size):
+                piece = slice(start, start + self._config.batch_size)
+                estimate = estimate_bound(
+                    process,
+                    denoiser,
+                    to_float(torch.stack(self._images[piece])).to(accelerator.device),
+                    num_evals_per_image=evals,
+                    seed=self._config.seed,
+                    image_indices=self._rows[piece],
+                    proposal=default_proposal(process),
+                    batch_size=self._config.batch_size,
+                    **options,
+                )
+                found["rows"] += self._rows[piece]
+                found["bpd"] += estimate.per_image_bpd.tolist()
+                found["rate_bpd"] += estimate.per_image_rate_bpd.tolist()
+                found["distortion_bpd"] += estimate.per_image_distortion_bpd.tolist()
+
+        rows = sorted(gather_object(list(zip(*found.values(), strict=True))))
+        now = dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float64).T.contiguous(), strict=True))
+        line: dict[str, float] = {"heldout_images": len(rows)}
+        line["heldout_bpd"], line["heldout_stderr"] = mean_and_stderr(now["bpd"])
+        for name in ("rate_bpd", "distortion_bpd"):
+            line[f"heldout_{name}"] = mean_and_stderr(now[name])[0]
+        before = self._last_before(step)
+        if before is not None and torch.equal(before["rows"], now["rows"]):
+            change = now["bpd"] - before["bpd"]
+            line["heldout_change"], line["heldout_change_stderr"] = mean_and_stderr(change)
+        accelerator.wait_for_everyone()  # all have looked for the last one
+        if accelerator.is_main_process:
+            self._folder.mkdir(exist_ok=True)
+            partial = self._folder / ".new.tmp"
+            save_file({name: column.clone() for name, column in now.items()}, partial)
+            os.replace(partial, self._folder / f"step-{step:08d}.safetensors")
+        return {name: value for name, value in line.items() if value == value}  # JSON has no NaN
+
+    def _last_before(self, step: int) -> dict[str, torch.Tensor] | None:
+        """What was noted the last time before `step`."""
+        steps = [(int(m[1]), path) for path in self._folder.glob("*") if (m := FILE.fullmatch(path.name))]
+        earlier = [path for at, path in sorted(steps) if at < step]
+        return load_file(earlier[-1]) if earlier else None
