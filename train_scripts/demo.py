@@ -1,4 +1,4 @@
-"""`make demo`: train on the embedded digits, save, reload, sample, and say how many digits are clear."""
+"""`make demo`: train on the embedded digits, save, reload, sample, and say how good it is."""
 
 import argparse
 import time
@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegression
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.cli import run
+from hf_ddpm.config import EvaluationConfig
+from hf_ddpm.evaluation import evaluate
 from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.progress import REFRESH
 
@@ -57,6 +59,10 @@ def demo(argv: Sequence[str], prog: str) -> None:
     test_images, test_labels = digits("test")
     accuracy, floor = classifier.score(test_images, test_labels), clear_share(classifier, test_images)
     share = clear_share(classifier, samples.reshape(NUM_IMAGES, -1))
+
+    report = evaluate(EvaluationConfig(model=str(out), dataset="digits", overwrite=True))
+    bits, held_out = report["bits_per_dim"], report["data"]["num_images"]
+    total, rate, distortion = (bits[key]["value"] for key in ("bpd", "rate_bpd", "distortion_bpd"))
     seconds = time.perf_counter() - start
 
     print(f"""
@@ -67,7 +73,9 @@ training        step {result.step}, {result.images} images, {trained - start:.0f
 whole demo      {seconds:.0f} s
 clear digits    {share:.0%} of {NUM_IMAGES} samples; {floor:.0%} of the real test digits
                 clear: one class has p > {CONFIDENT}, by a logistic regression trained on the real digits
-                ({accuracy:.1%} right on the test digits)""")
+                ({accuracy:.1%} right on the test digits)
+bits/dim        {total:.3f} +- {bits["bpd"]["stderr"]:.3f} of {held_out} held-out digits (an upper bound):
+                {rate:.3f} rate + {distortion:.3f} distortion; {out / "evaluation.json"} has more""")
     if args.max_seconds is not None and seconds > args.max_seconds:
         raise RuntimeError(f"the demo took {seconds:.0f} s, more than {args.max_seconds:.0f} s")
 
