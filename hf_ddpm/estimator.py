@@ -41,6 +41,7 @@ class Estimate:
         terms_bpd: L_t in bits/dim at each, not yet divided by p_t, (N, n).
         x0_mse: ⟨(x̂_0 − x_0)²⟩ there, (N, n).
         proposal: p_t that t was drawn from, (T,), 0 at t = 0 and 1 in sum.
+        seed: of the draws.
     """
 
     image_indices: Tensor
@@ -51,6 +52,7 @@ class Estimate:
     terms_bpd: Tensor
     x0_mse: Tensor
     proposal: Tensor
+    seed: int
 
     @property
     def per_image_rate_bpd(self) -> Tensor:
@@ -122,6 +124,8 @@ def estimate_bound(
     Raises:
         ValueError: as in `bound_term`, too few evaluations, or a proposal that is not positive.
     """
+    if len(images) == 0:
+        raise ValueError("there are no images; allowed: at least one")
     steps, dims = len(process), images[0].numel()
     n_0 = max(1, round(num_evals_per_image / 8)) if num_decoder_evals is None else num_decoder_evals
     if steps == 1:
@@ -133,8 +137,11 @@ def estimate_bound(
         )
     p = default_proposal(process) if proposal is None else _normalised(proposal, steps)
     indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
-    if len(indices) != len(images):
-        raise ValueError(f"{len(indices)} image_indices for {len(images)} images; allowed: one per image")
+    if indices.shape != (len(images),) or indices.is_floating_point():
+        raise ValueError(
+            f"image_indices are {tuple(indices.shape)} {indices.dtype}; allowed: whole numbers "
+            f"({len(images)},)"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: whole numbers >= 1")
 
@@ -154,7 +161,7 @@ def estimate_bound(
     chunk, prior, t, nats, mse = (torch.cat(column) for column in zip(*parts, strict=True))
     bpd = bits_per_dim(nats, dims)
     return Estimate(
-        image_indices=chunk,
+        image_indices=chunk.long(),
         prior_bpd=bits_per_dim(prior, dims),
         decoder_bpd=bpd[:, :n_0],
         decoder_x0_mse=mse[:, :n_0],
@@ -162,6 +169,7 @@ def estimate_bound(
         terms_bpd=bpd[:, n_0:],
         x0_mse=mse[:, n_0:],
         proposal=p,
+        seed=seed,
     )
 
 
@@ -217,12 +225,18 @@ def pilot_proposal(
     last = len(process) - 1
     if last < 1:
         return torch.zeros(last + 1, dtype=torch.float64)
+    if num_steps < 1 or len(images) == 0:
+        raise ValueError(
+            f"a pilot of {len(images)} images at num_steps {num_steps}; allowed: at least one of both"
+        )
     grid = np.unique(np.round(np.geomspace(1, last, num_steps)).astype(int))
     generator = torch.Generator().manual_seed(derive_seed(2, seed))
     squares = []
     for t in grid.tolist():
         nats = bound_term(process, model, images, t, randn_like(images, generator), **options).nats
-        squares.append(max(nats.square().mean().item(), 1e-300))  # a term may be exactly 0
+        squares.append(nats.square().mean().item() + 1e-300)  # a term may be exactly 0
+    if not np.isfinite(squares).all():
+        raise ValueError("the pilot's terms are not finite: the model's answers are not")
     log_rms = np.interp(np.log(np.arange(1, last + 1)), np.log(grid), 0.5 * np.log(squares))
     return _mixed(torch.from_numpy(np.exp(log_rms)))
 
@@ -241,9 +255,13 @@ def paired_difference(a: Estimate, b: Estimate) -> tuple[float, float]:
     Raises:
         ValueError: the estimates are not of the same images, or not made with the same draws.
     """
-    for name in ("image_indices", "t"):
-        if not torch.equal(getattr(a, name), getattr(b, name)):
-            raise ValueError(f"the estimates differ in {name}; allowed: same images, seed and proposal")
+    same = {name: torch.equal(getattr(a, name), getattr(b, name)) for name in ("image_indices", "t")}
+    same |= {"seed": a.seed == b.seed, "decoder draws": a.decoder_bpd.shape == b.decoder_bpd.shape}
+    for name, equal in same.items():
+        if not equal:
+            raise ValueError(
+                f"the estimates differ in {name}; allowed: same images, seed, number and proposal"
+            )
     return mean_and_stderr(a.per_image_bpd - b.per_image_bpd)
 
 
@@ -280,5 +298,5 @@ def _draws(seed: int, index: int, p: Tensor, n: int, n_0: int, shape: Sequence[i
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     where = (torch.arange(n, dtype=torch.float64) + u) / max(n, 1)
     t = torch.searchsorted(p.cumsum(0), where, right=True).clamp(1, max(1, len(p) - 1))
-    noise = torch.randn((n_0 + n, *shape), generator=generator)
+    noise = torch.randn((n_0 + n, *shape), generator=generator, dtype=torch.float32)
     return torch.cat([t.new_zeros(n_0), t]), noise

@@ -19,7 +19,6 @@ from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import ImageStream
 from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
-    Estimate,
     image_noise,
     rate_distortion,
     with_variance,
@@ -84,7 +83,8 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
     numbers = per_image(result)
     if bad := int((~numbers["bpd"].isfinite()).sum()):
         raise RuntimeError(f"the bound is not finite for {bad} of {len(rows)} images")
-    draws = result.t if isinstance(result, Estimate) else torch.tensor([config.seed])
+    # with the proposal, all that the draws depend on
+    draws = torch.tensor([config.seed, 0 if config.exact else config.num_evals_per_image])
     tensors = numbers | {
         "image_indices": torch.tensor(rows),
         "digests": digests,

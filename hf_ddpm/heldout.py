@@ -6,6 +6,7 @@ The draws depend on the seed and an image's row alone, so the change since the l
 difference, whose error is far below that of either estimate.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,8 @@ from hf_ddpm.pixels import to_float
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.progress import Counted, progress
 from hf_ddpm.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"step-(\d{8,})\.safetensors")
 COLUMNS = ("rows", "bpd", "rate_bpd", "distortion_bpd")
@@ -58,6 +61,8 @@ class HeldOut:
                 f"images of evaluate_split {config.evaluate_split!r} are {stream.shape} (C, H, W); "
                 f"allowed: the run's {shape}"
             )
+        if config.evaluate_split == config.split and accelerator.is_main_process:
+            logger.warning("evaluate_split %r is the split that the run trains on", config.split)
         order = np.random.default_rng(derive_seed(5, config.seed)).permutation(stream.num_rows())
         chosen = np.sort(order[: config.evaluate_num_images])
         self._rows = chosen[accelerator.process_index :: accelerator.num_processes].tolist()

@@ -146,7 +146,7 @@ def image_noise(seed: int, image_indices: Sequence[int], like: Tensor) -> Callab
     generators = [torch.Generator().manual_seed(derive_seed(3, seed, int(i))) for i in image_indices]
 
     def noise(t: int) -> Tensor:
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        drawn = [torch.randn(like.shape[1:], generator=g, dtype=torch.float32) for g in generators]
         return torch.stack(drawn).to(like.device, like.dtype)
 
     return noise
@@ -181,7 +181,12 @@ def rate_distortion(result: Bound | Estimate, num_bins: int = 40) -> RateDistort
         result: of `evaluate_bound`, for a curve over every t; or of `estimate_bound`, for one over bins of t
             that are about equally likely under its proposal, t = 0 apart.
         num_bins: at most so many bins, for an estimate.
+
+    Raises:
+        ValueError: `num_bins` is below 1.
     """
+    if num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins}; allowed: whole numbers >= 1")
     if isinstance(result, Bound):
         bins = torch.arange(result.terms_bpd.shape[1])
         step, mse = result.terms_bpd.mean(0), result.x0_mse.mean(0)

@@ -52,8 +52,9 @@ def describe(report: Mapping[str, Any]) -> str:
                 f"{_number(numbers['bpd'])} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
                 f"+ distortion {distortion:.4f}"
             )
+    fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
     lines.append(
-        f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}; "
+        f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
     )
     if "comparison" in report:

@@ -91,13 +91,13 @@ def score(
                     batch_size=config.batch_size,
                     **options,
                 )
-            tensors = {key: value for key, value in vars(found).items() if key != "proposal"}
+            tensors = {key: value for key, value in vars(found).items() if key not in ("proposal", "seed")}
             parts.save(i, tensors | {"digests": torch.tensor([_digest(image) for image in pixels])})
     state.wait_for_everyone()
     tensors = parts.load(len(chunks))
     state.wait_for_everyone()
     digests = tensors.pop("digests")
-    result = Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal)
+    result = Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal, seed=config.seed)
     return result, proposal, digests, evaluations
 
 
