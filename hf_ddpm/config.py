@@ -125,7 +125,7 @@ class TrainConfig:
     evaluate_every: int = option(0, "steps between bits/dim of held-out images, 0 for never", least=0)
     evaluate_split: str = option("test", "split of the held-out images")
     evaluate_num_images: int = option(256, "how many of them, at most", least=2)
-    evaluate_num_evals: int = option(16, "network evaluations for each", least=2)
+    evaluate_num_evals: int = option(20, "network evaluations for each", least=2)
     trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
 
     def __post_init__(self) -> None:
@@ -212,7 +212,7 @@ class EvaluationConfig:
     )
 
     exact: bool = option(False, "evaluate every step once instead of a few per image")
-    num_evals_per_image: int = option(16, "network evaluations per image of the estimate", least=2)
+    num_evals_per_image: int = option(20, "network evaluations per image of the estimate", least=2)
     pilot_images: int = option(0, "images that a proposal is learned from; 0 takes the default one", least=0)
     variance_type: str | None = option(
         None, "reverse variance, by default the model's", choices=("fixed_large", "fixed_small")

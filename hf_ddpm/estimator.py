@@ -98,7 +98,7 @@ def estimate_bound(
     model: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     *,
-    num_evals_per_image: int = 16,
+    num_evals_per_image: int = 20,
     num_decoder_evals: int | None = None,
     seed: int = 0,
     image_indices: Tensor | Sequence[int] | None = None,
@@ -113,7 +113,7 @@ def estimate_bound(
         model: a denoiser (x_t, t) → output.
         images: clean images on the grid u/127.5 − 1, shape (N, C, H, W).
         num_evals_per_image: network evaluations per image, n + n_0, with n ≥ 1.
-        num_decoder_evals: n_0, how many of them are spent on L_0; by default one in eight, at least one.
+        num_decoder_evals: n_0, how many of them are spent on L_0; by default one in six, at least one.
         seed: with an image's index, of its draws.
         image_indices: the images' indices in their data set, (N,), by default 0..N−1.
         proposal: p_t for t ≥ 1 up to a factor, (T,), entry 0 unused; by default `default_proposal`, which is
@@ -127,7 +127,7 @@ def estimate_bound(
     if len(images) == 0:
         raise ValueError("there are no images; allowed: at least one")
     steps, dims = len(process), images[0].numel()
-    n_0 = max(1, round(num_evals_per_image / 8)) if num_decoder_evals is None else num_decoder_evals
+    n_0 = max(1, round(num_evals_per_image / 6)) if num_decoder_evals is None else num_decoder_evals
     if steps == 1:
         n_0 = num_evals_per_image  # nothing else to evaluate
     if n_0 < 1 or num_evals_per_image < n_0 + (steps > 1):

@@ -192,7 +192,7 @@ def test_error_on_digits(report):
     pilot_images = to_float(next(iter(load_stream("digits", "train").batches(PILOT_IMAGES, epochs=1))))
     pilot = pilot_proposal(process, model, pilot_images, num_steps=PILOT_STEPS, **options)
     proposals = {"default": None, "pilot": pilot, "uniform": torch.ones(len(process))}
-    for kind, count in [("default", 16), ("default", 32), ("pilot", 16), ("uniform", 16)]:
+    for kind, count in [("default", 16), ("default", 20), ("pilot", 20), ("uniform", 20)]:
         start, settings = time.perf_counter(), {"num_evals_per_image": count, "batch_size": 100, **options}
         estimates = [
             estimate_bound(process, model, x_0, seed=seed, proposal=proposals[kind], **settings)
