@@ -113,6 +113,11 @@ def bound_term(
         assert model is not None
         steps = t if isinstance(t, Tensor) else torch.full(x_0.shape[:1], t, device=x_0.device)
         model_output = model(x_t, process.timesteps_at(steps))
+    if not isinstance(model_output, Tensor):
+        raise ValueError(
+            f"the model answered {type(model_output).__name__}; allowed: a tensor (hf_ddpm.models.as_denoiser "
+            "makes a diffusers model answer one)"
+        )
     channels = x_0.shape[1] * (2 if table is None else 1)
     if model_output.shape != (wanted := (x_0.shape[0], channels, *x_0.shape[2:])):
         raise ValueError(

@@ -23,6 +23,7 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import derive_seed
 
 UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
+CHUNK = 2**26  # numbers of noise held at once
 PIXEL_VARIANCE = 0.25  # what `default_proposal` takes for the spread that a network can't predict
 
 
@@ -110,7 +111,7 @@ def estimate_bound(
 
     Args:
         process: the chain.
-        model: a denoiser (x_t, t) → output.
+        model: a denoiser (x_t, t) → output, in eval mode.
         images: clean images on the grid u/127.5 − 1, shape (N, C, H, W).
         num_evals_per_image: network evaluations per image, n + n_0, with n ≥ 1.
         num_decoder_evals: n_0, how many of them are spent on L_0; by default one in six, at least one.
@@ -146,8 +147,9 @@ def estimate_bound(
         raise ValueError(f"batch_size is {batch_size}; allowed: whole numbers >= 1")
 
     parts = []
-    for start in range(0, len(images), batch_size):
-        x_0, chunk = images[start : start + batch_size], indices[start : start + batch_size]
+    per_chunk = max(1, min(batch_size, CHUNK // (num_evals_per_image * dims)))
+    for start in range(0, len(images), per_chunk):
+        x_0, chunk = images[start : start + per_chunk], indices[start : start + per_chunk]
         draws = [_draws(seed, int(i), p, num_evals_per_image - n_0, n_0, x_0.shape[1:]) for i in chunk]
         t, noise = torch.cat([t for t, _ in draws]), torch.cat([noise for _, noise in draws])
         owner = torch.arange(len(x_0)).repeat_interleave(num_evals_per_image)

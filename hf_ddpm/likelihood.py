@@ -114,7 +114,7 @@ def evaluate_bound(
 
     Args:
         process: the chain.
-        model: a denoiser (x_t, t) → output.
+        model: a denoiser (x_t, t) → output, in eval mode.
         x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
         noise_fn: the noise for each index t of the chain, shape of x_0, instead of fresh draws.
         generator: of the draws; it may be on the CPU when the images are not.
