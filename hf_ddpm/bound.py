@@ -115,8 +115,8 @@ def bound_term(
         model_output = model(x_t, process.timesteps_at(steps))
     if not isinstance(model_output, Tensor):
         raise ValueError(
-            f"the model answered {type(model_output).__name__}; allowed: a tensor (hf_ddpm.models.as_denoiser "
-            "makes a diffusers model answer one)"
+            f"the model answered {type(model_output).__name__}; allowed: a tensor, as diffusers models give "
+            "through hf_ddpm.models.as_denoiser"
         )
     channels = x_0.shape[1] * (2 if table is None else 1)
     if model_output.shape != (wanted := (x_0.shape[0], channels, *x_0.shape[2:])):
