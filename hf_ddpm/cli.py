@@ -170,7 +170,7 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
     report = evaluate(config, shlex.join([*prog.split(), *argv]))
     if PartialState().is_main_process:
         print(describe(report))
-        print(f"written: {Path(config.out or config.model) / JSON}")
+        print(f"written: {Path(config.out or config.model).expanduser() / JSON}")
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type, but: Sequence[str] = ()) -> None:

@@ -171,14 +171,16 @@ class ImageStream:
         """Rows of this rank's epoch, read through once without decoding."""
         return sum(1 for _ in self._order(0))
 
-    def select(self, positions: Sequence[int]) -> Iterator[Tensor]:
+    def select(self, positions: Sequence[int] | np.ndarray) -> Iterator[Tensor]:
         """The images at these ascending positions of epoch 0's order; no other one is decoded.
 
         Raises:
-            ValueError: an image that can't be read, or a position past the end.
+            ValueError: an image that can't be read, or a position past the end or not above the one before.
         """
         rows, at = iter(self._order(0)), -1
-        for position in positions:
+        for position in map(int, positions):
+            if position <= at:
+                raise ValueError(f"position {position} follows {at}; allowed: ascending, from 0 on")
             row = next(itertools.islice(rows, position - at - 1, None), None)
             if row is None:
                 raise ValueError(f"no row {position} in {', '.join(sorted(set(self._shards)))}")

@@ -128,7 +128,7 @@ def estimate_bound(
     if len(images) == 0:
         raise ValueError("there are no images; allowed: at least one")
     steps, dims = len(process), images[0].numel()
-    n_0 = max(1, round(num_evals_per_image / 6)) if num_decoder_evals is None else num_decoder_evals
+    n_0 = decoder_evals(num_evals_per_image) if num_decoder_evals is None else num_decoder_evals
     if steps == 1:
         n_0 = num_evals_per_image  # nothing else to evaluate
     if n_0 < 1 or num_evals_per_image < n_0 + (steps > 1):
@@ -175,6 +175,11 @@ def estimate_bound(
     )
 
 
+def decoder_evals(num_evals_per_image: int) -> int:
+    """How many of an image's evaluations are spent on L_0 if nobody says: one in six, at least one."""
+    return max(1, round(num_evals_per_image / 6))
+
+
 def default_proposal(process: DiffusionProcess) -> Tensor:
     """A proposal without a pilot: p_t ∝ L_t of Gaussian data of variance 1/4, with a share of uniform.
 
@@ -203,6 +208,7 @@ def pilot_proposal(
     *,
     num_steps: int = 20,
     seed: int = 0,
+    batch_size: int = 64,
     **options,
 ) -> Tensor:
     """A proposal for `estimate_bound` from a few images: p_t ∝ √E L_t², with a share of uniform.
@@ -216,6 +222,7 @@ def pilot_proposal(
         images: a few clean images, shape (M, C, H, W); the pilot costs at most M · num_steps evaluations.
         num_steps: grid points.
         seed: of the pilot's noise.
+        batch_size: the network sees at most so many x_t at once.
         **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
 
     Returns:
@@ -235,7 +242,9 @@ def pilot_proposal(
     generator = torch.Generator().manual_seed(derive_seed(2, seed))
     squares = []
     for t in grid.tolist():
-        nats = bound_term(process, model, images, t, randn_like(images, generator), **options).nats
+        noise = randn_like(images, generator)
+        pieces = zip(images.split(batch_size), noise.split(batch_size), strict=True)
+        nats = torch.cat([bound_term(process, model, x, t, eps, **options).nats for x, eps in pieces])
         squares.append(nats.square().mean().item() + 1e-300)  # a term may be exactly 0
     if not np.isfinite(squares).all():
         raise ValueError("the pilot's terms are not finite: the model's answers are not")

@@ -4,8 +4,6 @@ The images are scored in parts of one batch each, that processes share and that 
 image's numbers depend on the seed and its row alone. The numbers themselves are likelihood.py's.
 """
 
-import hashlib
-import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,24 +12,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_ddpm.bound import FIXED
+from hf_ddpm.bound import FIXED, bound_term
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import ImageStream
 from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
+    decoder_evals,
     image_noise,
     rate_distortion,
     with_variance,
 )
 from hf_ddpm.parametrization import to_x0
-from hf_ddpm.parts import Parts
+from hf_ddpm.parts import Parts, why_not_writable
 from hf_ddpm.pixels import to_float, to_uint8
 from hf_ddpm.plots import plot_bits_per_step, plot_rate_distortion, plot_reconstructions, to_pil
-from hf_ddpm.quality import QualityConfig, choose_real, evaluate_samples
-from hf_ddpm.report import JSON, compare, per_image, read_evaluation, summary, versions, write_evaluation
-from hf_ddpm.scoring import score
+from hf_ddpm.quality import QualityConfig, SampleQuality
+from hf_ddpm.report import (
+    JSON,
+    check_comparable,
+    paired,
+    per_image,
+    read_evaluation,
+    summary,
+    versions,
+    write_evaluation,
+)
+from hf_ddpm.scoring import make_proposal, score, scoring_options
 from hf_ddpm.seeds import derive_seed
-from hf_ddpm.subject import Subject, load_subject, open_images
+from hf_ddpm.subject import Subject, digest_rows, fingerprint, load_subject, open_images
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
@@ -50,9 +58,10 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         ValueError: bad input: model, data set, folder, or an extractor; nothing has been written then.
         RuntimeError: the bound is not finite.
     """
-    # What is scored, on what, and whether the results have a place: all looked at before work begins
+    # What is scored, on what, how, and whether the results have a place: all looked at before work begins
     started, state = time.perf_counter(), process_state()
     out = _folder(config)
+    other = None if config.compare_with is None else read_evaluation(Path(config.compare_with).expanduser())
     subject = load_subject(
         config.model,
         state.device or torch.device("cpu"),
@@ -63,9 +72,22 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
     stream = open_images(subject, config.dataset, config.split, config.image_column, config.fit)
     total = stream.num_rows()
     rows = _choose(total, config.num_images, config.seed)
+    digests = digest_rows(stream, rows)
+    _score_one(config, subject, stream, rows[0])
+    proposal, pilot_evaluations = make_proposal(config, subject, stream, rows)
+    tensors = {"image_indices": torch.tensor(rows), "digests": digests, "proposal": proposal}
+    method = _method(config, subject)
+    if other is not None:
+        check_comparable(method, tensors, other, str(config.compare_with))
+    source = {
+        "dataset": config.dataset,
+        "split": config.split,
+        "fit": config.fit,
+        "shape": list(stream.shape),
+    }
     quality = None
     if config.extractor is not None:
-        quality = QualityConfig(
+        how = QualityConfig(
             config.extractor,
             config.num_samples,
             config.sampling_steps,
@@ -74,60 +96,39 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
             config.seed,
             config.batch_size,
         )
-        choose_real(quality, total)
-    other = None if config.compare_with is None else read_evaluation(Path(config.compare_with))
+        quality = SampleQuality(how, subject.pipeline, stream, total, source)
     state.wait_for_everyone()
 
     # The bound, image by image
-    result, proposal, digests, evaluations = score(config, subject, stream, rows, total, out)
+    images, weights = fingerprint(digests), subject.weights_digest()
+    result = score(config, subject, stream, rows, images, proposal, out)
     numbers = per_image(result)
     if bad := int((~numbers["bpd"].isfinite()).sum()):
         raise RuntimeError(f"the bound is not finite for {bad} of {len(rows)} images")
-    # with the proposal, all that the draws depend on
-    draws = torch.tensor([config.seed, 0 if config.exact else config.num_evals_per_image])
-    tensors = numbers | {
-        "image_indices": torch.tensor(rows),
-        "digests": digests,
-        "draws": draws,
-        "proposal": proposal,
-    }
+    evaluations = pilot_evaluations + len(rows) * method["evaluations_per_image"]
     report: dict[str, Any] = {"bits_per_dim": summary(result, subject.variance_type)}
     if subject.variance_type in FIXED:
         swapped = next(name for name in FIXED if name != subject.variance_type)
         report["other_variance"] = summary(with_variance(result, subject.process, swapped), swapped)  # type: ignore
-    report["method"] = {
-        "name": "every step once" if config.exact else "stratified estimate",
-        "steps": len(subject.process),
-        "first_variance": config.first_variance if config.steps else None,
-        "clip_x0": config.clip_x0,
-        "decoder": config.decoder,
-        "evaluations_per_image": len(subject.process) if config.exact else config.num_evals_per_image,
-        "evaluations": evaluations,
-        "pilot_images": config.pilot_images,
-        "seed": config.seed,
-    }
-    report["data"] = facts = {
-        "dataset": config.dataset,
-        "split": config.split,
+    report["method"] = method | {"evaluations": evaluations}
+    report["data"] = source | {
         "num_images": len(rows),
         "num_rows": total,
-        "shape": list(stream.shape),
-        "fit": config.fit,
-        "fingerprint": hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16],
+        "fingerprint": images,
         "trained_on": subject.trained_on(config.dataset, config.split),
     }
     report["model"] = {
         "name": config.model,
-        "weights": (weights := subject.weights_digest()),
+        "weights": weights,
+        "process": subject.process_digest(),
         "prediction_type": subject.prediction_type,
     }
     if other is not None:
-        report["comparison"] = compare(tensors, other[1], other[0], str(config.compare_with))
+        report["comparison"] = paired(numbers["bpd"], subject.variance_type, other)
 
     # The samples
     if quality is not None:
-        about = {key: facts[key] for key in ("dataset", "split", "num_rows", "shape", "fit")}
-        report["sample_metrics"] = evaluate_samples(quality, subject.pipeline, weights, stream, about, out)
+        report["sample_metrics"] = quality.run(weights, out)
 
     # The files
     report |= {
@@ -143,30 +144,50 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         plot_bits_per_step(curve, out / "bits-per-step.png")
         plot_rate_distortion(curve, out / "rate-distortion.png")
         _reconstruct(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
-        write_evaluation(out, report, tensors)
+        write_evaluation(out, report, tensors | numbers)
         Parts.clear(out)
     state.wait_for_everyone()
     return report
 
 
 def _folder(config: EvaluationConfig) -> Path:
-    """Where the results go: made, writable, and without an evaluation that nobody said to replace."""
+    """Where the results go: not made yet, and without an evaluation that nobody said to replace."""
     if config.out is None and not Path(config.model).expanduser().is_dir():
         raise ValueError(
-            f"out is None, but {config.model!r} is not a folder; allowed: a folder for the results"
+            f"out is not given, and {config.model!r} is no folder for the results; allowed: a folder as out"
         )
     out = Path(config.out if config.out is not None else config.model).expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise ValueError(f"out {str(out)!r} can't be written: {error.strerror}") from None
+    if reason := why_not_writable(out):
+        raise ValueError(f"out {str(out)!r} can't be written: {reason}")
     if (out / JSON).exists() and not config.overwrite:
         raise ValueError(
             f"out {str(out)!r} holds an evaluation already; allowed: another folder, or overwrite"
         )
     return out
+
+
+def _method(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
+    """How an image's bits/dim come about: what a comparison needs to be equal, besides the images."""
+    steps, evals = len(subject.process), config.num_evals_per_image
+    return {
+        "name": "every step once" if config.exact else "stratified estimate",
+        "evaluations_per_image": steps if config.exact else evals,
+        "evaluations_of_l_0": 1 if config.exact else decoder_evals(evals),
+        "steps": steps,
+        "first_variance": config.first_variance if config.steps else None,
+        "clip_x0": config.clip_x0,
+        "decoder": config.decoder,
+        "pilot_images": config.pilot_images,
+        "seed": config.seed,
+    }
+
+
+@torch.no_grad()
+def _score_one(config: EvaluationConfig, subject: Subject, stream: ImageStream, row: int) -> None:
+    """Score one image at one step, to be told now what a network's answer doesn't fit."""
+    x_0 = to_float(torch.stack(list(stream.select([row])))).to(subject.pipeline.device)
+    options = scoring_options(config, subject)
+    bound_term(subject.process, subject.denoiser, x_0, 0, torch.zeros_like(x_0), **options)
 
 
 def _choose(total: int, num_images: int | None, seed: int) -> list[int]:

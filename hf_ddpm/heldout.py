@@ -1,6 +1,6 @@
 """The bound of held-out images while a network trains: the same images, steps and noise every time.
 
-    RUN/heldout/step-00000500.safetensors     row, bpd, rate_bpd and distortion_bpd of each image
+    RUN/heldout/step-00000500.safetensors     rows, digests, bpd, rate_bpd, distortion_bpd: (N,)
 
 The draws depend on the seed and an image's row alone, so the change since the last time is a paired
 difference, whose error is far below that of either estimate.
@@ -23,7 +23,7 @@ from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import load_stream
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.models import as_denoiser
-from hf_ddpm.pixels import to_float
+from hf_ddpm.pixels import image_digest, to_float
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.progress import Counted, progress
 from hf_ddpm.seeds import derive_seed
@@ -31,7 +31,7 @@ from hf_ddpm.seeds import derive_seed
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"step-(\d{8,})\.safetensors")
-COLUMNS = ("rows", "bpd", "rate_bpd", "distortion_bpd")
+COLUMNS = ("rows", "digests", "bpd", "rate_bpd", "distortion_bpd")
 
 
 class HeldOut:
@@ -84,7 +84,7 @@ class HeldOut:
             For log.jsonl: means over all images with standard errors, on every process.
         """
         accelerator, evals = self._accelerator, self._config.evaluate_num_evals
-        found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        found: dict[str, list] = {name: [] for name in COLUMNS}
         with progress(
             "evaluate", evals * len(self._rows), "eval", accelerator.is_main_process, leave=False
         ) as bar:
@@ -103,25 +103,28 @@ class HeldOut:
                     **options,
                 )
                 found["rows"] += self._rows[piece]
+                found["digests"] += [image_digest(image) for image in self._images[piece]]
                 found["bpd"] += estimate.per_image_bpd.tolist()
                 found["rate_bpd"] += estimate.per_image_rate_bpd.tolist()
                 found["distortion_bpd"] += estimate.per_image_distortion_bpd.tolist()
 
         rows = sorted(gather_object(list(zip(*found.values(), strict=True))))
-        now = dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float64).T.contiguous(), strict=True))
+        types = (torch.int64, torch.int64, *[torch.float64] * 3)
+        columns = zip(COLUMNS, types, zip(*rows, strict=True), strict=True)
+        now = {name: torch.tensor(column, dtype=kind) for name, kind, column in columns}
         line: dict[str, float] = {"heldout_images": len(rows)}
         line["heldout_bpd"], line["heldout_stderr"] = mean_and_stderr(now["bpd"])
         for name in ("rate_bpd", "distortion_bpd"):
             line[f"heldout_{name}"] = mean_and_stderr(now[name])[0]
         before = self._last_before(step)
-        if before is not None and torch.equal(before["rows"], now["rows"]):
+        if before is not None and all(torch.equal(before[name], now[name]) for name in ("rows", "digests")):
             change = now["bpd"] - before["bpd"]
             line["heldout_change"], line["heldout_change_stderr"] = mean_and_stderr(change)
         accelerator.wait_for_everyone()  # all have looked for the last one
         if accelerator.is_main_process:
             self._folder.mkdir(exist_ok=True)
             partial = self._folder / ".new.tmp"
-            save_file({name: column.clone() for name, column in now.items()}, partial)
+            save_file(now, partial)
             os.replace(partial, self._folder / f"step-{step:08d}.safetensors")
         return {name: value for name, value in line.items() if value == value}  # JSON has no NaN
 

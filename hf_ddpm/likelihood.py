@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_ddpm.bound import BoundTerm, bound_term, prior_kl
 from hf_ddpm.estimator import (
     Estimate,
+    decoder_evals,
     default_proposal,
     estimate_bound,
     mean_and_stderr,
@@ -34,6 +35,7 @@ __all__ = [
     "Estimate",
     "RateDistortion",
     "bound_term",
+    "decoder_evals",
     "default_proposal",
     "estimate_bound",
     "evaluate_bound",

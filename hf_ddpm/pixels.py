@@ -4,6 +4,7 @@ It knows single images. It never pads, never resizes and never converts between 
 to; uint8 stays uint8 until `to_float`, which belongs on the device.
 """
 
+import hashlib
 import io
 from typing import Any
 
@@ -46,6 +47,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def image_digest(image_uint8: Tensor) -> int:
+    """A 64-bit digest of an image's pixels (C, H, W), as a signed number; the same on every machine."""
+    pixels = image_uint8.contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
+
+
 def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
     """One row's value as (h, w, C) uint8, converted by PIL where `channels` is 1 or 3."""
     data = value.get("bytes") if isinstance(value, dict) else value
@@ -61,7 +68,10 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
         raise ValueError(f"neither an encoded image nor an (H, W) or (H, W, C) array: {str(data)[:40]}")
     if pixels.dtype != np.uint8:
         levels = pixels.astype(np.uint8)
-        if (levels != pixels).any():
+        unit_range = (
+            pixels.dtype.kind == "f" and pixels.max() == 1
+        )  # 0..1, which happens to hold only 0 and 1
+        if (levels != pixels).any() or unit_range:
             raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not all 8-bit grey levels")
         pixels = levels
     pixels = np.atleast_3d(pixels)

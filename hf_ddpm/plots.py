@@ -105,15 +105,17 @@ def plot_reconstructions(rows: Sequence[Sequence[Image.Image]], labels: Sequence
         labels: one per column.
         path: a PNG file.
     """
-    columns = len(labels)
-    figure = Figure(figsize=(1.1 * columns, 1.1 * len(rows) + 0.3), layout="constrained")
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            axes = figure.add_subplot(len(rows), columns, i * columns + j + 1)
-            axes.imshow(image.convert("RGB"), interpolation="nearest")
-            axes.set_axis_off()
-            if i == 0:
-                axes.set_title(labels[j], fontsize=9)
+    pictures = [image for row in rows for image in row]
+    grid = image_grid(pictures, columns=len(labels))
+    figure = Figure(figsize=(grid.width / 110, grid.height / 110 + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(grid, interpolation="nearest")
+    cell = (grid.width - GAP) / len(labels)
+    axes.set_xticks([GAP / 2 + cell * (i + 0.5) for i in range(len(labels))], labels)
+    axes.set_yticks([])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return _save(figure, path)
 
 

@@ -4,9 +4,7 @@ Samples are drawn in parts that processes share and a killed run finds again. Be
 floor: what other real images reach against the same reference.
 """
 
-import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from hf_ddpm.data import ImageStream
 from hf_ddpm.generate import image_generators
 from hf_ddpm.metrics import (
-    Extractor,
     Features,
     load_extractor,
     load_reference,
     sample_metrics,
     save_reference,
 )
-from hf_ddpm.parts import Parts
+from hf_ddpm.parts import Parts, why_not_writable
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.progress import progress
+from hf_ddpm.samplers import whole_config
 from hf_ddpm.seeds import derive_seed
+from hf_ddpm.subject import digest_rows, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -66,138 +64,129 @@ def choose_real(config: QualityConfig, total: int) -> tuple[np.ndarray, np.ndarr
     wanted = config.num_reference or min(config.num_samples, total // 2)
     if wanted < 2 or total - wanted < 2:
         raise ValueError(
-            f"num_reference is {wanted}, but the split has {total} images; allowed: 2 to {total - 2}, as the "
-            "floor needs others"
+            f"num_reference is {wanted}, but the split has {total} images; allowed: 2 to {total - 2}, as "
+            "the floor needs others"
         )
     order = np.random.default_rng(derive_seed(4, config.seed)).permutation(total)
     floor = order[wanted : wanted + config.num_samples]
-    if len(floor) != config.num_samples:
+    if len(floor) != config.num_samples and PartialState().is_main_process:
         logger.warning(
-            "the floor has %d images, not %d: distances fall with the number of images, so the two compare "
-            "only roughly",
+            "the floor has %d images, not %d: distances fall with the number of images, so the two "
+            "compare only roughly",
             len(floor),
             config.num_samples,
         )
     return np.sort(order[:wanted]), np.sort(floor)
 
 
-def evaluate_samples(
-    config: QualityConfig,
-    pipeline: DDPMPipeline,
-    weights: str,
-    stream: ImageStream,
-    facts: dict[str, Any],
-    out: Path,
-) -> dict[str, Any]:
-    """Draw samples and measure them.
+class SampleQuality:
+    """A measurement of samples: made, it has refused what can't be done; `run`, it does it.
 
     Args:
         config: how.
         pipeline: draws the samples, with its own scheduler.
-        weights: hash of the network's weights, which parts on disk depend on.
         stream: real images, in the order of their source.
-        facts: what these are, for the reference's file; `num_rows` among them.
-        out: folder of the parts.
-
-    Returns:
-        The section "sample_metrics" of `evaluation.json`, on every process.
+        num_rows: how many they are.
+        facts: where they come from, for the reference's file.
 
     Raises:
-        ValueError: a bad extractor, a reference that doesn't fit, too few real images.
+        ValueError: a bad extractor, one that doesn't take such images, too few real images, an impossible
+            number of sampling steps, or a reference file of something else.
     """
-    state = PartialState()
-    extractor = load_extractor(config.extractor, state.device or "cpu")
-    reference_rows, floor_rows = choose_real(config, facts["num_rows"])
-    _, num_steps, _ = pipeline.check_inputs(num_inference_steps=config.sampling_steps)
 
-    samples = _draw(config, pipeline, weights, num_steps, extractor, out)
-    reference = _real(stream, reference_rows, extractor, config, facts)
-    floor = _real(stream, floor_rows, extractor, config, None)
-    scheduler: Any = pipeline.scheduler
-    return {
-        "extractor": extractor.name,
-        "samples": sample_metrics(samples, reference, config.seed).labelled(),
-        "floor": sample_metrics(floor, reference, config.seed).labelled(),
-        "num_samples": len(samples),
-        "num_reference": len(reference),
-        "num_floor": len(floor),
-        "sampling_steps": num_steps,
-        "scheduler": type(scheduler).__name__,
-        "variance_type": scheduler.config.get("variance_type"),
-    }
+    def __init__(
+        self,
+        config: QualityConfig,
+        pipeline: DDPMPipeline,
+        stream: ImageStream,
+        num_rows: int,
+        facts: dict[str, Any],
+    ):
+        self._config, self._pipeline, self._stream, self._state = config, pipeline, stream, PartialState()
+        self._reference_rows, self._floor_rows = choose_real(config, num_rows)
+        try:
+            _, self._num_steps, _ = pipeline.check_inputs(num_inference_steps=config.sampling_steps)
+        except ValueError as error:
+            raise ValueError(str(error).replace("num_inference_steps", "sampling_steps")) from error
+        self._extractor = load_extractor(config.extractor, self._state.device or "cpu")
+        self._extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))  # images that don't fit show
+        self._file = None if config.reference is None else Path(config.reference).expanduser()
+        self._facts, self._reference = facts, None
+        if self._file is not None:
+            chosen = fingerprint(digest_rows(stream, self._reference_rows))
+            self._facts = facts | {"num_images": len(self._reference_rows), "images": chosen}
+            if self._file.exists():
+                self._reference = load_reference(self._file, self._extractor.name, self._facts)
+            elif reason := why_not_writable(self._file.parent):
+                raise ValueError(f"reference {str(self._file)!r} can't be written: {reason}")
 
+    def run(self, weights: str, out: Path) -> dict[str, Any]:
+        """Draw the samples and measure them: section "sample_metrics" of the report, on every process.
 
-def _draw(
-    config: QualityConfig,
-    pipeline: DDPMPipeline,
-    weights: str,
-    num_steps: int,
-    extractor: Extractor,
-    out: Path,
-) -> Features:
-    """Features of the samples; sample i depends on the seed and i alone, as in `hf-ddpm sample`."""
-    state, scheduler = PartialState(), pipeline.scheduler
-    settings = {
-        "samples": [config.num_samples, num_steps, config.seed, config.batch_size],
-        "model": [weights, type(scheduler).__name__, dict(scheduler.config)],  # type: ignore[union-attr]
-        "extractor": extractor.name,
-    }
-    parts = Parts(out, settings)
-    state.wait_for_everyone()
-    chunks = [
-        range(i, min(i + config.batch_size, config.num_samples))
-        for i in range(0, config.num_samples, config.batch_size)
-    ]
-    mine = [
-        i for i in range(len(chunks)) if i % state.num_processes == state.process_index and i not in parts
-    ]
-    pipeline.set_progress_bar_config(disable=True)
-    with progress("sample", num_steps * len(mine), "step", state.is_main_process) as bar:
-
-        def advance(*_: Any) -> None:
-            bar.update()
-
-        for i in mine:
-            images: Any = pipeline(
-                len(chunks[i]),
-                image_generators(config.seed, chunks[i]),
-                config.sampling_steps,
-                output_type="pt",
-                return_dict=False,
-                callback_on_step_end=advance,
-            )[0]
-            parts.save(i, extractor((images * 255).round().to(torch.uint8)).tensors())
-    state.wait_for_everyone()
-    found = Features(extractor.name, **parts.load(len(chunks)))
-    state.wait_for_everyone()
-    return found
-
-
-def _real(
-    stream: ImageStream,
-    rows: Sequence[int] | np.ndarray,
-    extractor: Extractor,
-    config: QualityConfig,
-    facts: dict[str, Any] | None,
-) -> Features:
-    """Features of real images; with `facts`, those of the reference, from its file if there is one."""
-    file = Path(config.reference) if config.reference and facts is not None else None
-    if facts is not None:
-        facts = facts | {
-            "num_images": len(rows),
-            "rows": hashlib.sha256(np.asarray(rows).tobytes()).hexdigest()[:16],
+        Args:
+            weights: digest of the network's weights, which parts on disk depend on.
+            out: folder of the parts.
+        """
+        samples, seed = self._draw(weights, out), self._config.seed
+        reference = self._reference or self._real(self._reference_rows)
+        if self._file is not None and self._reference is None and self._state.is_main_process:
+            save_reference(self._file, reference, self._facts)
+        floor = self._real(self._floor_rows)
+        scheduler: Any = self._pipeline.scheduler
+        return {
+            "extractor": self._extractor.name,
+            "samples": sample_metrics(samples, reference, seed).labelled(),
+            "floor": sample_metrics(floor, reference, seed).labelled(),
+            "num_samples": len(samples),
+            "num_reference": len(reference),
+            "num_floor": len(floor),
+            "sampling_steps": self._num_steps,
+            "scheduler": type(scheduler).__name__,
+            "variance_type": scheduler.config.get("variance_type"),
         }
-        if file is not None and file.exists():
-            return load_reference(file, extractor.name, facts)
-    state = PartialState()
-    images = stream.select([int(row) for row in rows])
-    found = []
-    with progress("features", len(rows), "image", state.is_main_process, leave=False) as bar:
-        for start in range(0, len(rows), config.batch_size):
-            batch: list[Tensor] = [next(images) for _ in rows[start : start + config.batch_size]]
-            found.append(extractor(torch.stack(batch)))
-            bar.update(len(batch))
-    features = Features.cat(found)
-    if file is not None and facts is not None and state.is_main_process:
-        save_reference(file, features, facts)
-    return features
+
+    def _draw(self, weights: str, out: Path) -> Features:
+        """Features of the samples; sample i depends on the seed and i alone, as in `hf-ddpm sample`."""
+        config, state, scheduler = self._config, self._state, self._pipeline.scheduler
+        settings = {
+            "samples": [config.num_samples, self._num_steps, config.seed, config.batch_size],
+            "model": [weights, type(scheduler).__name__, whole_config(scheduler)],
+            "extractor": self._extractor.name,
+        }
+        parts = Parts(out, settings)
+        state.wait_for_everyone()
+        starts = range(0, config.num_samples, config.batch_size)
+        chunks = [range(i, min(i + config.batch_size, config.num_samples)) for i in starts]
+        mine = range(state.process_index, len(chunks), state.num_processes)
+        mine = [i for i in mine if i not in parts]
+        self._pipeline.set_progress_bar_config(disable=True)
+        with progress("sample", self._num_steps * len(mine), "step", state.is_main_process) as bar:
+
+            def advance(*_: Any) -> None:
+                bar.update()
+
+            for i in mine:
+                images: Any = self._pipeline(
+                    len(chunks[i]),
+                    image_generators(config.seed, chunks[i]),
+                    config.sampling_steps,
+                    output_type="pt",
+                    return_dict=False,
+                    callback_on_step_end=advance,
+                )[0]
+                parts.save(i, self._extractor((images * 255).round().to(torch.uint8)).tensors())
+        state.wait_for_everyone()
+        found = Features(self._extractor.name, **parts.load(len(chunks)))
+        state.wait_for_everyone()
+        return found
+
+    def _real(self, rows: np.ndarray) -> Features:
+        """Features of real images."""
+        images, size = self._stream.select(rows), self._config.batch_size
+        found = []
+        with progress("features", len(rows), "image", self._state.is_main_process, leave=False) as bar:
+            for start in range(0, len(rows), size):
+                batch = torch.stack([next(images) for _ in rows[start : start + size]])
+                found.append(self._extractor(batch))
+                bar.update(len(batch))
+        return Features.cat(found)

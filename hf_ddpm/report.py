@@ -4,6 +4,7 @@ It knows results and files. It reads numbers from Bound and Estimate and compute
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -60,7 +61,9 @@ def describe(report: Mapping[str, Any]) -> str:
     if "comparison" in report:
         found = report["comparison"]
         both = _number({"value": found["difference_bpd"], "stderr": found["stderr"]})
-        lines.append(f"{both} bits/dim difference to {found['with']['name']} ({found['variance_type']})")
+        lines.append(
+            f"{both} bits/dim difference to {found['with']['name']} ({' - '.join(found['variance_types'])})"
+        )
     if "sample_metrics" in report:
         found = report["sample_metrics"]
         for name, value in found["samples"].items():
@@ -111,40 +114,68 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         report = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        return dict(report), load_file(folder / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load_file(folder / TENSORS)
+        lacks = {"bpd", "image_indices", "digests", "proposal"} - set(tensors)  # an older version's may
+        lacks |= {"model", "method", "bits_per_dim"} - set(report)
+        if lacks:
+            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
+        return report, tensors
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{str(folder)!r} holds no evaluation that can be read: {reason}") from error
 
 
-def compare(
-    tensors: Mapping[str, Tensor], other: Mapping[str, Tensor], report: Mapping[str, Any], name: str
-) -> dict[str, Any]:
-    """The paired difference to another evaluation: same images, same noise, same steps.
+def check_comparable(
+    method: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    other: tuple[Mapping[str, Any], Mapping[str, Tensor]],
+    name: str,
+) -> None:
+    """Whether another evaluation scored the same images with the same draws.
 
     Args:
-        tensors: of this evaluation, as `write_evaluation` gets them.
-        other: of the other one.
-        report: the other's report.
-        name: the other's folder, for messages.
+        method: section "method" of this evaluation's report.
+        tensors: its `image_indices`, `digests` and `proposal`.
+        other: the other evaluation, as `read_evaluation` gives it.
+        name: the other's folder, for the message.
 
     Raises:
-        ValueError: the two did not score the same images with the same draws.
+        ValueError: it did not; the message says what differs.
     """
+    theirs = other[0]["method"]
+    for key, value in method.items():
+        if theirs.get(key) != value:
+            raise ValueError(
+                f"compare_with {name!r} was made with {key} {theirs.get(key)!r}, this one has {value!r}; "
+                "allowed: equal"
+            )
     for key, what in (
         ("image_indices", "images"),
         ("digests", "images"),
-        ("proposal", "process or pilot"),
-        ("draws", "seed, method or number of evaluations"),
+        ("proposal", "steps (process or pilot)"),
     ):
-        if not torch.equal(tensors[key], other[key]):
-            raise ValueError(f"compare_with {name!r} has other values: {what}; allowed: the same as here")
-    mean, stderr = mean_and_stderr(tensors["bpd"] - other["bpd"])
-    unpaired = (mean_and_stderr(tensors["bpd"])[1] ** 2 + mean_and_stderr(other["bpd"])[1] ** 2) ** 0.5
+        if not torch.equal(tensors[key], other[1][key]):
+            raise ValueError(f"compare_with {name!r} was made with other {what}; allowed: the same")
+
+
+def paired(
+    bpd: Tensor, variance_type: str, other: tuple[Mapping[str, Any], Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The paired difference to another evaluation of the same images with the same draws.
+
+    Args:
+        bpd: this evaluation's bits/dim of each image, (N,).
+        variance_type: what it was scored with.
+        other: the other evaluation, as `read_evaluation` gives it.
+    """
+    report, tensors = other
+    mean, stderr = mean_and_stderr(bpd - tensors["bpd"])
+    unpaired = math.hypot(mean_and_stderr(bpd)[1], mean_and_stderr(tensors["bpd"])[1])
+    known = len(bpd) > 1
     return {
         "with": report["model"],
-        "variance_type": report["bits_per_dim"]["variance_type"],
+        "variance_types": [variance_type, report["bits_per_dim"]["variance_type"]],
         "difference_bpd": mean,
-        "stderr": stderr,
-        "stderr_without_pairing": unpaired,
+        "stderr": stderr if known else None,
+        "stderr_without_pairing": unpaired if known else None,
     }

@@ -3,7 +3,6 @@
 An image's numbers depend on the seed and its row alone, not on the batch or the number of processes.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
     Bound,
     Estimate,
+    decoder_evals,
     default_proposal,
     estimate_bound,
     evaluate_bound,
@@ -27,60 +27,82 @@ from hf_ddpm.pixels import to_float
 from hf_ddpm.progress import Counted, progress
 from hf_ddpm.subject import Subject
 
-# What the bound of an image depends on, besides the model and the data.
-SCORING = (
-    *(
-        "exact",
-        "num_evals_per_image",
-        "pilot_images",
-        "clip_x0",
-        "decoder",
-        "steps",
-        "first_variance",
-        "seed",
-    ),
-    *("dataset", "split", "num_images", "image_column", "fit", "batch_size"),
-)
+SHARED = ("proposal", "seed")  # of an Estimate, the same for all images
+# What the bound of an image depends on, besides the model and the image, and how images are shared out.
+SCORING = ("exact", "num_evals_per_image", "pilot_images", "clip_x0", "decoder", "seed", "batch_size")
 
 
-def score(
-    config: EvaluationConfig, subject: Subject, stream: ImageStream, rows: list[int], total: int, out: Path
-) -> tuple[Bound | Estimate, Tensor, Tensor, int]:
-    """The rows' bound, the proposal, a digest of each image, and the number of network evaluations."""
-    state, process = process_state(), subject.process
-    options: dict[str, Any] = {
+def scoring_options(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
+    """The options of `bound_term`."""
+    return {
         "variance_type": subject.variance_type,
         "prediction_type": subject.prediction_type,
         "clip_x0": config.clip_x0,
         "decoder": config.decoder,
     }
-    settings = {key: getattr(config, key) for key in SCORING}
-    parts = Parts(out, settings | options | {"weights": subject.weights_digest(), "rows": total})
+
+
+def make_proposal(
+    config: EvaluationConfig, subject: Subject, stream: ImageStream, rows: list[int]
+) -> tuple[Tensor, int]:
+    """The proposal of every part, the same on every process, and the evaluations that it cost."""
+    process, denoiser = subject.process, Counted(subject.denoiser)
+    if not config.pilot_images:
+        return default_proposal(process), 0
+    pilot = torch.stack(list(stream.select(rows[: config.pilot_images])))
+    proposal = pilot_proposal(
+        process,
+        denoiser,
+        to_float(pilot).to(process_state().device),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        **scoring_options(config, subject),
+    )
+    return proposal, denoiser.count
+
+
+def score(
+    config: EvaluationConfig,
+    subject: Subject,
+    stream: ImageStream,
+    rows: list[int],
+    images: str,
+    proposal: Tensor,
+    out: Path,
+) -> Bound | Estimate:
+    """The bound of the rows, on every process.
+
+    Args:
+        config: how.
+        subject: the model.
+        stream: the images, in the order of their source.
+        rows: which of them, ascending.
+        images: their fingerprint, as parts on disk are of these images only.
+        proposal: of `make_proposal`.
+        out: folder of the parts.
+    """
+    state, process, options = process_state(), subject.process, scoring_options(config, subject)
+    settings = {key: getattr(config, key) for key in SCORING} | options
+    settings |= {"rows": rows, "images": images, "n_0": decoder_evals(config.num_evals_per_image)}
+    settings |= {"weights": subject.weights_digest(), "process": subject.process_digest()}
+    parts = Parts(out, settings)
     state.wait_for_everyone()
 
-    proposal, denoiser = default_proposal(process), Counted(subject.denoiser)
-    if config.pilot_images:
-        pilot = to_float(torch.stack(list(stream.select(rows[: config.pilot_images])))).to(state.device)
-        proposal = pilot_proposal(process, denoiser, pilot, seed=config.seed, **options)
-
     chunks = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-    mine = [
-        i for i in range(len(chunks)) if i % state.num_processes == state.process_index and i not in parts
-    ]
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    mine = [i for i in mine if i not in parts]
     per_row = len(process) if config.exact else config.num_evals_per_image
-    images = stream.select([row for i in mine for row in chunks[i]])
-    evaluations = denoiser.count + per_row * len(rows)
+    pixels = stream.select([row for i in mine for row in chunks[i]])
     total = per_row * sum(len(chunks[i]) for i in mine)
-    with progress("evaluate", total, "eval", state.is_main_process) as denoiser.bar:
+    with progress("evaluate", total, "eval", state.is_main_process) as bar:
+        denoiser = Counted(subject.denoiser, bar)
         for i in mine:
-            pixels = torch.stack([next(images) for _ in chunks[i]])
-            x_0 = to_float(pixels).to(state.device)
-            found: Bound | Estimate
+            x_0 = to_float(torch.stack([next(pixels) for _ in chunks[i]])).to(state.device)
             if config.exact:
                 noise = image_noise(config.seed, chunks[i], x_0)
-                found = evaluate_bound(process, denoiser, x_0, noise_fn=noise, **options)
+                found = vars(evaluate_bound(process, denoiser, x_0, noise_fn=noise, **options))
             else:
-                found = estimate_bound(
+                estimate = estimate_bound(
                     process,
                     denoiser,
                     x_0,
@@ -91,18 +113,9 @@ def score(
                     batch_size=config.batch_size,
                     **options,
                 )
-            tensors = {key: value for key, value in vars(found).items() if key not in ("proposal", "seed")}
-            parts.save(i, tensors | {"digests": torch.tensor([_digest(image) for image in pixels])})
+                found = {key: value for key, value in vars(estimate).items() if key not in SHARED}
+            parts.save(i, found)
     state.wait_for_everyone()
     tensors = parts.load(len(chunks))
     state.wait_for_everyone()
-    digests = tensors.pop("digests")
-    result = Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal, seed=config.seed)
-    return result, proposal, digests, evaluations
-
-
-def _digest(image: Tensor) -> int:
-    """Of an image's pixels, as a signed 64-bit number."""
-    return int.from_bytes(
-        hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest(), "big", signed=True
-    )
+    return Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal, seed=config.seed)

@@ -6,11 +6,14 @@ images of another size or another number of channels than the model's.
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from hf_ddpm.bound import FIXED, LEARNED
@@ -19,18 +22,18 @@ from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
 from hf_ddpm.models import Denoiser, as_denoiser
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.pixels import image_digest
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.progress import progress
 from hf_ddpm.samplers import whole_config
 from hf_ddpm.scheduler import PREDICTIONS, DDPMScheduler
 
 logger = logging.getLogger(__name__)
 
 RECORD = "train_config.json"
-# What of a training run's config decides what its network's answers mean.
-PROCESS_KEYS = (
-    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"),
-    "prediction_type",
-)
+# What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.
+NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +63,18 @@ class Subject:
         """Whether the training record names these images."""
         return self.record is not None and (self.record.dataset, self.record.split) == (dataset, split)
 
+    def process_digest(self) -> str:
+        """Sixteen hex digits of the process and of what the network's answer means."""
+        found = hashlib.sha256(f"{self.prediction_type} {self.process.first_log_variance}".encode())
+        for table in (self.process.betas, self.process.timesteps):
+            found.update(table.numpy().tobytes())
+        return found.hexdigest()[:16]
+
     def weights_digest(self) -> str:
-        """Sixteen hex digits of the network's weights."""
-        found = hashlib.sha256()
+        """Sixteen hex digits of the network's weights and config."""
+        config = getattr(self.pipeline.unet, "config", {})
+        shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+        found = hashlib.sha256(str(shown).encode())
         state: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
         for name, weight in sorted(state.items()):
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -94,6 +106,12 @@ def load_subject(
     pipeline = DDPMPipeline.from_pretrained(model).to(device)
     if isinstance(pipeline.unet, nn.Module):
         pipeline.unet.eval()
+    for key in NEEDED:
+        if key not in pipeline.scheduler.config:  # from_config would fill in a default
+            raise ValueError(
+                f"the scheduler of {model!r}, {type(pipeline.scheduler).__name__}, has no {key}; allowed: "
+                "one of a DDPM"
+            )
     scheduler: Any = DDPMScheduler.from_config(whole_config(pipeline.scheduler))
     prediction_type = scheduler.config["prediction_type"]
     if prediction_type not in PREDICTIONS:
@@ -116,6 +134,8 @@ def load_subject(
             raise ValueError(f"steps is {steps}; allowed: <= {len(process)} (T)")
         scheduler.set_timesteps(steps)
         process = process.respaced(scheduler.timesteps, first_variance)
+    if len(process) < 2:
+        raise ValueError(f"the process of {model!r} has one step; allowed: at least 2")
     return Subject(pipeline, process, prediction_type, variance_type or own, _read_record(model, scheduler))
 
 
@@ -162,6 +182,25 @@ def open_images(
         raise ValueError(
             f"images of {dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
         )
-    if subject.trained_on(dataset, split):
+    if subject.trained_on(dataset, split) and PartialState().is_main_process:
         logger.warning("the model was trained on this split: its bits/dim here say nothing about new images")
     return stream
+
+
+def digest_rows(stream: ImageStream, rows: Sequence[int] | np.ndarray) -> Tensor:
+    """A 64-bit digest of each image's pixels, (N,) int64; it also finds images that can't be read.
+
+    Raises:
+        ValueError: an image that can't be read or has another shape; the message names its row.
+    """
+    found = []
+    with progress("read", len(rows), "image", PartialState().is_main_process, leave=False) as bar:
+        for image in stream.select(rows):
+            found.append(image_digest(image))
+            bar.update()
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def fingerprint(digests: Tensor) -> str:
+    """Sixteen hex digits of images, in their order."""
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]

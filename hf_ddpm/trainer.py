@@ -169,10 +169,10 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
             if ends or step % config.log_every == 0:
                 record.log(float(lr))
             with record.paused():
+                if heldout and (ends or step % config.evaluate_every == 0):  # a checkpoint has its line
+                    record.note(heldout.evaluate(averaged, process, step, options))
                 if ends or step % config.checkpoint_every == 0:
                     save()
-                if heldout and (ends or step % config.evaluate_every == 0):
-                    record.note(heldout.evaluate(averaged, process, step, options))
                 if config.sample_every and (ends or step % config.sample_every == 0):
                     record.save_grid(averaged, scheduler, stream.shape)
     if step == first:

@@ -36,7 +36,13 @@ TRAIN_FLAGS = """
     --learning-rate --lr-scheduler --lr-warmup-steps --adam-beta1 --adam-beta2 --adam-epsilon
     --weight-decay --max-grad-norm --ema-decay --seed --mixed-precision --gradient-checkpointing
     --compile --channels-last --output-dir --resume --checkpoint-every --keep-checkpoints
-    --log-every --sample-every --sample-num-images --sample-steps --trackers
+    --log-every --sample-every --sample-num-images --sample-steps
+    --evaluate-every --evaluate-split --evaluate-num-images --evaluate-num-evals --trackers
+""".split()
+EVALUATE_FLAGS = """
+    --help --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
+    --clip-x0 --decoder --steps --first-variance --extractor --num-samples --sampling-steps --num-reference
+    --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
 SAMPLE_FLAGS = (
     "--num-images --out --steps --scheduler --variance-type --seed --batch-size --overwrite".split()
@@ -70,10 +76,14 @@ def test_top_level_help(argv, capsys):
     main(argv)
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("usage: hf-ddpm COMMAND [options]")
-    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == ["train", "sample"]
+    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == ["train", "sample", "evaluate"]
 
 
-@pytest.mark.parametrize(("command", "flags"), [("train", TRAIN_FLAGS), ("sample", SAMPLE_FLAGS)])
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("train", TRAIN_FLAGS), ("sample", SAMPLE_FLAGS), ("evaluate", EVALUATE_FLAGS)],
+    ids=["train", "sample", "evaluate"],
+)
 def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
@@ -227,7 +237,7 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
     ("argv", "words"),
     [
         (["tarin"], "hf-ddpm: error: unknown command 'tarin'; did you mean 'train'?"),
-        (["xyz"], "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample"),
+        (["xyz"], "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate"),
     ],
     ids=str,
 )

@@ -372,6 +372,56 @@ def test_ranks_share_the_rows_as_datasets_does(tmp_path):
             assert torch.equal(every(ours), torch.stack(theirs))
 
 
+# rows by number
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
+    images = grey_folder(tmp_path, 10, shards)
+    stream, decoded = load_stream(tmp_path), []
+    decode = importlib.import_module("hf_ddpm.data").decode_pixels
+    monkeypatch.setattr("hf_ddpm.data.decode_pixels", lambda *value: decoded.append(1) or decode(*value))
+    assert stream.num_rows() == 10 and not decoded
+    for rows in ([0], [9], [1, 2, 7], [], list(range(10)), np.array([3, 5])):
+        decoded.clear()
+        found = list(stream.select(rows))
+        assert len(decoded) == len(rows)
+        assert torch.equal(torch.stack([*found, images[0]])[:-1], images[list(rows)])
+    lazily = stream.select([4, 99])
+    assert torch.equal(next(lazily), images[4])  # one at a time: what comes later is not read yet
+
+
+def test_select_follows_the_order_of_the_first_epoch(tmp_path):
+    """With a buffer, with crops and flips, and for a rank: positions are places in what `images(0)` gives."""
+    grey_folder(tmp_path, 11, 2)
+    flags = {"shuffle_buffer": 4, "seed": 3, "horizontal_flip": True, "image_size": 3, "fit": "random_crop"}
+    for ranks in ({}, {"rank": 1, "world_size": 2}, {"rank": 2, "world_size": 3}):
+        stream = load_stream(tmp_path, **flags, **ranks)
+        images = every(stream)
+        assert stream.num_rows() == len(images)
+        rows = [0, 1, len(images) - 1]
+        assert torch.equal(torch.stack(list(stream.select(rows))), images[rows])
+
+
+def test_select_past_the_end(tmp_path):
+    grey_folder(tmp_path, 5)
+    stream = load_stream(tmp_path)
+    for rows in ([5], [0, 4, 5], [100]):
+        with pytest.raises(ValueError, match=rf"^no row {rows[-1]} in .*train-00000-of-00001.parquet$"):
+            list(stream.select(rows))
+
+
+def test_select_names_a_corrupt_row_only_if_asked_for_it(tmp_path):
+    images = noise(4)
+    write_parquet(tmp_path, [png(image) for image in images[:2]] + [truncated(images[2]), png(images[3])])
+    stream = load_stream(tmp_path)
+    assert stream.num_rows() == 4
+    found = torch.stack(list(stream.select([0, 1, 3])))
+    assert torch.equal(found[:, 0], torch.from_numpy(images[[0, 1, 3]]))
+    with pytest.raises(ValueError, match=r"^row 2 of .*parquet: corrupt image: "):
+        list(stream.select([1, 2]))
+
+
 # errors
 
 

@@ -1,10 +1,22 @@
-"""plots.py: where each pixel of a grid comes from."""
+"""plots.py: where each pixel of a grid comes from; that curves and reconstructions are drawn."""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from hf_ddpm.plots import GAP, TARGET, image_grid, save_image
+from hf_ddpm.likelihood import estimate_bound, evaluate_bound, rate_distortion
+from hf_ddpm.plots import (
+    GAP,
+    TARGET,
+    image_grid,
+    plot_bits_per_step,
+    plot_rate_distortion,
+    plot_reconstructions,
+    save_image,
+    to_pil,
+)
+from hf_ddpm.scheduler import DDPMScheduler
 
 GROUND = (127, 127, 127)
 
@@ -70,3 +82,64 @@ def test_saved_as_lossless_png(mode, tmp_path):
     read = Image.open(path)
     assert (read.format, read.mode) == ("PNG", mode)
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+
+
+# Curves of the bound, and reconstructions
+
+
+def results(steps=12, images=3):
+    """The exact bound and an estimate of a network that answers 0."""
+    process = DDPMScheduler(steps, beta_end=0.5).process
+    x_0 = torch.randint(0, 256, (images, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    options = {"variance_type": "fixed_large"}
+
+    def zero(x_t, t):
+        return torch.zeros_like(x_t)
+
+    exact = evaluate_bound(process, zero, x_0, generator=torch.Generator().manual_seed(0), **options)
+    return exact, estimate_bound(process, zero, x_0, num_evals_per_image=5, **options)
+
+
+def opened(path, least=300):
+    """A PNG file of a size to look at, that isn't blank."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and all(least < side < 4000 for side in picture.size)
+        array = np.asarray(picture.convert("RGB"))
+    assert array.std() > 1
+    return array
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["bound", "estimate"])
+def test_curves(kind, tmp_path, recwarn):
+    curve = rate_distortion(results()[kind])
+    path = tmp_path / "new" / "bits.png"
+    assert plot_bits_per_step(curve, path) == path
+    opened(path)
+    opened(plot_rate_distortion(curve, tmp_path / "rate.png"))
+    assert not list(recwarn)  # such as of zeros on a logarithmic axis
+
+
+def test_curve_of_two_steps_and_one_image(tmp_path):
+    curve = rate_distortion(results(2, 1)[0])
+    opened(plot_bits_per_step(curve, tmp_path / "bits.png"))
+    opened(plot_rate_distortion(curve, tmp_path / "rate.png"))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_reconstructions(mode, tmp_path):
+    ink = {"L": [0, 255], "RGB": [(255, 0, 0), (0, 255, 0)]}[mode]
+    rows = [[Image.new(mode, (6, 4), color)] * 2 for color in ink]
+    array = opened(plot_reconstructions(rows, ["image", "t = 3"], tmp_path / "rows.png"), least=100)
+    for color in ink:
+        shown = (array == np.array(color)).all(2)
+        assert shown.sum() > 2000  # two pictures of this colour, not smoothed into the others
+
+
+def test_to_pil():
+    for mode, image in (("L", pictures(1)[0]), ("RGB", pictures(1, mode="RGB")[0])):
+        array = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+        found = to_pil(array)
+        assert found.mode == mode
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
+    five = torch.arange(5 * 2 * 3, dtype=torch.uint8).view(5, 2, 3)
+    np.testing.assert_array_equal(np.asarray(to_pil(five)), five[0].numpy())  # the first, in grey
