@@ -141,9 +141,10 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
         if not all(part.isfinite().all() for part in given.tensors().values()):
             raise ValueError(f"{name}: the features of {given.extractor} are not finite")
 
+    alone: Any = {"sync_on_compute": False}  # every process of a launch has all the features already
     given = nn.Identity()
     given.num_features = x.shape[1]  # pyright: ignore[reportArgumentType]
-    frechet = torchmetrics_module("fid").FrechetInceptionDistance(given)
+    frechet = torchmetrics_module("fid").FrechetInceptionDistance(given, **alone)
     for part, real in ((x, False), (y, True)):  # a common shift changes nothing, and Σx² − Nμ² cancels less
         frechet.update(part - y.mean(0), real=real)
 
@@ -151,12 +152,14 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
-        kernel = torchmetrics_module("kid").KernelInceptionDistance(given, subsets=100, subset_size=size)
+        kernel = torchmetrics_module("kid").KernelInceptionDistance(
+            given, subsets=100, subset_size=size, **alone
+        )
         kernel.update(x, real=False)
         kernel.update(y, real=True)
         kid_mean, kid_std = (value.item() for value in kernel.compute())
         if samples.logits is not None:
-            classes = torchmetrics_module("inception").InceptionScore(given, splits=10)
+            classes = torchmetrics_module("inception").InceptionScore(given, splits=10, **alone)
             classes.update(samples.logits.double().log_softmax(1).clamp(min=LEAST_LOG_P))
             mean, std = classes.compute()
             score = mean.item(), std.item()

@@ -40,7 +40,7 @@ TRAIN_FLAGS = """
     --evaluate-every --evaluate-split --evaluate-num-images --evaluate-num-evals --trackers
 """.split()
 EVALUATE_FLAGS = """
-    --help --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
+    --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
     --clip-x0 --decoder --steps --first-variance --extractor --num-samples --sampling-steps --num-reference
     --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
