@@ -21,18 +21,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Array2D, Array3D, LargeList, List, Value
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 
 from hf_ddpm.pixels import FITS, decode_pixels, fit_pixels, one_line
+from hf_ddpm.sources import find_column, open_source
 
 _ROWS_PER_READ = 256
 _DRAWS_PER_BLOCK = 1024  # positions whose draws share one generator: seeding costs more than drawing
@@ -92,8 +91,8 @@ def load_stream(
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
-    dataset, files = _open(source, split)
-    column = _find_column(dataset, column)
+    dataset, files = open_source(source, split)
+    column = find_column(dataset, column)
     return ImageStream(
         _dataset=dataset.decode(False).select_columns([column]),
         _column=column,
@@ -293,57 +292,6 @@ class ImageStream:
 @functools.lru_cache(maxsize=8)
 def _uniforms(*key: int) -> np.ndarray:
     return np.random.default_rng(key).random((_DRAWS_PER_BLOCK, 3))
-
-
-def _open(source: str | os.PathLike[str], split: str) -> tuple[datasets.IterableDataset, list[str]]:
-    """The split's stream and its data files."""
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
-        raise ValueError(f"the data set must be 'digits', a path or a Hub id, got {source!r}")
-    name = os.fspath(source)
-    path = Path(__file__).parent / "digits" if name == "digits" else Path(name).expanduser()
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"{name} is a file, but not a .parquet file: give a .parquet file or a folder")
-    like_a_path = path.is_absolute() or name[0] == "." or path.suffix == ".parquet" or name.count("/") > 1
-    if not path.exists() and like_a_path:
-        raise ValueError(f"no file or folder {name} (it looks like a path, so the Hub was not asked)")
-    try:
-        if path.is_file():
-            builder = datasets.load_dataset_builder("parquet", data_files=str(path.resolve()))
-        else:
-            builder = datasets.load_dataset_builder(str(path.resolve()) if path.is_dir() else name)
-        splits: Any = builder.as_streaming_dataset()
-    except Exception as error:  # what `datasets`, the Hub client, fsspec or pyarrow raise
-        tried = "" if path.exists() else "no such folder, and from the Hub: "
-        raise ValueError(f"can't read {name!r} as a data set: {tried}{one_line(error)}") from error
-    if split not in splits:
-        raise ValueError(f"no split {split!r} in {name}; it has {', '.join(map(str, splits))}")
-    return splits[split], [str(file) for file in (builder.config.data_files or {}).get(split, [])]
-
-
-def _find_column(dataset: datasets.IterableDataset, column: str | None) -> str:
-    features = dataset.features or {}
-    columns = ", ".join(features) or "no known columns"
-    if column is not None:
-        if column not in features:
-            raise ValueError(f"no column {column!r}; there are: {columns}")
-        return column
-    found = [name for name, feature in features.items() if _holds_images(feature)]
-    if not found:
-        raise ValueError(f"no image column; there are: {columns}")
-    if len(found) > 1:
-        raise ValueError(f"several image columns, choose one with column=: {', '.join(found)}")
-    return found[0]
-
-
-def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, (Array2D, Array3D)):
-        return feature.dtype == "uint8"
-    depth = 0
-    while isinstance(feature, (List, LargeList)):
-        feature, depth = feature.feature, depth + 1
-    if depth:
-        return depth in (2, 3) and isinstance(feature, Value) and feature.dtype == "uint8"
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def _checked(name: str, value: Any, minimum: int) -> int:

@@ -44,9 +44,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     The 15 config keys, their defaults and the draws from the generator are the stock scheduler's. What
     differs: tables are float64 and exact; half-precision images go through float32; `step` takes a timestep
-        per sample, adds no noise
-    at the last executed step, and reads nothing back from the device; a request that makes no sense is a
-    `ValueError` where it is used (construction is as lenient as diffusers').
+    per sample, adds no noise at the last executed step, and reads nothing back from the device; a request
+    that makes no sense is a `ValueError` where it is used (construction is as lenient as diffusers').
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
