@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm.cli import main, run
-from hf_ddpm.config import TrainConfig
+from hf_ddpm.config import EvaluationConfig, TrainConfig
 from hf_ddpm.models import create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.samplers import SCHEDULERS
@@ -99,6 +99,12 @@ def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
             flag[2:].replace("-", "_") for flag in flags
         }
         assert "[digits]" in out and "[false]" in out and "[]" not in out
+    elif command == "evaluate":
+        assert {field.name for field in dataclasses.fields(EvaluationConfig)} == {
+            "model",
+            "dataset",
+            *(flag[2:].replace("-", "_") for flag in flags),
+        }
     else:
         assert all(name in out for name in SCHEDULERS)
 
