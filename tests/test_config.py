@@ -164,6 +164,9 @@ def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
         ("sample_every", [-1], ">= 0"),
         ("sample_num_images", [0], ">= 1"),
         ("sample_steps", [0], ">= 1"),
+        ("evaluate_every", [-1], ">= 0"),
+        ("evaluate_num_images", [1], ">= 2"),
+        ("evaluate_num_evals", [1], ">= 2"),
     ],
 )
 def test_a_value_out_of_range(key, values, words):

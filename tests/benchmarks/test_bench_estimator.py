@@ -124,7 +124,7 @@ def pilot_steps():
     return seen
 
 
-@pytest.mark.parametrize("count", [16, 33])
+@pytest.mark.parametrize("count", [20, 33])
 def test_comparison_of_two_models_on_the_toy(count, report):
     # The exact denoiser against 0.99 of it.
     process, models = chain("linear"), [mixture_denoiser(factor=factor) for factor in (1, 0.99)]
