@@ -185,7 +185,7 @@ def _method(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
 @torch.no_grad()
 def _score_one(config: EvaluationConfig, subject: Subject, stream: ImageStream, row: int) -> None:
     """Score one image at one step, to be told now what a network's answer doesn't fit."""
-    x_0 = to_float(torch.stack(list(stream.select([row])))).to(subject.pipeline.device)
+    x_0 = to_float(torch.stack(list(stream.select([row])))).to(subject.device)
     options = scoring_options(config, subject)
     bound_term(subject.process, subject.denoiser, x_0, 0, torch.zeros_like(x_0), **options)
 
@@ -205,7 +205,7 @@ def _reconstruct(
     subject: Subject, stream: ImageStream, rows: list[int], config: EvaluationConfig, path: Path
 ) -> None:
     """A picture of x_t above the predicted x_0, for some images (rows) and noise levels (columns)."""
-    process, device = subject.process, subject.pipeline.device
+    process, device = subject.process, subject.device
     x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
     noise = image_noise(config.seed, rows, x_0)(0)
     levels = np.unique(np.round(np.array([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99]) * (len(process) - 1)))

@@ -22,7 +22,7 @@ from torch import nn
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import load_stream
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
-from hf_ddpm.models import as_denoiser
+from hf_ddpm.models import as_denoiser, scoring_device
 from hf_ddpm.pixels import image_digest, to_float
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.progress import Counted, progress
@@ -88,13 +88,13 @@ class HeldOut:
         with progress(
             "evaluate", evals * len(self._rows), "eval", accelerator.is_main_process, leave=False
         ) as bar:
-            denoiser = Counted(as_denoiser(model), bar)
+            denoiser = Counted(as_denoiser(model, accelerator.device), bar)
             for start in range(0, len(self._rows), self._config.batch_size):
                 piece = slice(start, start + self._config.batch_size)
                 estimate = estimate_bound(
                     process,
                     denoiser,
-                    to_float(torch.stack(self._images[piece])).to(accelerator.device),
+                    to_float(torch.stack(self._images[piece])).to(scoring_device(accelerator.device)),
                     num_evals_per_image=evals,
                     seed=self._config.seed,
                     image_indices=self._rows[piece],

@@ -32,11 +32,12 @@ class Denoiser(Protocol):
 class _Adapted:
     """A model whose answer is unwrapped to a tensor and checked for its shape."""
 
-    def __init__(self, model: Callable[..., Any]):
-        self.model = model
+    def __init__(self, model: Callable[..., Any], device: torch.device | None = None):
+        self.model, self.device = model, device
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        answer = self.model(x_t, t)
+        device = x_t.device if self.device is None else self.device
+        answer = self.model(x_t.to(device), t.to(device))
         # Told apart by the answer, never by the model's class: DDP and torch.compile change that one.
         output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
         if not isinstance(output, Tensor):
@@ -47,22 +48,28 @@ class _Adapted:
                 f"the model answered shape {tuple(output.shape)} to x_t of shape {tuple(x_t.shape)}; "
                 "allowed: the same shape, or twice the channels"
             )
-        return output
+        return output.to(x_t.device)
 
 
-def as_denoiser(model: Callable[..., Any]) -> Denoiser:
+def scoring_device(device: torch.device) -> torch.device:
+    """Where the bound of a network on `device` is computed: there, or on the CPU, as MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -> Denoiser:
     """The model as a `Denoiser`; a denoiser made here is returned as it is.
 
     Args:
         model: module or function of (x_t, t) that answers a tensor, an object whose `.sample` is one
             (diffusers' `UNet2DModel`, bare, in DDP or compiled), or a tuple that begins with one.
+        device: where the model is, if not where its inputs are: these go there, and the answer comes back.
 
     Raises:
         ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
     """
     if isinstance(model, type) or not callable(model):
         raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
-    return model if isinstance(model, _Adapted) else _Adapted(model)
+    return model if isinstance(model, _Adapted) else _Adapted(model, device)
 
 
 def _layout(

@@ -53,7 +53,7 @@ def make_proposal(
     proposal = pilot_proposal(
         process,
         denoiser,
-        to_float(pilot).to(process_state().device),
+        to_float(pilot).to(subject.device),
         seed=config.seed,
         batch_size=config.batch_size,
         **scoring_options(config, subject),
@@ -97,7 +97,7 @@ def score(
     with progress("evaluate", total, "eval", state.is_main_process) as bar:
         denoiser = Counted(subject.denoiser, bar)
         for i in mine:
-            x_0 = to_float(torch.stack([next(pixels) for _ in chunks[i]])).to(state.device)
+            x_0 = to_float(torch.stack([next(pixels) for _ in chunks[i]])).to(subject.device)
             if config.exact:
                 noise = image_noise(config.seed, chunks[i], x_0)
                 found = vars(evaluate_bound(process, denoiser, x_0, noise_fn=noise, **options))

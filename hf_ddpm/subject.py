@@ -20,7 +20,7 @@ from hf_ddpm.bound import FIXED, LEARNED
 from hf_ddpm.build import make_scheduler
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
-from hf_ddpm.models import Denoiser, as_denoiser
+from hf_ddpm.models import Denoiser, as_denoiser, scoring_device
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import image_digest
 from hf_ddpm.process import DiffusionProcess
@@ -57,7 +57,12 @@ class Subject:
     @property
     def denoiser(self) -> Denoiser:
         """The network in its slot."""
-        return as_denoiser(self.pipeline.unet)
+        return as_denoiser(self.pipeline.unet, self.pipeline.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bound is computed."""
+        return scoring_device(self.pipeline.device)
 
     def trained_on(self, dataset: str, split: str) -> bool:
         """Whether the training record names these images."""

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from hf_ddpm.models import PRESETS, as_denoiser, create_model
+from hf_ddpm.models import PRESETS, as_denoiser, create_model, scoring_device
 
 
 def on_meta(preset: str, **changes) -> UNet2DModel:
@@ -301,3 +301,21 @@ def test_answer_of_another_shape(shape):
         ValueError, match=r"to x_t of shape \(2, 1, 8, 8\); allowed: the same shape, or twice"
     ):
         as_denoiser(lambda x_t, t: torch.zeros(shape))(X_T, T)
+
+
+def test_a_denoiser_elsewhere():
+    places = []
+
+    def model(x_t, t):
+        places.append((x_t.device.type, t.device.type))
+        return torch.ones(x_t.shape)
+
+    answer = as_denoiser(model, torch.device("meta"))(
+        torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
+    )
+    assert places == [("meta", "meta")] and answer.device.type == "cpu" and answer.sum() == 32
+
+
+@pytest.mark.parametrize(("network", "bound"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu")])
+def test_the_bound_is_computed_where_float64_is(network, bound):
+    assert scoring_device(torch.device(network)) == torch.device(bound)
