@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from hf_ddpm.redact import redact
+
 BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
 
 
@@ -45,7 +47,12 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
+        if redact(text := os.fspath(value)) != text:  # options are written down and published
+            raise ValueError(
+                f"{name} is {redact(text)!r}, with a token or password in it; allowed: none, as HF_TOKEN or "
+                "`hf auth login` give it to the Hub's client"
+            )
+        return text
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = kind(value)

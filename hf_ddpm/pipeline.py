@@ -1,15 +1,12 @@
 """DDPMPipeline: noise → model → scheduler → image.
 
-It knows the sampling loop and the folder that a pipeline is saved in. What a step does is the scheduler's.
+It knows the sampling loop. What a step does is the scheduler's; folders and the Hub are portable.py's.
 """
 
 import inspect
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,10 +20,9 @@ from torch import Tensor, nn
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.pixels import one_line
-from hf_ddpm.samplers import diffusers_messages, load_reason, whole_config
+from hf_ddpm.portable import PortablePipeline
+from hf_ddpm.samplers import whole_config
 from hf_ddpm.scheduler import DDPMScheduler
-
-logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
@@ -45,7 +41,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     pred_original_images: dict[int, Any] | None = None
 
 
-class DDPMPipeline(diffusers.DDPMPipeline):
+class DDPMPipeline(PortablePipeline):
     """Unconditional image generation, Ho et al. 2020, algorithm 2, with any scheduler of diffusers.
 
     A folder that it saves also loads as `diffusers.DDPMPipeline` where hf_ddpm is not installed; a folder
@@ -261,59 +257,6 @@ class DDPMPipeline(diffusers.DDPMPipeline):
         """Any of the network's weights, for its device and dtype."""
         parameters = self.unet.parameters() if isinstance(self.unet, nn.Module) else iter(())
         return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """Write the folder: `model_index.json`, `scheduler/`, and `unet/` with safetensors weights.
-
-        Raises:
-            ValueError: `safe_serialization=False` (pickles are never written), a network that is not
-                diffusers' kind, or a folder that can't be written.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle; allowed: safetensors only")
-        if not hasattr(self.unet, "save_pretrained"):
-            raise ValueError(
-                f"{type(self.unet).__name__} can't be saved in a pipeline; allowed: a diffusers ModelMixin"
-            )
-        try:  # where a file is in the way, diffusers would log a line and return
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
-        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "DDPMPipeline":
-        """Load a pipeline from a folder or a Hub id; keywords as in diffusers' `from_pretrained`.
-
-        Only safetensors are read: `use_safetensors` is on and can't be turned off.
-
-        Raises:
-            ValueError: nothing there, not a pipeline, weights that are missing, cut short or not safetensors.
-        """
-        name = os.fspath(pretrained_model_name_or_path)
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors=False would load a pickle; allowed: safetensors only")
-        folder = Path(name).expanduser()
-        looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
-        if looks_local and not folder.exists():
-            raise ValueError(f"model folder {name!r} does not exist")
-        if folder.exists() and not (folder / "model_index.json").is_file():
-            raise ValueError(f"model folder {name!r} has no model_index.json: it is not a pipeline folder")
-        try:
-            with diffusers_messages() as messages:
-                pipeline = super().from_pretrained(str(folder) if folder.exists() else name, **kwargs)
-        except Exception as error:  # what diffusers, safetensors or the Hub client raise
-            tried = "" if folder.exists() else "no such folder, and from the Hub: "
-            raise ValueError(f"can't load a pipeline from {name!r}: {tried}{load_reason(error)}") from error
-        for message in messages:
-            if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
-                raise ValueError(f"can't load a pipeline from {name!r}: {message}")
-            logger.warning(message)
-        return pipeline
 
 
 def _is_count(value: Any) -> bool:

@@ -7,7 +7,7 @@ Everything that the stock scheduler gets right, it gets the same way, from the s
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -19,7 +19,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
-from hf_ddpm.parametrization import from_x0_eps, learned_range_log_variance, to_x0
+from hf_ddpm.parametrization import (
+    PREDICTION_TYPES,
+    PredictionType,
+    from_x0_eps,
+    learned_range_log_variance,
+    to_x0,
+)
 from hf_ddpm.precision import narrow, wide
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr, spaced_timesteps
@@ -35,7 +41,9 @@ SIGMA_TABLES = {
 }
 LEARNED = ("learned", "learned_range")
 VARIANCE_TYPES = (*SIGMA_TABLES, *LEARNED)
-PREDICTIONS = ("epsilon", "sample", "v_prediction")  # what diffusers has words for
+PACKAGE = __name__.partition(".")[0]
+# What the stock class, given the same config, makes NaN of or refuses.
+OURS_ALONE = {"variance_type": ("learned", "fixed_large_log"), "prediction_type": ("mean", "score")}
 PRIOR_WARNING = 0.01  # bits/dim
 
 
@@ -58,7 +66,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²)
             or "learned_range" (they interpolate, Nichol & Dhariwal 2021).
         clip_sample (`bool`, defaults to `True`): clip the predicted x_0 to ±`clip_sample_range`.
-        prediction_type (`str`, defaults to `"epsilon"`): "epsilon", "sample" or "v_prediction".
+        prediction_type (`str`, defaults to `"epsilon"`): "epsilon", "sample", "v_prediction", or "mean" or
+            "score", which diffusers has no words for.
         thresholding (`bool`, defaults to `False`): dynamic thresholding instead of clipping, as in diffusers.
         dynamic_thresholding_ratio (`float`, defaults to 0.995): its quantile.
         clip_sample_range (`float`, defaults to 1.0): where `clip_sample` clips.
@@ -81,7 +90,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
         ] = "fixed_small",
         clip_sample: bool = True,
-        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
@@ -90,9 +99,6 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        # A pipeline writes each component's module into model_index.json. The stock class runs what ours
-        # saved, so the instance names its module: the folder then loads where hf_ddpm is not installed.
-        self.__module__ = diffusers.DDPMScheduler.__module__
         if trained_betas is not None:
             betas = torch.as_tensor(np.asarray(trained_betas, dtype=np.float64))
             self.register_to_config(trained_betas=betas.tolist())  # JSON knows no tensors
@@ -110,6 +116,19 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._chain_of: tuple[Tensor, DiffusionProcess] | None = None
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Set config keys, and say whose class a pipeline may name in its `model_index.json`.
+
+        A pipeline, diffusers' own too, writes the module that a component claims to be from. The stock class
+        runs what ours saved, so that is its module: the folder then loads where hf_ddpm is not installed. A
+        config that the stock class can't run names hf_ddpm, which plain diffusers refuses and
+        `DDPMPipeline.from_pretrained` resolves. Only the instance says so: pickle and `type` ask the class.
+        """
+        super().register_to_config(**kwargs)
+        if type(self) is DDPMScheduler:
+            portable = all(self.config.get(key) not in values for key, values in OURS_ALONE.items())
+            self.__module__ = diffusers.DDPMScheduler.__module__ if portable else PACKAGE
 
     @property
     def variance_type(self) -> str:
@@ -231,13 +250,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(
                 f"{len(generator)} generators for a batch of {len(sample)}; allowed: one, or one per sample"
             )
-        if self.config["prediction_type"] not in PREDICTIONS:
-            raise ValueError(
-                f"prediction_type is {self.config['prediction_type']!r}; allowed: {', '.join(PREDICTIONS)}"
-            )
+        if (kind := self.config["prediction_type"]) not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {kind!r}; allowed: {', '.join(PREDICTION_TYPES)}")
 
         x_t = wide(sample)
-        x_0 = self._clip(to_x0(chain, self.config["prediction_type"], wide(output), x_t, t))
+        x_0 = self._clip(to_x0(chain, kind, wide(output), x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if not self._is_last(t):
             noise = _draw_like(output, generator)

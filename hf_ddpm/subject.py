@@ -20,13 +20,14 @@ from hf_ddpm.bound import FIXED, LEARNED
 from hf_ddpm.build import make_scheduler
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
-from hf_ddpm.models import Denoiser, as_denoiser, scoring_device
+from hf_ddpm.models import Denoiser, as_denoiser, scoring_device, weights_digest
+from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import image_digest
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.progress import progress
 from hf_ddpm.samplers import whole_config
-from hf_ddpm.scheduler import PREDICTIONS, DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,8 @@ class Subject:
 
     def weights_digest(self) -> str:
         """Sixteen hex digits of the network's weights and config."""
-        config = getattr(self.pipeline.unet, "config", {})
-        shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
-        found = hashlib.sha256(str(shown).encode())
-        state: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
-        for name, weight in sorted(state.items()):
-            found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()[:16]
+        weights: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
+        return weights_digest(getattr(self.pipeline.unet, "config", {}), weights)
 
 
 def load_subject(
@@ -119,10 +114,10 @@ def load_subject(
             )
     scheduler: Any = DDPMScheduler.from_config(whole_config(pipeline.scheduler))
     prediction_type = scheduler.config["prediction_type"]
-    if prediction_type not in PREDICTIONS:
+    if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"the scheduler of {model!r} has prediction_type {prediction_type!r}; "
-            f"allowed: {', '.join(PREDICTIONS)}"
+            f"allowed: {', '.join(PREDICTION_TYPES)}"
         )
     own = scheduler.variance_type.removesuffix("_log")
     if variance_type is not None and own in LEARNED:

@@ -259,10 +259,8 @@ def test_betas_out_of_range_construct_but_do_not_run():
         ours.step(E, 0, X)
 
 
-def test_prediction_types_without_a_word_in_diffusers():
-    for prediction_type in ("mean", "score", "epsilom"):
-        ours = DDPMScheduler(prediction_type=prediction_type)
-        with pytest.raises(
-            ValueError, match=r"prediction_type is .*; allowed: epsilon, sample, v_prediction"
-        ):
-            ours.step(E, 5, X)
+def test_an_unknown_prediction_type():
+    with pytest.raises(
+        ValueError, match=r"prediction_type is 'epsilom'; allowed: epsilon, sample, v_prediction, mean, score"
+    ):
+        DDPMScheduler(prediction_type="epsilom").step(E, 5, X)

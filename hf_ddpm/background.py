@@ -1,0 +1,179 @@
+"""Publishing while a network trains: snapshots that a thread uploads, the newest first.
+
+Training never waits and never fails for it. It knows threads and files; what is sent, and how, is hub.py's.
+"""
+
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from hf_ddpm.card import CardFacts
+from hf_ddpm.hub import check_repo_id, collect, finishing_command, needed_files, send
+from hf_ddpm.pixels import one_line
+from hf_ddpm.redact import redact
+from hf_ddpm.upload import PublishError, Retry
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = ".push"
+KEPT = (".safetensors", ".png")  # replaced, never written in place, so a second name keeps their content
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    step: int
+    folder: Path
+
+
+class BackgroundPush:
+    """Uploads of a run's folder, one at a time, in a thread of their own.
+
+    Args:
+        run: the run's folder; snapshots lie in it, in a hidden folder.
+        repo_id: "user/name", or "name"; made by the first upload if it is not there.
+        private: whether it is made private.
+        retry: how often an upload is tried; its waits end early when a newer snapshot is there.
+        token: by default the environment's, or that of `hf auth login`.
+        **options: of `hub.collect`: `revision`, `license`, `dataset_license`, `dataset_id`, `ema_decay`.
+
+    Raises:
+        ValueError: a bad repo_id or licence.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike,
+        repo_id: str,
+        *,
+        private: bool = False,
+        retry: Retry | None = None,
+        token: str | None = None,
+        **options: Any,
+    ):
+        check_repo_id(repo_id)
+        self._run, self._repo_id, self._private, self._token = Path(run), repo_id, private, token
+        self._retry, self._options = retry or Retry(attempts=8), options
+        self._command = finishing_command(self._run, CardFacts(repo_id, **options), private)
+        self._changed = threading.Condition()
+        self._waiting: _Snapshot | None = None
+        self._closing, self._deadline = False, float("inf")
+        self._newest: int | None = None
+        self._published: int | None = None
+        self._failure: str | None = None
+        self._url: str | None = None
+        self._bars = not are_progress_bars_disabled()
+        shutil.rmtree(self._run / SCRATCH, ignore_errors=True)  # of a run that was killed
+        disable_progress_bars()  # the run has a bar of its own
+        self._thread = threading.Thread(target=self._work, name="push to hub", daemon=True)
+        self._thread.start()
+
+    def push(self, step: int) -> None:
+        """Take a snapshot of the folder as it is now, and upload it when the upload before is done.
+
+        It returns as soon as the snapshot is there, and raises nothing. A snapshot that still waits is
+        dropped: the newest is what counts.
+
+        Args:
+            step: optimizer steps done, for the commit's message.
+        """
+        self._newest, place = step, self._run / SCRATCH / f"step-{step:08d}"
+        try:
+            take_snapshot(self._run, place, self._options.get("ema_decay"))
+        except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            self._fail(step, f"no snapshot of the folder: {one_line(error)}")
+            return
+        with self._changed:
+            old, self._waiting = self._waiting, _Snapshot(step, place)
+            self._changed.notify_all()
+        if old is not None and old.folder != place:
+            shutil.rmtree(old.folder, ignore_errors=True)
+
+    def finish(self, timeout: float | None = None) -> str | None:
+        """Wait for the last snapshot's upload, and end.
+
+        Args:
+            timeout: seconds to wait at most; None for as long as `retry` goes on.
+
+        Returns:
+            The repository's address; None if nothing was pushed.
+
+        Raises:
+            PublishError: the newest snapshot is not on the Hub; the message names the command that brings it
+                there.
+        """
+        with self._changed:
+            self._closing = True
+            self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        if self._bars:
+            enable_progress_bars()
+        if self._thread.is_alive():
+            self._failure = f"{self._repo_id!r} was not published in {timeout:g} s; then: {self._command}"
+        else:
+            shutil.rmtree(self._run / SCRATCH, ignore_errors=True)
+        if self._newest != self._published:
+            raise PublishError(self._failure)
+        return self._url
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                snapshot, self._waiting = self._waiting, None
+            if snapshot is None:
+                return
+            self._upload(snapshot)
+            shutil.rmtree(snapshot.folder, ignore_errors=True)
+
+    def _upload(self, snapshot: _Snapshot) -> None:
+        retry = Retry(self._retry.attempts, self._retry.first_wait, self._retry.longest_wait, self._sleep)
+        try:
+            publication = collect(snapshot.folder, self._repo_id, **self._options)
+            message = f"Step {snapshot.step}"
+            done = send(publication, self._private, self._command, message, self._token, retry)
+        except Exception as error:  # whatever it is, training goes on
+            self._fail(snapshot.step, redact(one_line(error), self._token))
+            return
+        self._url, self._published = done.url, snapshot.step
+        logger.info("step %d is on the Hub: %s", snapshot.step, done.url)
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait before another try; whether there is to be one."""
+        with self._changed:
+            seconds = min(seconds, self._deadline - time.monotonic())
+            newer = self._changed.wait_for(lambda: self._waiting is not None, max(seconds, 0))
+        return not newer and time.monotonic() < self._deadline
+
+    def _fail(self, step: int, words: str) -> None:
+        if self._waiting is not None:
+            words += " (a newer one follows)"
+        self._failure = words
+        logger.warning("step %d was not pushed, training goes on: %s", step, words)
+
+
+def take_snapshot(run: Path, place: Path, ema_decay: float | None = None) -> None:
+    """Keep what of a run's folder is published as it is now, in another folder of the same disk.
+
+    Weights and pictures get a second name, which costs nothing: the run replaces such files, and doesn't
+    write into them. Small files are copied, and so is everything where files can't have two names.
+    """
+    shutil.rmtree(place, ignore_errors=True)
+    for file in needed_files(run, ema_decay):
+        target = place / file.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix in KEPT:
+            try:
+                os.link(file, target)
+                continue
+            except OSError:  # another disk, or one without hard links
+                pass
+        shutil.copyfile(file, target)

@@ -1,0 +1,377 @@
+"""A model's folder → a repository on the Hub: what of the folder is sent, and with which card.
+
+It sends what a user of the model needs, and nothing else that a run's folder holds: a list of what goes, not
+of what stays. The requests are upload.py's.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import Image
+from safetensors import safe_open
+
+from hf_ddpm.card import CARD, MARK, PICTURE, PLOTS, RECORD, CardFacts, make_card
+from hf_ddpm.guard import WEIGHTS, make_empty, read_json, weights_files
+from hf_ddpm.loading import INDEX, check_folder, needs_us, part_folder
+from hf_ddpm.models import NETWORKS, weights_digest
+from hf_ddpm.pixels import one_line
+from hf_ddpm.redact import redact
+from hf_ddpm.report import JSON
+from hf_ddpm.upload import Published, PublishError, Retry, reason, upload
+
+logger = logging.getLogger(__name__)
+
+CUSTOM_PIPELINE, LOG, GRIDS = "pipeline.py", "log.jsonl", "samples"
+LOGGED = ("step", "images", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
+
+
+def ema_variant(decay: float) -> str:
+    """Name of the weights averaged with this decay, as diffusers' `variant`: 0.999 is "ema_0_999".
+
+    No dot: diffusers takes a variant for what stands before the next one.
+    """
+    return f"ema_{decay!r}".replace(".", "_")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is sent.
+
+    Attributes:
+        files: content by path in the repository.
+        facts: what the card was made with.
+        portable: whether plain diffusers loads it.
+    """
+
+    files: Mapping[str, Path | bytes]
+    facts: CardFacts
+    portable: bool
+
+    def describe(self) -> str:
+        """Every file with its size, a line each."""
+        sizes = {path: _size(content) for path, content in sorted(self.files.items())}
+        lines = [f"{size:>14,} bytes  {path}" for path, size in sizes.items()]
+        return "\n".join([*lines, f"{sum(sizes.values()):>14,} bytes  in {len(sizes)} files"])
+
+
+def publish(
+    model: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    ema_decay: float | None = None,
+    license: str | None = None,
+    dataset_license: str | None = None,
+    dataset_id: str | None = None,
+    picture: str | os.PathLike | None = None,
+    custom_pipeline: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    retry: Retry | None = None,
+) -> Published:
+    """Send a model's folder to the Hub in one commit; sending the same again makes none.
+
+    Args:
+        model: folder of a pipeline or of a run; see `collect` for what is sent of it.
+        repo_id: "user/name", or "name" for your own namespace; made if it is not there.
+        private: whether the repository is made private.
+        revision: a branch, made if it is not there; by default main.
+        ema_decay: as in `collect`.
+        license: as in `collect`.
+        dataset_license: as in `collect`.
+        dataset_id: as in `collect`.
+        picture: as in `collect`.
+        custom_pipeline: as in `collect`.
+        commit_message: by default says which package sent it.
+        token: by default the environment's, or that of `hf auth login`.
+        retry: how often to try, and how long to wait in between.
+
+    Raises:
+        ValueError: a bad argument or folder; nothing was sent.
+        PublishError: the Hub refused or could not be reached; the message names the command that finishes it.
+    """
+    publication = collect(
+        model,
+        repo_id,
+        revision=revision,
+        ema_decay=ema_decay,
+        license=license,
+        dataset_license=dataset_license,
+        dataset_id=dataset_id,
+        picture=picture,
+        custom_pipeline=custom_pipeline,
+    )
+    command = finishing_command(model, publication.facts, private, picture, custom_pipeline)
+    return send(publication, private, command, commit_message, token, retry)
+
+
+def send(
+    publication: Publication,
+    private: bool,
+    command: str,
+    message: str | None = None,
+    token: str | None = None,
+    retry: Retry | None = None,
+) -> Published:
+    """Upload what `collect` found.
+
+    Args:
+        publication: what.
+        private: whether the repository is made private.
+        command: that finishes it, for the error.
+        message: of the commit.
+        token: of the Hub.
+        retry: how often.
+
+    Raises:
+        ValueError: a private repository was asked for, and there is a public one.
+        PublishError: it failed.
+    """
+    facts = publication.facts
+    try:
+        return upload(
+            publication.files,
+            facts.repo_id,
+            obsolete=_is_main_weights,
+            message=redact(message or "Upload with hf_ddpm"),
+            private=private,
+            revision=facts.revision,
+            token=token,
+            retry=retry,
+        )
+    except Exception as error:  # what the Hub's client raises has no common class
+        words = redact(reason(error, token), token)
+        if isinstance(error, ValueError) and not hasattr(error, "response"):
+            raise ValueError(words) from None
+        raise PublishError(f"{facts.repo_id!r} was not published: {words}; then: {command}") from None
+
+
+def finishing_command(
+    model: str | os.PathLike,
+    facts: CardFacts,
+    private: bool = False,
+    picture: str | os.PathLike | None = None,
+    custom_pipeline: bool = False,
+) -> str:
+    """The command line that publishes this."""
+    words = ["hf-ddpm", "publish", os.fspath(model), facts.repo_id, *(["--private"] if private else [])]
+    for key in ("revision", "ema_decay", "license", "dataset_license", "dataset_id"):
+        if (value := getattr(facts, key)) is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    words += ["--picture", os.fspath(picture)] if picture is not None else []
+    return redact(shlex.join(words + (["--custom-pipeline"] if custom_pipeline else [])))
+
+
+def collect(
+    model: str | os.PathLike,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    ema_decay: float | None = None,
+    license: str | None = None,
+    dataset_license: str | None = None,
+    dataset_id: str | None = None,
+    picture: str | os.PathLike | None = None,
+    custom_pipeline: bool = False,
+) -> Publication:
+    """What of a model's folder goes to the Hub: the pipeline, its card, pictures, evaluation and config.
+
+    Checkpoints, optimizer states, logs, held-out numbers and anything else stay. Numbers and plots of an
+    evaluation go only if it measured the weights that are sent. A README.md that hf_ddpm did not write is
+    sent as it is, instead of a card.
+
+    Args:
+        model: folder of a pipeline or of a run.
+        repo_id: where to.
+        revision: branch, for the card.
+        ema_decay: sends the weights averaged with this decay, which lie beside the main ones.
+        license: of the weights, an identifier of the Hub such as "apache-2.0"; by default the config's.
+        dataset_license: of the training images; by default the config's.
+        dataset_id: of the training images on the Hub; by default the config's data set, if it is none of the
+            files here.
+        picture: an image file for the card, by default the newest grid of the run's samples.
+        custom_pipeline: add `pipeline.py`, by which `diffusers.DiffusionPipeline` makes a pipeline of hf_ddpm
+            for those who pass `custom_pipeline` and `trust_remote_code=True`.
+
+    Raises:
+        ValueError: no pipeline's folder, or a bad argument.
+    """
+    folder, shown = Path(model).expanduser(), redact(os.fspath(model))
+    check_repo_id(repo_id)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"model {shown!r} is no folder with a {INDEX}; allowed: a pipeline's folder")
+    try:
+        index = check_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"model {shown!r} can't be published: {error}") from error
+    files: dict[str, Path | bytes] = {INDEX: folder / INDEX}
+    files["scheduler/scheduler_config.json"] = part_folder(folder, "scheduler") / "scheduler_config.json"
+    place = part_folder(folder, "unet")
+    files["unet/config.json"] = place / "config.json"
+    weights = _weights(place, ema_decay)
+    files |= {f"unet/{name}": path for name, path in weights.items()}
+    for path in files.values():
+        if isinstance(path, Path) and not path.is_file():
+            raise ValueError(f"model {shown!r} has no {path.relative_to(folder).as_posix()}")
+
+    # What was said and measured of it, in files of their own
+    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if config:
+        files[RECORD] = redact((folder / RECORD).read_text(encoding="utf-8")).encode()
+    if (folder / JSON).is_file() and _measured(
+        folder / JSON, index, place / "config.json", list(weights.values())
+    ):
+        files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
+        files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
+    if ema_decay is None and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
+        files[PICTURE] = grids[-1]
+    for path in (folder / RECORD, folder / JSON, folder / CARD, *files.values()):
+        if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path.relative_to(folder).as_posix()} is a link out of {shown!r}; allowed: its own files"
+            )
+    if picture is not None:
+        files[PICTURE] = _readable_picture(Path(picture).expanduser())
+    if custom_pipeline:
+        files[CUSTOM_PIPELINE] = b"from hf_ddpm import DDPMPipeline\n"
+
+    # The card, from these files
+    facts = CardFacts(
+        repo_id=repo_id,
+        revision=None if revision == "main" else revision,
+        license=license or config.get("license"),
+        dataset_license=dataset_license or config.get("dataset_license"),
+        dataset_id=dataset_id or _hub_id(config.get("dataset")),
+        ema_decay=ema_decay,
+        training=_training(folder / LOG),
+    )
+    own = folder / CARD
+    if own.is_file() and MARK not in (text := own.read_text(encoding="utf-8", errors="replace")):
+        files[CARD] = redact(text).encode()
+    else:
+        files[CARD] = make_card(files, facts).encode()
+    return Publication(files, facts, not needs_us(index))
+
+
+def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
+    """What of a model's folder `collect` may read: the files of a snapshot."""
+    names = (INDEX, RECORD, JSON, CARD, LOG, *PLOTS, "scheduler/scheduler_config.json", "unet/config.json")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
+    weights = _weights(folder / "unet", ema_decay).values()
+    return [*found, *grids, *weights]
+
+
+def save_card_folder(publication: Publication, folder: Path) -> None:
+    """Write what a card is made of, and the card, without weights: a folder of model_cards/."""
+    for path, content in publication.files.items():
+        if not path.endswith(".safetensors"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    facts = {key: value for key, value in dataclasses.asdict(publication.facts).items() if value is not None}
+    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what can't be a repository's name.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        shown = redact(str(repo_id))
+        raise ValueError(
+            f"repo_id is {shown!r}; allowed: user/name of letters, digits, '-', '_' and '.', 96 at most"
+        ) from None
+
+
+def _weights(place: Path, ema_decay: float | None) -> dict[str, Path]:
+    """The weights files by the name under which they are published."""
+    if ema_decay is None:
+        files = [*weights_files(place), *place.glob(f"{WEIGHTS}.safetensors.index.json")]
+        return {path.name: path for path in files}
+    found = weights_files(place, ema_variant(ema_decay))
+    if len(found) != 1 or "-of-" in found[0].name:
+        others = sorted(m[1].replace("_", ".") for p in place.glob("*") if (m := _EMA.fullmatch(p.name)))
+        raise ValueError(
+            f"ema_decay is {ema_decay!r}, but there is no {WEIGHTS}.{ema_variant(ema_decay)}.safetensors; "
+            f"allowed: {', '.join(others) or 'none, for the main weights'}"
+        )
+    return {f"{WEIGHTS}.safetensors": found[0]}
+
+
+_EMA = re.compile(rf"{WEIGHTS}\.ema_([0-9_]+)\.safetensors")
+
+
+def _is_main_weights(path: str) -> bool:
+    """Whether a file of a repository is read as weights, or as shards of them, by who names no variant."""
+    name = rf"{WEIGHTS}(-\d+-of-\d+)?\.safetensors|{WEIGHTS}\.safetensors\.index\.json"
+    return re.fullmatch(rf"(unet/)?({name})", path) is not None
+
+
+def _measured(report: Path, index: Mapping[str, Any], config: Path, weights: list[Path]) -> bool:
+    """Whether an evaluation is of these weights: a run goes on after it, and may hold several."""
+    found = read_json(report)
+    network = make_empty(NETWORKS[index["unet"][1]], read_json(config))
+    tensors = {}
+    for file in weights:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+    same = found.get("model", {}).get("weights") == weights_digest(network.config, tensors)  # type: ignore[arg-type]
+    if not same:
+        logger.warning("%s is of other weights than these: its numbers and plots are left out", report.name)
+    return same
+
+
+def _readable_picture(path: Path) -> Path:
+    try:
+        with Image.open(path) as image:
+            if image.format != "PNG":
+                raise ValueError(f"it is {image.format}")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"picture {str(path)!r} can't be read: {one_line(error)}; allowed: a PNG file"
+        ) from None
+    return path
+
+
+def _hub_id(dataset: str | None) -> str | None:
+    """The data set's name if it is one of the Hub: nothing of that name lies here."""
+    if not dataset or dataset == "digits" or Path(dataset).expanduser().exists() or dataset.count("/") != 1:
+        return None
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError:
+        return None
+    return dataset
+
+
+def _training(log: Path) -> dict[str, Any] | None:
+    """The last numbers of a run's log; None if it has none."""
+    found: dict[str, Any] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            numbers = json.loads(line)
+        except ValueError:  # a killed run may leave half a line
+            continue
+        found |= {key: numbers[key] for key in LOGGED if key in numbers}
+        if "heldout_bpd" in numbers:
+            found["heldout_step"] = numbers["step"]
+    return found if "images" in found else None
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
