@@ -141,13 +141,14 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         on_main_process(accelerator, lambda: _write_pipeline(run, averages, shell, states, scheduler))
 
     def save() -> None:
+        noted = record.state()  # which raises where the loss can't be right
         finite: torch.Tensor = accelerator.reduce(all_finite(unet), "mean")  # type: ignore[assignment]
         if finite != 1:
             raise RuntimeError(f"the weights are not finite at step {step}; checkpoints from before stand")
         states = {name: gather_model(average) for name, average in averages.items()}
         scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
         optimizers = {"optimizer": gather_optimizer(unet, optimizer), "scaler": scaler}
-        facts = {"num_processes": world, "images_per_step": share.per_step, **record.state()}
+        facts = {"num_processes": world, "images_per_step": share.per_step, **noted}
         facts["config"] = dataclasses.asdict(config)
         checkpoint = Checkpoint(step, gather_model(unet), states, optimizers, facts)
         on_main_process(accelerator, lambda: save_checkpoint(run, checkpoint, config.keep_checkpoints))
