@@ -21,8 +21,9 @@ def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: f
     places = [folder / f".rank{rank}.pt" for rank in range(processes)]
     for place in places:
         place.unlink(missing_ok=True)
+    torch.save(args, folder / ".args.pt")  # sent through a pipe, tensors would be shared between processes
     running = [
-        _context.Process(target=_run, args=(rank, processes, port, place, work, args), daemon=True)
+        _context.Process(target=_run, args=(rank, processes, port, place, work), daemon=True)
         for rank, place in enumerate(places)
     ]
     for process in running:
@@ -37,7 +38,7 @@ def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: f
     return [answer for answer, _ in answers]
 
 
-def _run(rank: int, processes: int, port: int, place: Path, work: Callable, args: tuple) -> None:
+def _run(rank: int, processes: int, port: int, place: Path, work: Callable) -> None:
     """The child: what a launcher says in the environment, then the work."""
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
@@ -46,7 +47,7 @@ def _run(rank: int, processes: int, port: int, place: Path, work: Callable, args
     torch.set_num_threads(1)
     answer, error = None, None
     try:
-        answer = work(*args)
+        answer = work(*torch.load(place.with_name(".args.pt"), weights_only=False))
     except BaseException:
         error = traceback.format_exc()
     torch.save((answer, error), place)
