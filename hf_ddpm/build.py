@@ -211,13 +211,15 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
 
 
 def prepare_model(
-    model: nn.Module, config: TrainConfig, stream: ImageStream, device: torch.device
+    model: nn.Module, config: TrainConfig, stream: ImageStream, accelerator: Accelerator
 ) -> nn.Module:
     """The network as it is trained: on its device, with float32 master weights and the run's options.
 
     Raises:
-        ValueError: a U-Net for other images, or an option that the network doesn't have.
+        ValueError: a U-Net for other images, or an option that the network or the launch doesn't have.
     """
+    if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
     if isinstance(model, UNet2DModel):
         answers, channels, size = (
             model.config[key] for key in ("out_channels", "in_channels", "sample_size")
@@ -229,7 +231,7 @@ def prepare_model(
             raise ValueError(
                 f"the network answers {answers} channels; allowed: {channels}, as it learns no variance here"
             )
-    model = model.float().to(device).train()  # type: ignore[arg-type]
+    model = model.float().to(accelerator.device).train()  # type: ignore[arg-type]
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:

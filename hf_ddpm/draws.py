@@ -16,7 +16,7 @@ _BLOCK = 1024  # positions whose seeds come from one generator: seeding costs mo
 
 def draw_t(seed: int, positions: Sequence[int], num_steps: int) -> Tensor:
     """Steps t ~ U{0, …, T − 1} for each position, (B,), int64, on the CPU."""
-    uniforms = np.array([_block(6, seed, p // _BLOCK)[p % _BLOCK] for p in map(abs, positions)])
+    uniforms = np.array([_uniform(6, seed, p) for p in map(abs, positions)])
     return torch.from_numpy((uniforms * num_steps).astype(np.int64).clip(max=num_steps - 1))
 
 
@@ -28,9 +28,14 @@ def draw_noise(seed: int, positions: Sequence[int], shape: Sequence[int], device
     noise = torch.empty(len(positions), *shape, device=device)
     generator = torch.Generator(device)
     for image, p in zip(noise, map(abs, positions), strict=True):  # an empty slot is −1: some position's
-        generator.manual_seed(int(_block(7, seed, p // _BLOCK)[p % _BLOCK] * 2**53))
+        generator.manual_seed(int(_uniform(7, seed, p) * 2**53))
         torch.randn(tuple(shape), generator=generator, device=device, out=image)
     return noise
+
+
+def _uniform(use: int, seed: int, position: int) -> float:
+    block, place = divmod(position, _BLOCK)
+    return _block(use, seed % 2**32, block, seed >> 32)[place]  # NumPy would split a large seed into words
 
 
 @functools.lru_cache(maxsize=8)

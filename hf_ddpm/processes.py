@@ -20,16 +20,20 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         ValueError, OSError, RuntimeError: `work` raised it on process 0.
     """
-    answer: list[Any] = [None, None, None]
+    answer: list[Any] = [None, None, ()]
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             answer[0] = work()
-        except (ValueError, OSError, RuntimeError) as error:
-            if accelerator.num_processes == 1:
-                raise
-            kind = next(name for name, kind in KINDS.items() if isinstance(error, kind))
-            answer[1:] = kind, str(error)
+        except (ValueError, OSError, RuntimeError) as caught:
+            error = caught
+            answer[1] = next(name for name, kind in KINDS.items() if isinstance(error, kind))
+            answer[2] = (str(error),)
+            if isinstance(error, OSError) and error.errno is not None:
+                answer[2] = error.errno, error.strerror, error.filename, None, error.filename2
     broadcast_object_list(answer)
+    if error is not None:
+        raise error
     if answer[1] is not None:
-        raise KINDS[answer[1]](answer[2])
+        raise KINDS[answer[1]](*answer[2])
     return answer[0]

@@ -16,20 +16,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SCATTER = StateDictOptions(full_state_dict=True)
+_SCATTER_SOME = StateDictOptions(
+    full_state_dict=True, strict=False
+)  # a weight without gradients has no state
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers by name, on the CPU of process 0; empty elsewhere."""
+    """Weights and buffers by name, on the CPU of process 0, maybe the live tensors; empty elsewhere."""
     return get_model_state_dict(model, options=_GATHER)  # type: ignore[return-value]
 
 
 def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state by the weights' names, on the CPU of process 0; empty elsewhere."""
+    """The optimizer's state by the weights' names, like `gather_model`; empty before its first step."""
+    if not optimizer.state:  # torch would take a step to have one
+        return {}
     return get_optimizer_state_dict(model, optimizer, options=_GATHER)
 
 
@@ -39,16 +45,35 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what `gather_optimizer` gave; the hyperparameters stay as they are."""
+    """Load what `gather_optimizer` gave; the hyperparameters stay as they are.
+
+    Raises:
+        ValueError: the state of a weight that the network doesn't have.
+    """
+    if not state:
+        return
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := state["state"].keys() - weights.keys():
+        raise ValueError(f"the network has no {sorted(unknown)[0]!r}")
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    set_optimizer_state_dict(model, optimizer, dict(state), options=_SCATTER)
+    set_optimizer_state_dict(model, optimizer, dict(state), options=_SCATTER_SOME)
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group.update(own)
-    for moments in optimizer.state.values():
-        if isinstance(moments.get("step"), Tensor):
+    saved = {weights[name] for name in state["state"]}
+    for weight, moments in list(optimizer.state.items()):
+        if weight not in saved:
+            del optimizer.state[weight]
+        elif isinstance(moments.get("step"), Tensor):
             moments["step"] = moments[
                 "step"
-            ].cpu()  # AdamW reads it at each step, from a device it would wait
+            ].cpu()  # AdamW reads it at each step; a device would be waited for
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a process has of the others' shares: FSDP keeps the outermost weights after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ from hf_ddpm.states import (
     all_finite,
     gather_model,
     gather_optimizer,
+    reshard,
     restore_model,
     restore_optimizer,
     whole,
@@ -122,7 +123,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     heldout = HeldOut(config, run, accelerator, stream.shape) if config.evaluate_every else None
     options = {"variance_type": config.variance_type, "prediction_type": config.prediction_type}
     unet = model if model is not None else make_model(config, stream, scheduler)
-    unet = prepare_model(unet, config, stream, device)
+    unet = prepare_model(unet, config, stream, accelerator)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     shell = copy.deepcopy(unet).cpu() if sharded else None  # what a gathered average is saved from
     averages = {name: average_of(unet) for name in config.ema_decays}
@@ -166,6 +167,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
             path = record.grid_path(stream.shape)
             if step > first or not on_main_process(accelerator, path.exists):
                 record.save_grid(averaged, scheduler, stream.shape, stop.check)
+        reshard(averaged)
 
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
     batches = make_batches(stream, config, share, device, first)
