@@ -177,7 +177,7 @@ class ImageStream:
             for position in range(first + start, first + self.num_rows()):
                 image = self._image(rows, position)
                 if image is not None:
-                    yield torch.from_numpy(image)
+                    yield torch.from_numpy(image.copy())
 
     def select(self, positions: Sequence[int] | np.ndarray) -> Iterator[Tensor]:
         """The images at these ascending places of epoch 0's order; no other one is decoded.
@@ -194,7 +194,7 @@ class ImageStream:
                     raise ValueError(f"no row {position} in {self._shards}")
                 last, row = position, rows.row(0, position)
                 try:
-                    yield torch.from_numpy(self._pixels(row, 0, position))
+                    yield torch.from_numpy(self._pixels(row, 0, position).copy())
                 except ValueError as error:
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
 
@@ -287,7 +287,7 @@ class ImageStream:
         pixels = fit_pixels(pixels, height, width, self._fit, draws)
         if self._flip and draws[2] < 0.5:
             pixels = pixels[:, ::-1]
-        return pixels.transpose(2, 0, 1).copy()
+        return pixels.transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=8)

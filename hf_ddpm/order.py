@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 LANES = 8
-_PLAIN_BLOCK = 256  # rows per block when nothing is permuted: no more than a reader's convenience
+_PLAIN_BLOCK = 64  # rows per block when nothing is permuted: no more than a reader's convenience
 
 
 class Place(NamedTuple):
