@@ -104,7 +104,7 @@ class Shards:
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowInvalid, DatasetsError, OSError) as error:
+        except (pa.ArrowException, DatasetsError, OSError) as error:
             raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
 
     def rows(self) -> Iterator[Row]:
@@ -135,9 +135,8 @@ class OrderedRows:
     def __init__(self, shards: Shards, order: Order):
         self._order = order
         self._readers = [_Reader(shards) for _ in range(order.lanes)]
-        self._close = weakref.finalize(
-            self, _close_all, self._readers
-        )  # at the interpreter's exit at the latest
+        # A generator may still be open when the interpreter exits: this closes its files before modules go.
+        self._close = weakref.finalize(self, _close_all, self._readers)
         self._blocks: list[tuple[tuple[int, int], list[Row]]] = [((-1, -1), [])] * order.lanes
 
     def row(self, epoch: int, place: int) -> Row:
@@ -189,7 +188,7 @@ class _Reader:
         while self._at < stop:
             if not self._rest:
                 self._rest = next(self._values, None) if self._values else None
-            if not self._rest:
+            if self._rest is None:
                 name, count = self._shards.names[shard], self._shards.counts[shard]
                 raise ValueError(f"{name} ends after {self._at} rows; when they were counted it had {count}")
             passed = min(len(self._rest), max(0, start - self._at))
