@@ -177,7 +177,7 @@ class ImageStream:
             for position in range(first + start, first + self.num_rows()):
                 image = self._image(rows, position)
                 if image is not None:
-                    yield torch.from_numpy(image)
+                    yield torch.from_numpy(image.copy())
 
     def select(self, positions: Sequence[int] | np.ndarray) -> Iterator[Tensor]:
         """The images at these ascending places of epoch 0's order; no other one is decoded.
@@ -194,7 +194,7 @@ class ImageStream:
                     raise ValueError(f"no row {position} in {self._shards}")
                 last, row = position, rows.row(0, position)
                 try:
-                    yield torch.from_numpy(self._pixels(row, 0, position))
+                    yield torch.from_numpy(self._pixels(row, 0, position).copy())
                 except ValueError as error:
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
 
@@ -225,10 +225,14 @@ class ImageStream:
                 if image is not None:
                     batch.append(image)
                 if len(batch) == batch_size:
-                    yield torch.from_numpy(np.stack(batch))
+                    yield self._stack(batch)
                     batch = []
         if batch:
-            yield torch.from_numpy(np.stack(batch))
+            yield self._stack(batch)
+
+    def _stack(self, images: list[np.ndarray]) -> Tensor:
+        out = np.empty((len(images), *self.shape), np.uint8)  # else numpy would keep the channels last
+        return torch.from_numpy(np.stack(images, out=out))
 
     def slots(self, slots: Iterable[Sequence[int]]) -> Iterator[Slots]:
         """The images at given positions: what one of several processes trains on.
@@ -248,7 +252,7 @@ class ImageStream:
                 images = np.zeros((len(item), *self.shape), np.uint8)
                 present = np.zeros(len(item), np.bool_)
                 for i, position in enumerate(map(int, item)):
-                    image = None if position == -1 else self._image(rows, _checked("position", position, 0))
+                    image = self._image(rows, position) if _checked("position", position, -1) >= 0 else None
                     if image is not None:
                         images[i], present[i] = image, True
                 yield Slots(torch.from_numpy(images), torch.from_numpy(present))
@@ -287,7 +291,7 @@ class ImageStream:
         pixels = fit_pixels(pixels, height, width, self._fit, draws)
         if self._flip and draws[2] < 0.5:
             pixels = pixels[:, ::-1]
-        return pixels.transpose(2, 0, 1).copy()
+        return pixels.transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=8)

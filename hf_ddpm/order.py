@@ -17,13 +17,12 @@ Changing anything here changes the order of every run: a golden test guards it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 LANES = 8
-_PLAIN_BLOCK = 256  # rows per block when nothing is permuted: no more than a reader's convenience
+_PLAIN_BLOCK = 64  # rows per block when nothing is permuted: no more than a reader's convenience
 
 
 class Place(NamedTuple):
@@ -40,6 +39,14 @@ class Stretch(NamedTuple):
     shard: int
     start: int
     stop: int
+
+
+class _Sequence(NamedTuple):
+    """An epoch's shards in their order, where each ends when they lie end to end, and the rotation."""
+
+    shards: np.ndarray
+    ends: np.ndarray
+    offset: int
 
 
 class Order:
@@ -61,7 +68,7 @@ class Order:
         self.num_rows = int(self._counts.sum())
         self.lanes = LANES if self._shuffled else 1
         self._block = -(-shuffle_buffer // LANES) or _PLAIN_BLOCK
-        self._sequence = lru_cache(maxsize=2)(self._draw_sequence)
+        self._drawn: tuple[int, _Sequence] | None = None  # the last epoch's, for its many blocks
 
     def find(self, place: int) -> Place:
         """The block and the index in it of a place, 0 to `num_rows` - 1; the same in each epoch."""
@@ -91,16 +98,14 @@ class Order:
         """The shard and the number in it of the row at a place."""
         lane, block, index = self.find(place)
         stretches, permutation = self.block(epoch, lane, block)
-        rest = int(permutation[index])
-        for shard, start, stop in stretches:
-            if rest < stop - start:
-                return shard, start + rest
-            rest -= stop - start
-        raise AssertionError("a block is as long as its stretches")
+        rows = [(shard, row) for shard, start, stop in stretches for row in range(start, stop)]
+        return rows[permutation[index]]
 
     def _stretches(self, epoch: int, begin: int, end: int) -> list[Stretch]:
         """Rows `begin` to `end` - 1 of the rotated sequence."""
-        shards, ends, offset = self._sequence(epoch)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._draw(epoch)
+        shards, ends, offset = self._drawn[1]
         found = []
         at, left = (begin + offset) % self.num_rows, end - begin
         while left:
@@ -111,11 +116,10 @@ class Order:
             at, left = (at + taken) % self.num_rows, left - taken
         return found
 
-    def _draw_sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The shards in the epoch's order, the ends of each in the sequence, and the rotation."""
+    def _draw(self, epoch: int) -> _Sequence:
         shards, offset = np.arange(len(self._counts)), 0
         if self._shuffled:
             rng = np.random.default_rng([0, self._seed, epoch])
             rng.shuffle(shards)
             offset = int(rng.integers(self.num_rows))
-        return shards, np.cumsum(self._counts[shards]), offset
+        return _Sequence(shards, np.cumsum(self._counts[shards]), offset)

@@ -1,25 +1,38 @@
 """Rows: the shards of a `datasets` stream, read in an `Order` with one open reader for each of its lanes.
 
 Rows stay arrow tables until their block is due, and encoded images until someone decodes them. A lane holds
-the rows of one block and one reader, which goes on where the last block ended or seeks: to another shard, or
-further on in this one. What it doesn't know: pixels, crops, which places anyone wants.
+the rows of one block and one reader, which goes on where the last block ended or seeks.
+
+Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
+over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends, which
+eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a
+megabyte or two beside its rows, and no thread is left to abort the interpreter at its exit.
+
+What it doesn't know: pixels, crops, which places anyone wants.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
+from datasets.table import table_cast
 
 from hf_ddpm.order import Order, Stretch
 from hf_ddpm.pixels import one_line
-from hf_ddpm.sources import count_parquet_rows
 
-_ROWS_PER_READ = 256
+_ROWS_PER_READ = 64
+_BYTES_PER_READ = 1 << 20
 
 
 class Row(NamedTuple):
@@ -36,12 +49,14 @@ class Shards:
     Args:
         dataset: a stream of undecoded rows.
         column: the column to read.
-        names: what messages call the shards.
+        names: what messages call the shards: the paths of its files if each is a shard.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, column: str, names: list[str]):
         self._dataset = dataset.select_columns([column]).with_format("arrow")
         self._column, self.names = column, names
+        self._schema = datasets.Features({column: (dataset.features or {})[column]}).arrow_schema
+        self._parquet = all(name.endswith(".parquet") for name in names)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -50,21 +65,46 @@ class Shards:
         Raises:
             ValueError: a shard that can't be read.
         """
-        if all(name.endswith(".parquet") for name in self.names):
-            return count_parquet_rows(self.names)
-        return [sum(map(len, self.read(shard))) for shard in range(len(self.names))]
+        if not self._parquet:
+            return [sum(map(len, self.read(shard))) for shard in range(len(self.names))]
+        with ThreadPoolExecutor(8) as threads:  # a remote footer is a matter of waiting
+            return list(threads.map(self._count_in_footer, range(len(self.names))))
+
+    def _count_in_footer(self, shard: int) -> int:
+        with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
+            return parquet.metadata.num_rows
 
     def read(self, shard: int, start: int = 0) -> Generator[pa.ChunkedArray, None, None]:
-        """The column's values from row `start` of a shard on, some hundred at a time.
+        """The column's values from row `start` of a shard on, a few at a time.
 
         Raises:
             ValueError: the shard can't be read.
         """
+        with self._named_errors(shard):
+            yield from (self._read_parquet if self._parquet else self._read_stream)(shard, start)
+
+    def _read_stream(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
         part = self._dataset.shard(len(self.names), shard)
+        for table in (part.skip(start) if start else part).iter(_ROWS_PER_READ):
+            yield table[self._column]
+
+    def _read_parquet(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
+        with _open_parquet(self.names[shard]) as parquet:
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            ends = list(itertools.accumulate(sizes))
+            groups = [i for i, end in enumerate(ends) if end > start]
+            passed = start - sum(sizes[: groups[0]]) if groups else 0
+            for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
+                if passed < len(batch):
+                    table = pa.Table.from_batches([batch.slice(passed)])
+                    yield table_cast(table, self._schema)[self._column]
+                passed = max(0, passed - len(batch))
+
+    @contextmanager
+    def _named_errors(self, shard: int) -> Iterator[None]:
         try:
-            for table in (part.skip(start) if start else part).iter(_ROWS_PER_READ):
-                yield table[self._column]
-        except (pa.ArrowInvalid, DatasetsError) as error:
+            yield
+        except (pa.ArrowException, DatasetsError, OSError) as error:
             raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
 
     def rows(self) -> Iterator[Row]:
@@ -83,12 +123,20 @@ class Shards:
         return f"row {row.number} of {self.names[row.shard]}{own}"
 
 
+@contextmanager
+def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
+    with fsspec.open(name, "rb") as file:
+        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+
+
 class OrderedRows:
     """The rows at places of an order. Ascending places are read in one pass; any other costs a seek."""
 
     def __init__(self, shards: Shards, order: Order):
         self._order = order
         self._readers = [_Reader(shards) for _ in range(order.lanes)]
+        # A generator may still be open when the interpreter exits: this closes its files before modules go.
+        self._close = weakref.finalize(self, _close_all, self._readers)
         self._blocks: list[tuple[tuple[int, int], list[Row]]] = [((-1, -1), [])] * order.lanes
 
     def row(self, epoch: int, place: int) -> Row:
@@ -109,9 +157,12 @@ class OrderedRows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of open files: a parquet reader left open can abort the interpreter at its exit."""
-        for reader in self._readers:
-            reader.close()
+        self._close()
+
+
+def _close_all(readers: list[_Reader]) -> None:
+    for reader in readers:
+        reader.close()
 
 
 class _Reader:
@@ -119,12 +170,14 @@ class _Reader:
 
     def __init__(self, shards: Shards):
         self._shards = shards
-        self.close()
+        self._shard, self._at = -1, 0
+        self._values: Generator[pa.ChunkedArray, None, None] | None = None
+        self._rest: pa.ChunkedArray | None = None  # read, but not taken; its first row is number `_at`
 
     def close(self) -> None:
-        self._shard, self._at = -1, 0
-        self._values: Generator[pa.ChunkedArray, None, None] | None = None  # dropped, it closes its file
-        self._rest: pa.ChunkedArray | None = None  # read, but not taken; its first row is number `_at`
+        if self._values is not None:
+            self._values.close()
+        self._shard, self._values, self._rest = -1, None, None
 
     def take(self, stretch: Stretch) -> list[Row]:
         shard, start, stop = stretch
@@ -135,7 +188,7 @@ class _Reader:
         while self._at < stop:
             if not self._rest:
                 self._rest = next(self._values, None) if self._values else None
-            if not self._rest:
+            if self._rest is None:
                 name, count = self._shards.names[shard], self._shards.counts[shard]
                 raise ValueError(f"{name} ends after {self._at} rows; when they were counted it had {count}")
             passed = min(len(self._rest), max(0, start - self._at))

@@ -1,4 +1,4 @@
-"""Where images come from: what a person names as a data set → a `datasets` stream, its column and row counts.
+"""Where images come from: what a person names as a data set → a `datasets` stream, and its image column.
 
 It knows paths, the Hub and columns. It looks at no image.
 """
@@ -6,15 +6,10 @@ It knows paths, the Hub and columns. It looks at no image.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Array2D, Array3D, LargeList, List, Value
 
 from hf_ddpm.pixels import one_line
@@ -71,24 +66,6 @@ def find_column(dataset: datasets.IterableDataset, column: str | None) -> str:
     if len(found) > 1:
         raise ValueError(f"several image columns, choose one with column=: {', '.join(found)}")
     return found[0]
-
-
-def count_parquet_rows(files: Sequence[str]) -> list[int]:
-    """Rows of each parquet file, from its footer.
-
-    Raises:
-        ValueError: a file that is no parquet file.
-    """
-    with ThreadPoolExecutor(8) as threads:  # a remote footer is a matter of waiting
-        return list(threads.map(_count_rows, files))
-
-
-def _count_rows(name: str) -> int:
-    try:
-        with fsspec.open(name, "rb") as file, pq.ParquetFile(file) as parquet:
-            return parquet.metadata.num_rows
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"can't read {name}: {one_line(error)}") from error
 
 
 def _holds_images(feature: Any) -> bool:
