@@ -3,10 +3,12 @@
 It knows which key feeds which argument, and nothing of what the trainer does with the objects.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +22,15 @@ from diffusers.utils.torch_utils import get_device
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
 from hf_ddpm.models import PRESETS, create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.share import StepShare
+from hf_ddpm.stop import ignore_signals
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ValueError: an unknown tracker, a precision that the device lacks, or a launch whose processes work
-            alone or share out the network.
+            alone or share out the network in a way that isn't supported.
     """
     trackers = [name.strip() for name in config.trackers.split(",") if name.strip()]
     available = sorted(str(name) for name in get_available_trackers())
@@ -50,28 +54,48 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=get_device() == "cpu",  # else two processes on a CPU would each believe to be alone
         mixed_precision=config.mixed_precision,
-        # as an object, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a number
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        # The trainer accumulates by itself. ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.output_dir,
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"the launch started {launched} processes, but accelerate sees {accelerator.num_processes}; "
-            "ACCELERATE_USE_CPU=true joins processes on a CPU"
-        )
-    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in kinds:
-        raise ValueError(
-            f"the launch asks for {accelerator.distributed_type.value}; allowed: one process, or several "
-            "with the whole network each"
-        )
+    _check_launch(accelerator)
     return accelerator
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse a launch that isn't what was asked for, or can't be served."""
+    world, env = accelerator.num_processes, os.environ
+    launched = int(env.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in env else 1
+    if launched != world:
+        raise ValueError(
+            f"the launch started {launched} processes, but accelerate sees {world}; ACCELERATE_USE_CPU=true "
+            "joins processes on a CPU"
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if world == 1 and int(env.get(name, 1)) > 1:
+            raise ValueError(
+                f"{name} is {env[name]}, but this process works alone, and so would the others; start one "
+                "launcher a machine (torchrun, accelerate launch --multi_gpu), or set RANK, LOCAL_RANK and "
+                "WORLD_SIZE"
+            )
+    # `accelerate launch --num_processes 2` without --multi_gpu starts one process, with the address for two
+    if (
+        world == 1
+        and "RANK" not in env
+        and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= env.keys()
+    ):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one; add --multi_gpu (on CPUs "
+            "too), or ask for one (and unset MASTER_ADDR if that is set)"
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"the launch asks for {kind.value}; allowed: one process, DDP or FSDP")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("the launch asks for FSDP 1; allowed: --fsdp_version 2")
 
 
 def make_scheduler(config: TrainConfig) -> DDPMScheduler:
@@ -91,8 +115,8 @@ def make_scheduler(config: TrainConfig) -> DDPMScheduler:
     )
 
 
-def open_stream(config: TrainConfig, rank: int = 0, world_size: int = 1) -> ImageStream:
-    """This rank's share of the run's images."""
+def open_stream(config: TrainConfig) -> ImageStream:
+    """The run's images, in the order that all processes share."""
     return load_stream(
         config.dataset,
         config.split,
@@ -104,47 +128,63 @@ def open_stream(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Imag
         shuffle_buffer=config.shuffle_buffer,
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
-        rank=rank,
-        world_size=world_size,
     )
 
 
-class _Batches(IterableDataset):
-    """The stream's batches, each with the stream's count of skipped images; an error comes as an item.
+class Batch(NamedTuple):
+    """One process's images of a micro-step.
 
-    A DataLoader may run it in another process, which has its own copy of the stream and whose exceptions
+    Attributes:
+        positions: of the slots in the run's sequence, (B,); `share.EMPTY` where a slot has none.
+        images: uint8, (B, C, H, W), all zeros where there is none.
+        present: whether a slot holds an image, (B,), bool, on the CPU.
+    """
+
+    positions: list[int]
+    images: Tensor
+    present: Tensor
+
+
+class _Batches(IterableDataset):
+    """The batches of a share of the stream; an error comes as an item.
+
+    A DataLoader may run it in other processes, of which each makes every k-th batch, and whose exceptions
     arrive as a printed traceback.
     """
 
-    def __init__(self, stream: ImageStream, batch_size: int, start: int):
-        self.stream, self.batch_size, self.start = stream, batch_size, start
+    def __init__(self, stream: ImageStream, share: StepShare, first_step: int):
+        self.stream, self.share, self.first_step = stream, share, first_step
 
-    def __iter__(self) -> Iterator[tuple[Tensor | ValueError, int]]:
+    def __iter__(self) -> Iterator[Batch | ValueError]:
+        worker = get_worker_info()
+        mine = (0, None, 1) if worker is None else (worker.id, None, worker.num_workers)
+        asked, wanted = itertools.tee(itertools.islice(self.share.slots(self.first_step), *mine))
         try:
-            for images in self.stream.batches(self.batch_size, self.start):
-                yield images, self.stream.skipped
+            for positions, (images, present) in zip(asked, self.stream.slots(wanted), strict=True):
+                yield Batch(positions, images, present)
         except ValueError as error:
-            yield error, self.stream.skipped
+            yield error
 
 
 def make_batches(
-    stream: ImageStream, config: TrainConfig, device: torch.device, start: int
-) -> Iterator[Tensor]:
-    """Batches of uint8 images from the `start`-th one on, without end; decoded ahead if the config says so.
+    stream: ImageStream, config: TrainConfig, share: StepShare, device: torch.device, first_step: int
+) -> Iterator[Batch]:
+    """This process's batches from the step `first_step` on, without end; made ahead if the config says so.
 
     Raises:
         ValueError: an image that can't be read.
     """
     loader = DataLoader(
-        _Batches(stream, config.batch_size, start),
+        _Batches(stream, share, first_step),
         batch_size=None,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
-    for images, stream.skipped in loader:
-        if isinstance(images, ValueError):
-            raise images
-        yield images
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
 def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
@@ -171,13 +211,15 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
 
 
 def prepare_model(
-    model: nn.Module, config: TrainConfig, stream: ImageStream, device: torch.device
+    model: nn.Module, config: TrainConfig, stream: ImageStream, accelerator: Accelerator
 ) -> nn.Module:
     """The network as it is trained: on its device, with float32 master weights and the run's options.
 
     Raises:
-        ValueError: a U-Net for other images, or an option that the network doesn't have.
+        ValueError: a U-Net for other images, or an option that the network or the launch doesn't have.
     """
+    if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
     if isinstance(model, UNet2DModel):
         answers, channels, size = (
             model.config[key] for key in ("out_channels", "in_channels", "sample_size")
@@ -189,7 +231,7 @@ def prepare_model(
             raise ValueError(
                 f"the network answers {answers} channels; allowed: {channels}, as it learns no variance here"
             )
-    model = model.float().to(device).train()  # type: ignore[arg-type]
+    model = model.float().to(accelerator.device).train()  # type: ignore[arg-type]
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:

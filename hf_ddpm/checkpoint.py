@@ -1,12 +1,15 @@
 """Checkpoints: folders that are either whole or not there, and hold everything a run goes on from.
 
-    RUN/checkpoints/step-00000500/   model.safetensors  ema.safetensors  optimizer.pt  state.json
+    RUN/checkpoints/step-00000500/   model.safetensors  ema_0.9999.safetensors  optimizer.pt  state.json
+                                     SHA256SUMS
 
-A folder is written beside its place and renamed, so that a killed run leaves no half checkpoint under a good
-name. Nothing here is unpickled: tensors are safetensors, and the optimizer's state is read with
+A folder is written beside its place, forced to the disk and renamed, so that a killed run or machine leaves
+no half checkpoint under a good name. What is read is compared with SHA256SUMS first (`sha256sum -c` reads it
+too). Nothing here is unpickled: tensors are safetensors, and the optimizer's state is read with
 `weights_only=True`. The file knows files; what the numbers mean is the trainer's.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -24,6 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FOLDER = re.compile(r"step-(\d{8,})")
+SUMS = "SHA256SUMS"
+SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+EMA = re.compile(r"ema_(.+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -33,35 +39,40 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         model: weights of the network, by name.
-        ema: averaged weights, by name.
-        optimizer: `state_dict` of the optimizer.
+        averages: for each decay, as text, the averaged weights by name.
+        optimizer: states of the optimizer and of what goes with it.
         state: plain numbers and strings (JSON).
     """
 
     step: int
     model: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor]
+    averages: Mapping[str, Mapping[str, Tensor]]
     optimizer: Mapping[str, Any]
     state: Mapping[str, Any]
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write the checkpoint under `run`/checkpoints, then drop all but the newest `keep` ones."""
+    """Write the checkpoint under `run`/checkpoints; when it is safe, drop all but the newest `keep` ones."""
     folder = run / "checkpoints" / f"step-{checkpoint.step:08d}"
 
     def fill(place: Path) -> None:
         save_file(_plain(checkpoint.model), place / "model.safetensors")
-        save_file(_plain(checkpoint.ema), place / "ema.safetensors")
-        torch.save(dict(checkpoint.optimizer), place / "optimizer.pt")
-        (place / "state.json").write_text(
-            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2) + "\n"
-        )
+        for decay, average in checkpoint.averages.items():
+            save_file(_plain(average), place / f"ema_{decay}.safetensors")
+        try:
+            torch.save(dict(checkpoint.optimizer), place / "optimizer.pt")
+        except RuntimeError as error:  # a full disk, in torch's words
+            raise OSError(f"can't write {str(place / 'optimizer.pt')!r}: {_one_line(error)}") from error
+        state = {"step": checkpoint.step, **checkpoint.state}
+        (place / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(place.iterdir())]
+        (place / SUMS).write_text("".join(sums), encoding="utf-8")
 
     write_folder(folder, fill)
-    for _, old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    for left in folder.parent.glob(".step-*.tmp"):  # of a run killed while it saved
+    for left in folder.parent.glob(".step-*"):  # of a run killed while it saved or dropped one
         shutil.rmtree(left, ignore_errors=True)
+    for _, old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a kill leaves no half of it
     return folder
 
 
@@ -73,23 +84,44 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {str(folder)!r} does not exist")
-    path = folder
+    path = folder / SUMS
     try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        matches = [SUM.fullmatch(line.removesuffix("\n")) for line in lines]
+        if not all(matches) or not all(line.endswith("\n") for line in lines):
+            raise ValueError("it is not a list of sums and names")
+        sums = {match[2]: match[1] for match in matches if match}
+        for name in ("model.safetensors", "optimizer.pt", "state.json", *sums):
+            if name not in sums:
+                raise ValueError(f"it lacks {name}")
+            if _sha256(path := folder / name) != sums[name]:
+                raise ValueError(f"its content is not what {SUMS} says")
         state = json.loads((path := folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError("it has no step")
         model = load_file(path := folder / "model.safetensors")
-        ema = load_file(path := folder / "ema.safetensors")
+        averages = {m[1]: load_file(path := folder / m[0]) for m in map(EMA.fullmatch, sums) if m}
         optimizer = torch.load(path := folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if not isinstance(optimizer, dict):
             raise ValueError(f"it holds {type(optimizer).__name__}, not dict")
-        return Checkpoint(state.pop("step"), model, ema, optimizer, state)
+        return Checkpoint(state.pop("step"), model, averages, optimizer, state)
     except Exception as error:  # what safetensors and torch.load raise on foreign bytes has no common class
         unsafe = isinstance(
             error, pickle.UnpicklingError
         )  # torch's own words advise to unpickle all the same
         reason = "it is not a file of tensors and plain values" if unsafe else _one_line(error)
         raise ValueError(f"checkpoint file {str(path)!r} is missing or damaged: {reason}") from error
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is kept for a look and never chosen; returns its new name."""
+    return folder.rename(_free(folder.with_name(f"damaged-{folder.name}")))
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of it numbered that nothing is at."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in range(2, 1000))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -103,9 +135,15 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Make `folder` hold what `fill(place)` writes: all of it, or, if that fails, what was there before."""
     with _scratch(folder.with_name(f".{folder.name}.tmp")) as place:
         fill(place)
+        for file in (*place.rglob("*"), place):
+            _to_disk(file)
         if folder.exists():
-            shutil.rmtree(folder)
-        place.rename(folder)
+            old = folder.rename(_free(folder.with_name(f".{folder.name}.old")))
+            place.rename(folder)
+            shutil.rmtree(old)
+        else:
+            place.rename(folder)
+        _to_disk(folder.parent)
 
 
 def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> None:
@@ -116,6 +154,8 @@ def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> No
     """
     with _scratch(folder / ".new.tmp") as place:
         fill(place)
+        for file in place.rglob("*"):
+            _to_disk(file)
         files = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: path.as_posix() == last):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +179,23 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU: safetensors refuses tensors that share memory, as tied weights do."""
     layout = torch.contiguous_format
     return {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's or a folder's content would survive a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _one_line(error: Exception) -> str:

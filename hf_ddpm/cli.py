@@ -23,6 +23,7 @@ from hf_ddpm.evaluation import evaluate
 from hf_ddpm.generate import sample
 from hf_ddpm.report import JSON, describe
 from hf_ddpm.samplers import SCHEDULERS
+from hf_ddpm.stop import EXIT_CODE, TrainingStopped
 from hf_ddpm.trainer import train
 
 
@@ -78,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(
     command: Callable[[Sequence[str], str], None], argv: Sequence[str] | None = None, prog: str = ""
 ) -> None:
-    """Call a command; bad input is one line on stderr and exit code 2, a failed run one line and 1."""
+    """Call a command; bad input is one line on stderr and exit code 2, a failed run one line and 1.
+
+    A training run that a signal stopped, and that the same command goes on with, has 75.
+    """
     prog = prog or Path(sys.argv[0]).name
     try:
         command(sys.argv[1:] if argv is None else argv, prog)
@@ -89,6 +93,10 @@ def run(
         words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
         print(f"{prog}: {words} {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if bad_input else 1)
+    except TrainingStopped as stopped:
+        if PartialState().is_main_process:
+            print(f"{prog}: {stopped}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ class TrainConfig:
     dataset: str = option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
     split: str = option("train", "split of the data set")
     image_column: str | None = option(None, "column of the images, by default the only one")
-    image_size: str | None = option(None, "'28' or '28x32' (height x width), by default the first image's")
+    image_size: str | None = option(
+        None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
+    )
     channels: int | None = option(None, "1 gray, 3 RGB, by default the first image's", least=1)
     fit: str = option(
         "exact",
@@ -64,7 +67,7 @@ class TrainConfig:
     horizontal_flip: bool = option(False, "mirror images at random")
     shuffle_buffer: int = option(1000, "images shuffled at once, 0 for the order of the files", least=0)
     skip_corrupt: bool = option(False, "skip and count images that can't be read, instead of stopping")
-    num_workers: int = option(0, "processes that decode images ahead", choices=(0, 1))
+    num_workers: int = option(0, "processes that decode images ahead, for each training process", least=0)
 
     # The network and the process
     model: str = option(
@@ -100,8 +103,11 @@ class TrainConfig:
     adam_epsilon: float = option(1e-8, "AdamW", above=0.0)
     weight_decay: float = option(0.0, "AdamW", least=0.0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm, 0 for never", least=0.0)
-    ema_decay: float = option(
-        0.9999, "decay of the averaged weights, warmed up as (1 + n)/(10 + n)", least=0.0, below=1.0
+    ema_decay: str = option(
+        "0.9999",
+        "decay of the averaged weights, warmed up as (1 + n)/(10 + n); several, as in 0.999,0.9999, are "
+        "tracked side by side, and the first is the pipeline's",
+        joined=",",
     )
     seed: int = option(0, "of weights, order, noise and samples", least=0, below=2**63)
 
@@ -119,6 +125,9 @@ class TrainConfig:
     checkpoint_every: int = option(1000, "steps between checkpoints, each with its pipeline", least=1)
     keep_checkpoints: int = option(2, "newest checkpoints to keep", least=1)
     log_every: int = option(50, "steps between log lines", least=1)
+    max_loss: float = option(
+        100.0, "stop if the mean loss of a logged interval is above; guessing zero costs about 1", above=0.0
+    )
     sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
     sample_num_images: int = option(64, "images in a grid", least=1)
     sample_steps: int | None = option(None, "steps of sampling a grid, by default all T", least=1)
@@ -131,6 +140,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         self.size  # noqa: B018  refuses what is not a size
+        self.ema_decays  # noqa: B018  refuses what are not decays
         if self.sample_steps is not None and self.sample_steps > self.num_train_timesteps:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
@@ -160,6 +170,19 @@ class TrainConfig:
                 f"image_size is {self.image_size!r}; allowed: a positive whole number, or two as in '28x32'"
             )
         return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+    @property
+    def ema_decays(self) -> dict[str, float]:
+        """The decays of `ema_decay`, each by its text, in order."""
+        decays = {}
+        for text in (part.strip() for part in self.ema_decay.split(",")):
+            if not re.fullmatch(r"0(\.\d+)?", text) or text in decays:
+                raise ValueError(
+                    f"ema_decay is {self.ema_decay!r}; allowed: a number in [0, 1), or several different "
+                    "ones with commas between"
+                )
+            decays[text] = float(text)
+        return decays
 
     @classmethod
     def load(cls, path: str | os.PathLike | None = None, **changes: Any) -> "TrainConfig":

@@ -9,6 +9,7 @@ difference, whose error is far below that of either estimate.
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,22 @@ class HeldOut:
             logger.warning("evaluate_split %r is the split that the run trains on", config.split)
         order = np.random.default_rng(derive_seed(5, config.seed)).permutation(stream.num_rows())
         chosen = np.sort(order[: config.evaluate_num_images])
-        self._rows = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
-        self._images = list(stream.select(self._rows))
+        # As many for every process, the first one again where they don't divide: a network that FSDP shares
+        # out wants as many calls from each
+        world = accelerator.num_processes
+        chosen = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % world)])
+        self._rows = np.sort(chosen[accelerator.process_index :: world]).tolist()
+        selected = dict(zip(dict.fromkeys(self._rows), stream.select(sorted(set(self._rows))), strict=True))
+        self._images = [selected[row] for row in self._rows]
         self._folder, self._accelerator, self._config = run / "heldout", accelerator, config
 
     def evaluate(
-        self, model: nn.Module, process: DiffusionProcess, step: int, options: dict[str, Any]
+        self,
+        model: nn.Module,
+        process: DiffusionProcess,
+        step: int,
+        options: dict[str, Any],
+        check: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Estimate the bound, note each image's, and compare with the last time.
 
@@ -79,6 +90,7 @@ class HeldOut:
             process: the run's.
             step: optimizer steps done.
             options: `variance_type` and `prediction_type`, as in `bound_term`.
+            check: called between calls of the network; it may raise.
 
         Returns:
             For log.jsonl: means over all images with standard errors, on every process.
@@ -88,7 +100,12 @@ class HeldOut:
         with progress(
             "evaluate", evals * len(self._rows), "eval", accelerator.is_main_process, leave=False
         ) as bar:
-            denoiser = Counted(as_denoiser(model, accelerator.device), bar)
+            counted = Counted(as_denoiser(model, accelerator.device), bar)
+
+            def denoiser(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                check()
+                return counted(x_t, t)
+
             for start in range(0, len(self._rows), self._config.batch_size):
                 piece = slice(start, start + self._config.batch_size)
                 estimate = estimate_bound(
@@ -108,7 +125,7 @@ class HeldOut:
                 found["rate_bpd"] += estimate.per_image_rate_bpd.tolist()
                 found["distortion_bpd"] += estimate.per_image_distortion_bpd.tolist()
 
-        rows = sorted(gather_object(list(zip(*found.values(), strict=True))))
+        rows = sorted(set(gather_object(list(zip(*found.values(), strict=True)))))
         types = (torch.int64, torch.int64, *[torch.float64] * 3)
         columns = zip(COLUMNS, types, zip(*rows, strict=True), strict=True)
         now = {name: torch.tensor(column, dtype=kind) for name, kind, column in columns}

@@ -19,7 +19,10 @@ BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (o
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
-    """A field with its `--help` text and its rule: `choices`, or bounds as in `BOUNDS`."""
+    """A field with its `--help` text and its rules: `choices`, bounds as in `BOUNDS`, or `joined`.
+
+    `joined` is for text that lists numbers: what stands between them where a file or a call gives numbers.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -31,19 +34,19 @@ def check_options(options: Any) -> None:
             allowed.
     """
     for field in dataclasses.fields(options):
-        value = _typed(field.name, getattr(options, field.name), field.type)
+        value = _typed(field.name, getattr(options, field.name), field.type, field.metadata)
         object.__setattr__(options, field.name, value)
         _check_range(field.name, value, field.metadata)
 
 
-def _typed(name: str, value: Any, annotation: Any) -> Any:
+def _typed(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> Any:
     """`value` as the type of its key; strings, as from the command line, are read."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind, optional = kinds[0], type(None) in kinds
     if optional and (value is None or str(value).lower() == "none"):
         return None
-    if name == "image_size" and isinstance(value, (int, float, list, tuple)):
-        return "x".join(str(side) for side in (value if isinstance(value, (list, tuple)) else (value,)))
+    if "joined" in rules and isinstance(value, (int, float, list, tuple)):
+        return rules["joined"].join(str(n) for n in (value if isinstance(value, (list, tuple)) else (value,)))
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, os.PathLike)):

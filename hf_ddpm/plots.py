@@ -56,9 +56,11 @@ def to_pil(image_uint8: Tensor) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG file, making its folder; returns the path."""
+    """Write a PNG file, whole or not at all, making its folder; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG")
+    partial = path.with_name(f".{path.name}.tmp")
+    image.save(partial, format="PNG")
+    partial.replace(path)
     return path
 
 

@@ -1,6 +1,7 @@
 """What a training run says: one progress bar, `log.jsonl`, sample grids, and accelerate's trackers.
 
-It knows numbers and pictures and where they are shown. It reads numbers back from the device only in `log`.
+It knows numbers and pictures and where they are shown. It reads numbers back from the device only where it
+says so: in `log`, `state` and `save_grid`.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,65 @@ from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
 
+QUARTILES = 4
+
 
 class Record:
     """The run's progress from the step it starts at, a context that leaves no bar or tracker open.
+
+    A step is noted as the sums of the loss and of the images by quartile of t, over all processes, so that a
+    line of the log is the same however often the run was stopped inside its interval.
+
+    Args:
+        run: the run's folder.
+        accelerator: the processes.
+        config: the run.
+        first: the step it starts at.
+        per_step: images of a step, over all processes.
+        state: what `state` gave at that step; empty for a new run.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
         images_per_second: throughput since the start, without pauses.
         grad_norm: norm of the last gradient before clipping, on the device; None if it isn't clipped.
+        skipped: images that could not be read, over all processes, up to the last log or state.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, first: int, config: TrainConfig):
+    def __init__(
+        self,
+        run: Path,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        first: int,
+        per_step: int,
+        state: Mapping[str, Any],
+    ):
         self.run, self.accelerator, self.config = run, accelerator, config
         self.loss = self.images_per_second = math.nan
         self.grad_norm: Tensor | None = None
-        self._per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self._losses: list[Tensor] = []
-        self._step, self._logged_step, self._first = first, first, first
+        self.skipped: int = state.get("skipped", 0)
+        self._per_step, self._step, self._first = per_step, first, first
+        self._sums = torch.zeros(2, QUARTILES, device=accelerator.device)  # loss, images: of this step
+        self._steps: list[Tensor] = []  # of this process's steps since the last log, still on the device
+        pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
+        self._table = pending.reshape(-1, 2, QUARTILES)  # of all processes' steps since the last log
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
+        self._logged_step = first
         self._file = run / "log.jsonl"
         if accelerator.is_main_process:
             _keep_lines(self._file, first)
-            (run / "train_config.json").write_text(config.to_json(), encoding="utf-8")
+            _replace(run / "train_config.json", config.to_json())
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-            accelerator.init_trackers("hf_ddpm", config=facts)
-        self._bar = progress("train", config.max_steps, "step", accelerator.is_main_process, initial=first)
+            again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
+            accelerator.init_trackers("hf_ddpm", config=facts, init_kwargs=again)
+        self._bar = progress(
+            "train",
+            config.max_steps * per_step,
+            "image",
+            accelerator.is_main_process,
+            initial=first * per_step,
+        )
 
     def __enter__(self) -> "Record":
         return self
@@ -61,44 +95,97 @@ class Record:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    def add(self, loss: Tensor) -> None:
-        """Note the loss of a micro-step, a scalar that stays on its device."""
-        self._losses.append(loss.detach())
+    def add(self, loss: Tensor, quartiles: Tensor) -> None:
+        """Note a micro-step.
+
+        Args:
+            loss: of each image, (B,), on its device, where it stays.
+            quartiles: of each image's t, (B,), int64, 0 … 3; −1 for an empty slot.
+        """
+        chosen = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).float()
+        self._sums += torch.stack([chosen * loss.detach().float(), chosen]).sum(-1)
 
     def advance(self, step: int) -> None:
         """An optimizer step is done."""
         self._step = step
-        self._bar.update()
+        self._steps.append(self._sums)
+        self._sums = torch.zeros_like(self._sums)
+        self._bar.update(self._per_step)
 
-    def log(self, lr: float) -> None:
-        """Read the numbers of the interval back from the device, and write them down.
+    def log(self, lr: float, ema_decay: float) -> None:
+        """Read the numbers of the interval back from the device, and write them down; all processes together.
 
         Args:
             lr: learning rate of the last step.
+            ema_decay: what the average kept of itself at that step.
 
         Raises:
-            RuntimeError: the loss is not finite.
+            RuntimeError: the loss is not finite or exploded; the message names the step.
         """
-        mean = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
-        self._losses.clear()
-        self.loss = float(mean)  # type: ignore[arg-type]
-        if not math.isfinite(self.loss):
-            raise RuntimeError(
-                f"the loss is {self.loss} at step {self._step}, or since step {self._logged_step + 1}; "
-                "checkpoints from before stand"
-            )
+        self._settle()
+        loss, images = self._table.sum(0)
         now = self._worked + time.perf_counter() - self._since
-        speed = (self._step - self._logged_step) * self._per_step / (now - self._logged_worked)
-        self.images_per_second = (self._step - self._first) * self._per_step / now
+        speed = (self._step - self._logged_step) * self._per_step / max(now - self._logged_worked, 1e-9)
+        self.images_per_second = (self._step - self._first) * self._per_step / max(now, 1e-9)
         self._logged_step, self._logged_worked = self._step, now
+        self.loss = float(loss.sum() / images.sum())
+        self.skipped += self._missing()
+        self._table = self._table[:0]
 
-        line = {"step": self._step, "images": self._step * self._per_step, "loss": self.loss, "lr": lr}
-        line["images_per_second"] = round(speed, 1)
+        line = {"step": self._step, "images": self._step * self._per_step, "loss": self.loss}
+        for number, (sum_, count) in enumerate(zip(loss.tolist(), images.tolist(), strict=True), 1):
+            if count:
+                line[f"loss_quartile_{number}"] = sum_ / count
+        line |= {"lr": lr, "ema_decay": ema_decay, "images_per_second": round(speed, 1)}
         norm = math.inf if self.grad_norm is None else float(self.grad_norm)
         if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
             line["grad_norm"] = norm
+        if self.skipped:
+            line["skipped"] = self.skipped
         self.note(line)
-        self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s", refresh=False)
+        self._bar.set_postfix_str(f"step {self._step}, loss {self.loss:.4f}", refresh=False)
+
+    def state(self) -> dict[str, Any]:
+        """What another `Record` needs to go on from here, plain values; all processes call it together.
+
+        Raises:
+            RuntimeError: as in `log`.
+        """
+        self._settle()
+        return {"pending": self._table.tolist(), "skipped": self.skipped}
+
+    def _settle(self) -> None:
+        """Gather this process's steps into the table of all, and look whether they can be right."""
+        if not self._steps:
+            return
+        mine = torch.stack(self._steps)
+        gathered: Any = self.accelerator.gather(mine)
+        new = gathered.cpu().double().view(-1, *mine.shape).sum(0)
+        self._steps.clear()
+        losses = new[:, 0].sum(-1)
+        first_new = self._step - len(new) + 1
+        if not losses.isfinite().all():
+            bad = int((~losses.isfinite()).nonzero()[0])
+            raise RuntimeError(
+                f"the loss is {losses[bad].item()} at step {first_new + bad}; checkpoints from before stand"
+            )
+        self._table = torch.cat([self._table, new])
+        loss, images = self._table.sum(0).sum(-1).tolist()
+        if loss > self.config.max_loss * images:
+            raise RuntimeError(
+                f"the mean loss of steps {self._step - len(self._table) + 1} to {self._step} is "
+                f"{loss / images:.4g}, above max_loss {self.config.max_loss:g}; checkpoints from before stand"
+            )
+        if not images:
+            raise RuntimeError(f"no image of the steps up to {self._step} could be read")
+
+    def _missing(self) -> int:
+        return len(self._table) * self._per_step - int(self._table[:, 1].sum())
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether log.jsonl has a number of that name for the step."""
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        return any(_step_of(line) == step and key in json.loads(line) for line in lines)
 
     def note(self, line: Mapping[str, float]) -> None:
         """Write numbers of this step to log.jsonl and the trackers."""
@@ -108,42 +195,57 @@ class Record:
                 file.write(json.dumps({"step": self._step, **numbers}) + "\n")
         self.accelerator.log(numbers, step=self._step)
 
-    def save_grid(self, model: nn.Module, scheduler: DDPMScheduler, shape: tuple[int, int, int]) -> None:
+    def grid_path(self, shape: tuple[int, int, int]) -> Path:
+        """Where the grid of this step goes: a picture, or an array where images can't be pictures."""
+        suffix = ".png" if shape[0] in PIL_CHANNELS else ".npy"
+        return self.run / "samples" / f"step-{self._step:08d}{suffix}"
+
+    def save_grid(
+        self,
+        model: nn.Module,
+        scheduler: DDPMScheduler,
+        shape: tuple[int, int, int],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Sample, always from the same noise, and show the grid; the processes share the work.
 
         Args:
             model: the network with its averaged weights.
             scheduler: the run's.
             shape: (C, H, W); images that can't be pictures are saved as an array (B, H, W, C).
+            check: called at each step of sampling; it may raise.
         """
-        accelerator, as_picture = self.accelerator, shape[0] in PIL_CHANNELS
-        mine = range(accelerator.process_index, self.config.sample_num_images, accelerator.num_processes)
-        images: Any = []
-        if mine:
-            pipeline = DDPMPipeline(model, scheduler)
-            pipeline.set_progress_bar_config(
-                desc="sample", leave=False, mininterval=REFRESH, disable=not accelerator.is_main_process
-            )
-            with accelerator.autocast():
-                images = pipeline(
-                    batch_size=len(mine),
-                    generator=[torch.Generator().manual_seed(self.config.seed + i) for i in mine],
-                    num_inference_steps=self.config.sample_steps,
-                    output_type="pil" if as_picture else "np",
-                    return_dict=False,
-                    max_batch_size=self.config.batch_size,
-                    image_shape=shape,
-                )[0]
+        accelerator, path, wanted = self.accelerator, self.grid_path(shape), self.config.sample_num_images
+        as_picture, world = path.suffix == ".png", accelerator.num_processes
+        each = -(-wanted // world)  # as many for every process: parts of a network that FSDP shares out
+        mine = range(accelerator.process_index, each * world, world)
+        pipeline = DDPMPipeline(model, scheduler)
+        pipeline.set_progress_bar_config(
+            desc="sample", leave=False, mininterval=REFRESH, disable=not accelerator.is_main_process
+        )
+        with accelerator.autocast():
+            images: Any = pipeline(
+                batch_size=each,
+                generator=[torch.Generator().manual_seed(self.config.seed + i) for i in mine],
+                num_inference_steps=self.config.sample_steps,
+                output_type="pil" if as_picture else "np",
+                return_dict=False,
+                max_batch_size=self.config.batch_size,
+                callback_on_step_end=lambda *_: check(),
+                image_shape=shape,
+            )[0]
         found = dict(gather_object(list(zip(mine, images, strict=True))))
         if not accelerator.is_main_process:
             return
-        images = [found[i] for i in sorted(found)]
-        place = self.run / "samples" / f"step-{self._step:08d}"
+        images = [found[i] for i in range(wanted)]
         if not as_picture:
-            np.save(place.with_suffix(".npy"), np.stack(images))
+            partial = path.with_name(f".{path.name}.tmp")
+            with partial.open("wb") as file:
+                np.save(file, np.stack(images))
+            partial.replace(path)
             return
         grid = image_grid(images)
-        save_image(grid, place.with_suffix(".png"))
+        save_image(grid, path)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -153,16 +255,21 @@ class Record:
     def paused(self) -> Iterator[None]:
         """Time spent inside (sampling, saving) doesn't count as training."""
         self._worked += time.perf_counter() - self._since
-        yield
-        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
 
 
 def _keep_lines(file: Path, step: int) -> None:
     """Drop log lines past the step that the run goes on from: they will be written again."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = "".join(line + "\n" for line in lines if _step_of(line) <= step)
+    _replace(file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+
+def _replace(file: Path, text: str) -> None:
     new = file.with_suffix(".tmp")
-    new.write_text(kept, encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     os.replace(new, file)
 
 

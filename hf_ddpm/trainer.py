@@ -1,11 +1,15 @@
 """Training, Ho et al. 2020, algorithm 1, under Accelerate: data → q_sample → model → objective → folder.
 
-Everything random in a step is drawn from a seed made of (seed, step, rank), and the data's order from (seed,
-epoch, rank), so a resumed run draws what the unbroken one would have drawn and no generator needs saving.
-The run's folder is its pipeline's folder too (EMA weights), beside `checkpoints/`, `samples/`, `log.jsonl`
-and `train_config.json`.
+Which image stands at a position of the run, its t, noise, crop and flip depend on (seed, position) alone, and
+a step has the same positions on any number of processes. So no generator needs saving: a stopped run goes on
+with what the unbroken one would have drawn. The run's folder is its pipeline's folder too (EMA weights),
+beside `checkpoints/`, `samples/`, `heldout/`, `log.jsonl` and `train_config.json`.
+
+A checkpoint is saved before a step's pictures and held-out bound are made, so a run that is stopped meanwhile
+loses nothing: when it goes on it makes what is missing.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -16,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.training_utils import EMAModel
 from torch import nn
 
+from hf_ddpm.averages import average_of, decay_at, update_average
 from hf_ddpm.build import (
     make_accelerator,
     make_batches,
@@ -30,25 +37,32 @@ from hf_ddpm.build import (
     open_stream,
     prepare_model,
 )
-from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, update_folder
+from hf_ddpm.checkpoint import Checkpoint, save_checkpoint, update_folder
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.draws import draw_noise, draw_t
 from hf_ddpm.heldout import HeldOut
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.objectives import simple_loss
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import to_float
-from hf_ddpm.record import Record
-from hf_ddpm.scheduler import PRIOR_WARNING
+from hf_ddpm.processes import on_main_process
+from hf_ddpm.record import QUARTILES, Record
+from hf_ddpm.resume import find_checkpoint
+from hf_ddpm.scheduler import PRIOR_WARNING, DDPMScheduler
 from hf_ddpm.seeds import derive_seed
+from hf_ddpm.share import StepShare
+from hf_ddpm.states import (
+    all_finite,
+    gather_model,
+    gather_optimizer,
+    reshard,
+    restore_model,
+    restore_optimizer,
+    whole,
+)
+from hf_ddpm.stop import StopSignals, TrainingStopped
 
 logger = logging.getLogger(__name__)
-
-# What may change when a run goes on; a difference in anything else is refused.
-FREE_TO_CHANGE = {
-    *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers"),
-    *("sample_every", "sample_num_images", "sample_steps", "num_workers"),
-    *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
-}
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class TrainResult:
 def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     """Train, and leave a pipeline in `config.output_dir`.
 
+    SIGTERM, SIGINT and SIGUSR1 end the run after a checkpoint (main thread only).
+
     Args:
         config: the run.
         model: the network, by default the one that `config.model` names. It is trained in place, in float32.
@@ -81,7 +97,10 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
 
     Raises:
         ValueError: bad input: data, model, folder, or a config that differs from the run to go on from.
-        RuntimeError: the loss or the weights are not finite; checkpoints from before stand.
+        RuntimeError: the loss or the weights are not finite, or the loss exploded; checkpoints from before
+            stand.
+        OSError: the folder can't be written any more; checkpoints from before stand.
+        TrainingStopped: a signal came, and everything is saved.
     """
     # What to do, where: precision, devices, the folder, the checkpoint to go on from
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -89,161 +108,189 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     run = Path(config.output_dir)
     accelerator = make_accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    start = _find_checkpoint(config, run, world)
+    start = find_checkpoint(config, run, accelerator)
+    state = {} if start is None else start.state
     step = first = 0 if start is None else start.step
-    _make_writable(run)
+    on_main_process(accelerator, lambda: _make_writable(run))
+    share = _share_steps(config, accelerator, state)
 
-    # With what: process, data, network and its average, optimizer
+    # With what: process, data, network and its averages, optimizer
     scheduler = make_scheduler(config)
     process = scheduler.process
     if process.prior_bpd_at_edges > PRIOR_WARNING:
         logger.warning("the schedule ends %.3g bits/dim short of pure noise", process.prior_bpd_at_edges)
-    stream = open_stream(config, rank, world)
+    stream = open_stream(config)
     heldout = HeldOut(config, run, accelerator, stream.shape) if config.evaluate_every else None
     options = {"variance_type": config.variance_type, "prediction_type": config.prediction_type}
     unet = model if model is not None else make_model(config, stream, scheduler)
-    unet = prepare_model(unet, config, stream, device)
-    averaged = copy.deepcopy(unet).eval().requires_grad_(False)
-    ema = EMAModel([], decay=config.ema_decay, foreach=True)
-    ema.shadow_params = list(averaged.parameters())  # one copy: the averaged network is the average
-    ema.optimization_step = first
+    unet = prepare_model(unet, config, stream, accelerator)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    shell = copy.deepcopy(unet).cpu() if sharded else None  # what a gathered average is saved from
+    averages = {name: average_of(unet) for name in config.ema_decays}
     optimizer = make_optimizer(config, unet)
     schedule = make_schedule(config, optimizer, first)
     network, prepared = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
+    if sharded:
+        averages = {name: fsdp2_prepare_model(accelerator, average) for name, average in averages.items()}
+    averaged = next(iter(averages.values()))  # the pipeline's
     denoiser = as_denoiser(network)
     if start is not None:
-        # After `prepare`, which would move AdamW's step counters to the device, to be read back at each step
-        _restore(start, unet, averaged, optimizer, accelerator.scaler)
-        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = lr  # not the saved one: a new max_steps may have moved it
+        _restore(start, unet, averages, optimizer, accelerator.scaler)
     del start  # it holds a copy of everything
 
-    def save_pipeline() -> None:
-        if accelerator.is_main_process and isinstance(averaged, ModelMixin):
-            pipeline = DDPMPipeline(averaged, scheduler)
-            update_folder(run, pipeline.save_pretrained, last="model_index.json")
-        accelerator.wait_for_everyone()
+    def save_pipeline(states: dict[str, dict[str, torch.Tensor]]) -> None:
+        on_main_process(accelerator, lambda: _write_pipeline(run, averages, shell, states, scheduler))
 
     def save() -> None:
-        if not all(weight.isfinite().all() for weight in unet.parameters()):
+        noted = record.state()  # which raises where the loss can't be right
+        finite: torch.Tensor = accelerator.reduce(all_finite(unet), "mean")  # type: ignore[assignment]
+        if finite != 1:
             raise RuntimeError(f"the weights are not finite at step {step}; checkpoints from before stand")
-        if accelerator.is_main_process:
-            scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
-            states = {"optimizer": optimizer.state_dict(), "scaler": scaler}
-            facts = {"num_processes": world, "config": dataclasses.asdict(config)}
-            checkpoint = Checkpoint(step, unet.state_dict(), averaged.state_dict(), states, facts)
-            save_checkpoint(run, checkpoint, config.keep_checkpoints)
-        save_pipeline()
+        states = {name: gather_model(average) for name, average in averages.items()}
+        scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+        optimizers = {"optimizer": gather_optimizer(unet, optimizer), "scaler": scaler}
+        facts = {"num_processes": world, "images_per_step": share.per_step, **noted}
+        facts["config"] = dataclasses.asdict(config)
+        checkpoint = Checkpoint(step, gather_model(unet), states, optimizers, facts)
+        on_main_process(accelerator, lambda: save_checkpoint(run, checkpoint, config.keep_checkpoints))
+        save_pipeline(states)
 
-    # The loop: each step draws from its own seed, nothing is read back from the device but when logging
-    micro_steps = config.gradient_accumulation_steps
-    per_step = config.batch_size * micro_steps
-    batches = make_batches(stream, config, device, first * per_step)
-    with Record(run, accelerator, first, config) as record:
-        while step < config.max_steps:
-            for micro in range(micro_steps):
-                x_0 = to_float(next(batches).to(device, non_blocking=True))
-                torch.manual_seed(derive_seed(config.seed, step * micro_steps + micro, rank))
-                t = torch.randint(len(process), (len(x_0),), device=device)
-                noise = torch.randn_like(x_0)
+    def due(every: int) -> bool:
+        return every > 0 and step > 0 and (step == config.max_steps or step % every == 0)
+
+    def show() -> None:
+        """Held-out bound and grid of this step, if they are due and not there yet."""
+        if heldout and due(config.evaluate_every):
+            if step > first or not on_main_process(accelerator, lambda: record.has(step, "heldout_bpd")):
+                record.note(heldout.evaluate(averaged, process, step, options, stop.check))
+        if due(config.sample_every):
+            path = record.grid_path(stream.shape)
+            if step > first or not on_main_process(accelerator, path.exists):
+                record.save_grid(averaged, scheduler, stream.shape, stop.check)
+        reshard(averaged)
+
+    # The loop: each image draws from its own seed, nothing is read back from the device but when logging
+    batches = make_batches(stream, config, share, device, first)
+    record = Record(run, accelerator, config, first, share.per_step, state)
+    stop, stopped, done = StopSignals(world), False, False
+    with record, stop, contextlib.suppress(TrainingStopped):
+        with record.paused():
+            show()
+        while step < config.max_steps and not stopped:
+            for micro in range(share.micro_steps):
+                positions, images, present = next(batches)
+                x_0 = to_float(images.to(device, non_blocking=True))
+                t = draw_t(config.seed, positions, len(process))
+                quartiles = torch.where(present, t * QUARTILES // len(process), -1).to(device)
+                t, present = t.to(device, non_blocking=True), present.to(device, non_blocking=True)
+                noise = draw_noise(config.seed, positions, stream.shape, device)
+                torch.manual_seed(derive_seed(config.seed, step, micro, rank))  # of dropout
                 if config.channels_last:
                     x_0 = x_0.contiguous(memory_format=torch.channels_last)
-                with accelerator.accumulate(network):
-                    loss = simple_loss(process, denoiser, x_0, t, noise, config.prediction_type).mean()
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        weights = network.parameters()
-                        record.grad_norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)
-                    prepared.step()
-                    prepared.zero_grad(set_to_none=True)
-                record.add(loss)
+                last = micro == share.micro_steps - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                    losses = simple_loss(process, denoiser, x_0, t, noise, config.prediction_type)
+                    # The mean over the step's images, once the processes' gradients are averaged
+                    accelerator.backward((losses * present).sum() * (world / share.per_step))
+                record.add(losses, quartiles)
+            if config.max_grad_norm > 0:
+                norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                record.grad_norm = norm if norm is None else whole(norm)
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
             lr = schedule.get_last_lr()[0]
             schedule.step()
-            ema.step(unet.parameters())
-            for mine, theirs in zip(averaged.buffers(), unet.buffers(), strict=True):
-                mine.copy_(theirs)
+            for name, average in averages.items():
+                update_average(average, unet, config.ema_decays[name], step)
             step += 1
             record.advance(step)
 
-            ends = step == config.max_steps
-            if ends or step % config.log_every == 0:
-                record.log(float(lr))
+            stopped = stop.agreed()
+            if due(config.log_every):
+                record.log(float(lr), decay_at(next(iter(config.ema_decays.values())), step - 1))
             with record.paused():
-                if heldout and (ends or step % config.evaluate_every == 0):  # a checkpoint has its line
-                    record.note(heldout.evaluate(averaged, process, step, options))
-                if ends or step % config.checkpoint_every == 0:
+                shows = due(config.sample_every) or (heldout and due(config.evaluate_every))
+                if stopped or shows or due(config.checkpoint_every):
                     save()
-                if config.sample_every and (ends or step % config.sample_every == 0):
-                    record.save_grid(averaged, scheduler, stream.shape)
-    if step == first:
-        save_pipeline()  # the run had ended, but maybe between its last checkpoint and this
+                if shows and not stopped:
+                    show()
+        if step == first:  # the run had ended, but maybe between its last checkpoint and its pipeline
+            save_pipeline({name: gather_model(average) for name, average in averages.items()})
+        done = not stopped
 
     # The end: the iterator goes before the interpreter does, whose exit a parquet reader can abort, and DDP
     # before its process group, which it would else destroy under Python's lock while a thread waits for that
-    accelerator.wait_for_everyone()
+    if done:
+        accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # a caller's module computes as before
     del batches, network, denoiser
     accelerator.free_memory()
     gc.collect()
-    if stream.skipped:
-        logger.warning("%d images could not be read and were skipped", stream.skipped)
+    if record.skipped:
+        logger.warning("%d images could not be read and were skipped", record.skipped)
     accelerator.end_training()
-    return TrainResult(run, step, step * per_step * world, record.loss, record.images_per_second)
+    if not done:
+        raise TrainingStopped(
+            f"stopped by {stop.name} at step {step} of {config.max_steps}, saved in {str(run)!r}; the same "
+            "command goes on"
+        )
+    return TrainResult(run, step, step * share.per_step, record.loss, record.images_per_second)
 
 
-def _find_checkpoint(config: TrainConfig, run: Path, world: int) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start."""
-    found = list_checkpoints(run)
-    named = config.resume not in ("auto", "never")
-    if not found and (run / "model_index.json").exists():
-        raise ValueError(
-            f"output_dir {str(run)!r} holds a pipeline, but no checkpoint to go on from; allowed: another one"
-        )
-    if found and config.resume == "never":
-        raise ValueError(
-            f"output_dir {str(run)!r} holds a run at step {found[-1][0]}; resume 'auto' goes on with it"
-        )
-    if not found and not named:
-        return None
-    folder = Path(config.resume) if named else found[-1][1]
-    checkpoint = load_checkpoint(folder)
-    if found and not folder.samefile(found[-1][1]):
-        raise ValueError(
-            f"resume is {config.resume!r}, but output_dir {str(run)!r} holds a run at step {found[-1][0]}; "
-            "allowed: its newest checkpoint, or an output_dir without a run"
-        )
-    was, now = checkpoint.state.get("config", {}), dataclasses.asdict(config)
-    changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
-    if changed:
-        what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)
-        raise ValueError(
-            f"checkpoint {str(folder)!r} is of another run ({what}); allowed: the same config, or another "
-            "output_dir"
-        )
-    processes = checkpoint.state.get("num_processes")
-    if processes != world:
-        raise ValueError(f"the run has {processes} processes, this launch {world}; allowed: equal")
-    if config.lr_scheduler in ("linear", "cosine") and was["max_steps"] != now["max_steps"]:
+def _share_steps(config: TrainConfig, accelerator: Accelerator, state) -> StepShare:
+    """This process's part of each step, whose images are as many as when the run began."""
+    world = accelerator.num_processes
+    per_step = config.batch_size * config.gradient_accumulation_steps * world
+    share = StepShare(
+        state.get("images_per_step", per_step), config.batch_size, accelerator.process_index, world
+    )
+    if share.per_step != per_step and accelerator.is_main_process:
         logger.warning(
-            "max_steps %d -> %d moves the end of the %s schedule: the learning rate jumps",
-            was["max_steps"],
-            now["max_steps"],
-            config.lr_scheduler,
+            "the run has steps of %d images; %d processes share them, in %d micro-steps of %d each",
+            share.per_step,
+            world,
+            share.micro_steps,
+            share.micro_batch,
         )
-    return checkpoint
+    return share
+
+
+def _write_pipeline(
+    run: Path,
+    averages: dict[str, nn.Module],
+    shell: nn.Module | None,
+    states: dict[str, dict[str, torch.Tensor]],
+    scheduler: DDPMScheduler,
+) -> None:
+    """The first average as the run's pipeline, the others beside it as diffusers' variants of the weights."""
+    if not isinstance(next(iter(averages.values())), ModelMixin):
+        return
+
+    def fill(place: Path) -> None:
+        for number, (name, average) in enumerate(averages.items()):
+            if shell is not None:  # the averages are shared out
+                shell.load_state_dict(states[name])
+                average = shell
+            if number == 0:
+                DDPMPipeline(average, scheduler).save_pretrained(place)
+            else:
+                average.save_pretrained(place / "unet", variant=f"ema_{name}")  # type: ignore[operator]
+
+    update_folder(run, fill, last="model_index.json")
 
 
 def _restore(
     start: Checkpoint,
     unet: nn.Module,
-    averaged: nn.Module,
+    averages: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
 ) -> None:
     try:
-        unet.load_state_dict(start.model)
-        averaged.load_state_dict(start.ema)
-        optimizer.load_state_dict(start.optimizer["optimizer"])
+        restore_model(unet, start.model)
+        for name, average in averages.items():
+            restore_model(average, start.averages[name])
+        restore_optimizer(unet, optimizer, start.optimizer["optimizer"])
         if scaler is not None:
             scaler.load_state_dict(start.optimizer["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each

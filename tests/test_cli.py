@@ -36,7 +36,7 @@ TRAIN_FLAGS = """
     --learning-rate --lr-scheduler --lr-warmup-steps --adam-beta1 --adam-beta2 --adam-epsilon
     --weight-decay --max-grad-norm --ema-decay --seed --mixed-precision --gradient-checkpointing
     --compile --channels-last --output-dir --resume --checkpoint-every --keep-checkpoints
-    --log-every --sample-every --sample-num-images --sample-steps
+    --log-every --max-loss --sample-every --sample-num-images --sample-steps
     --evaluate-every --evaluate-split --evaluate-num-images --evaluate-num-evals --trackers
 """.split()
 EVALUATE_FLAGS = """

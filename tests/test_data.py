@@ -1,19 +1,33 @@
+import contextlib
+import gc
 import gzip
 import importlib
 import io
 import itertools
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Features, Image, List, Value, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
 
+from hf_ddpm import pixels
+from hf_ddpm import rows as rows_module
 from hf_ddpm.data import load_stream
-from hf_ddpm.pixels import FITS, to_float, to_uint8
+from hf_ddpm.order import Order
+from hf_ddpm.pixels import FITS, decode_pixels, to_float, to_uint8
+from hf_ddpm.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,16 +45,22 @@ def png(pixels, mode=None):
     return buffer.getvalue()
 
 
-def write_parquet(folder, values, shards=1, split="train", feature=None, column="image"):
-    """Parquet shards of one image column; `values` are PNG bytes, or lists where `feature` says so."""
+def write_parquet(folder, values, shards=1, split="train", feature=None, column="image", row_group_size=None):
+    """Parquet shards of one image column; `values` are PNG bytes, or lists where `feature` says so.
+
+    `shards` is their number, or the number of rows of each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     schema = Features({column: feature or Image(), "label": ClassLabel(num_classes=2)}).arrow_schema
     rows = [{"bytes": v, "path": None} if isinstance(v, bytes) or v is None else v for v in values]
-    for i, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+    cuts = shards if isinstance(shards, int) else np.cumsum(shards)[:-1]
+    parts = np.array_split(np.arange(len(rows)), cuts)
+    for i, part in enumerate(parts):
         table = pa.Table.from_pydict(
             {column: [rows[k] for k in part], "label": [0] * len(part)}, schema=schema
         )
-        pq.write_table(table, folder / f"{split}-{i:05d}-of-{shards:05d}.parquet")
+        file = folder / f"{split}-{i:05d}-of-{len(parts):05d}.parquet"
+        pq.write_table(table, file, row_group_size=row_group_size)
     return folder
 
 
@@ -50,8 +70,23 @@ def grey_folder(folder, count, shards=1, **kwargs):
     return torch.from_numpy(images)[:, None]
 
 
+def picture_folder(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(noise(count)):
+        PILImage.fromarray(image).save(folder / f"{i:03d}.png")
+    return folder
+
+
 def every(stream, epoch=0, start=0):
     return torch.stack(list(stream.images(epoch, start)))
+
+
+def filled(stream, positions, size=5):
+    """What `slots` gives at these positions, asked for `size` at a time; none may be a hole."""
+    items = [positions[i : i + size] for i in range(0, len(positions), size)]
+    found = list(stream.slots(items))
+    assert all(slots.present.all() for slots in found)
+    return torch.cat([slots.images for slots in found])
 
 
 def as_set(images):
@@ -86,6 +121,52 @@ def test_conversions_refuse_the_wrong_dtype():
         to_float(torch.zeros(2))
     with pytest.raises(ValueError, match=r"to_uint8 needs floating-point images, got torch.uint8"):
         to_uint8(torch.zeros(2, dtype=torch.uint8))
+
+
+# plain PNGs, which skip PIL's parser
+
+
+def decoded(data, channels=None):
+    try:
+        return decode_pixels({"bytes": data, "path": None}, channels).tolist()
+    except ValueError as error:
+        return str(error)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["L", "RGB", "RGBA", "LA", "1", "P"]), st.integers(1, 40), st.integers(1, 40),
+    st.integers(0, 9), st.sampled_from([None, 1, 3]), st.booleans(),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+)  # fmt: skip
+def test_plain_pngs_are_what_pil_reads(mode, height, width, level, channels, smooth, damage):
+    """Whole or damaged, each byte counts: the same pixels, or the same words about what is wrong."""
+    values = (
+        np.add.outer(3 * np.arange(height), 2 * np.arange(width)) if smooth else noise(1, height, width)[0]
+    )
+    image, buffer = PILImage.fromarray(values.astype(np.uint8)).convert(mode), io.BytesIO()
+    image.save(buffer, "PNG", compress_level=level)
+    data = bytearray(buffer.getvalue())
+    assert (pixels._open_plain_png(bytes(data)) is not None) == (mode in ("L", "RGB", "RGBA"))
+    for place, value in damage:
+        data[int(place * len(data))] = value
+    ours = decoded(bytes(data), channels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pixels, "_open_plain_png", lambda data: None)
+        assert ours == decoded(bytes(data), channels)
+
+
+def test_pngs_that_are_not_plain_are_left_to_pil():
+    image = PILImage.fromarray(noise(1)[0])
+    words, deep = PngInfo(), PILImage.fromarray(noise(1)[0].astype(np.uint16))
+    words.add_text("Title", "a")
+    for picture, options in [(image, {"pnginfo": words}), (image, {"dpi": (9, 9)}), (deep, {})]:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", **options)
+        assert pixels._open_plain_png(buffer.getvalue()) is None
+    data = png(noise(1)[0])
+    for broken in (b"", data[:20], data[:-1], data + b"\0", data.replace(b"IDAT", b"IDOT")):
+        assert pixels._open_plain_png(broken) is None
 
 
 # the embedded digits
@@ -276,7 +357,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert load_stream(tmp_path).shape == (1, 5, 6)
 
 
-# order, resuming, ranks
+# order and resuming
 
 
 def test_order_without_and_with_shuffle(tmp_path):
@@ -289,6 +370,17 @@ def test_order_without_and_with_shuffle(tmp_path):
     for a, b in itertools.combinations([images, *orders], 2):
         assert as_set(a) == as_set(b) and not torch.equal(a, b)
     assert torch.equal(every(load_stream(tmp_path, shuffle_buffer=8, seed=1), epoch=2), orders[2])
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 1, 20, 1000])
+def test_the_order_is_that_of_order(tmp_path, shuffle_buffer):
+    counts = [7, 0, 20, 2]
+    images = grey_folder(tmp_path, 29, shards=counts, row_group_size=6)
+    order, first = Order(counts, shuffle_buffer, 5), np.cumsum([0, *counts])
+    stream = load_stream(tmp_path, shuffle_buffer=shuffle_buffer, seed=5)
+    for epoch in (0, 3):
+        rows = [order.row(epoch, place) for place in range(29)]
+        assert torch.equal(every(stream, epoch), images[[first[shard] + row for shard, row in rows]])
 
 
 def test_images_start_anywhere(tmp_path):
@@ -307,27 +399,17 @@ def test_skipping_does_not_decode(tmp_path):
     assert len(every(load_stream(tmp_path), start=3)) == 2
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (1, 3)])
-@pytest.mark.parametrize("skip_corrupt", [False, True])
-def test_batches_resume_bit_for_bit(tmp_path, rank, world_size, skip_corrupt):
-    values = [png(image) for image in noise(17)]
-    if skip_corrupt:
-        values[5], values[13] = b"broken", truncated(noise(1)[0])
-    write_parquet(tmp_path, values, shards=4)
-
-    def stream():
-        return load_stream(
-            tmp_path, shuffle_buffer=5, horizontal_flip=True, image_size=(4, 4), fit="random_crop",
-            skip_corrupt=skip_corrupt, rank=rank, world_size=world_size,
-        )  # fmt: skip
-
-    unbroken = torch.cat(list(stream().batches(4, epochs=4)))
-    epochs = [every(stream(), epoch) for epoch in range(4)]
-    assert torch.equal(unbroken, torch.cat(epochs))
-    for start in {1, *itertools.accumulate(map(len, epochs[:3])), len(unbroken) - 1}:
-        resumed = torch.cat(list(stream().batches(3, start=start, epochs=4)))
-        assert torch.equal(resumed, unbroken[start:])
-    assert list(stream().batches(4, start=len(unbroken), epochs=4)) == []
+@pytest.mark.parametrize("shuffle_buffer", [0, 5, 100])
+def test_any_start_is_the_tail_of_an_unbroken_read(tmp_path, shuffle_buffer):
+    grey_folder(tmp_path, 17, shards=[9, 1, 7], row_group_size=4)
+    flags = {"horizontal_flip": True, "image_size": (4, 4), "fit": "random_crop"}
+    first, later = (load_stream(tmp_path, shuffle_buffer=shuffle_buffer, **flags) for _ in range(2))
+    unbroken = torch.cat(list(first.batches(4, epochs=3)))
+    assert torch.equal(unbroken, torch.cat([every(later, epoch) for epoch in range(3)]))
+    for start in range(0, len(unbroken), 2):
+        assert torch.equal(torch.cat(list(later.batches(3, start=start, epochs=3))), unbroken[start:])
+        assert torch.equal(filled(later, range(start, len(unbroken))), unbroken[start:])
+    assert list(later.batches(4, start=len(unbroken), epochs=3)) == []
 
 
 def test_batches_run_across_epochs_and_drop_nothing(tmp_path):
@@ -340,6 +422,13 @@ def test_batches_run_across_epochs_and_drop_nothing(tmp_path):
     assert torch.equal(next(stream.batches(4, start=7_000_002)), images[2:6])  # whole epochs are not read
 
 
+def test_batches_and_slots_are_contiguous(tmp_path):
+    write_parquet(tmp_path, [png(image) for image in noise(4, channels=3)])
+    stream = load_stream(tmp_path, horizontal_flip=True)
+    assert next(stream.batches(4)).is_contiguous() and next(stream.slots([range(4)])).images.is_contiguous()
+    assert next(stream.images()).is_contiguous()
+
+
 def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
     grey_folder(tmp_path, 12, shards=2)
     stream = load_stream(tmp_path, shuffle_buffer=4)
@@ -348,28 +437,281 @@ def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
     assert torch.equal(torch.stack([b for _, b in pairs]), every(stream, 1))
 
 
-@pytest.mark.parametrize("shards", [1, 2, 7, 8])
-@pytest.mark.parametrize("shuffle_buffer", [0, 5])
-def test_two_ranks_see_every_image_once(tmp_path, shards, shuffle_buffer):
-    images = grey_folder(tmp_path, 29, shards=shards)
-    ranks = [
-        load_stream(tmp_path, shuffle_buffer=shuffle_buffer, rank=rank, world_size=2) for rank in range(2)
-    ]
-    for epoch in range(2):
-        assert as_set(torch.cat([every(stream, epoch) for stream in ranks])) == as_set(images)
+# slots: one order for any number of processes
 
 
-def test_ranks_share_the_rows_as_datasets_does(tmp_path):
-    from datasets.distributed import split_dataset_by_node
+def test_slots(tmp_path):
+    images = grey_folder(tmp_path, 5, shards=2)
+    stream = load_stream(tmp_path)
+    first, second, third = stream.slots([[1, -1, 4], [5, 12], [-1]])
+    assert first.images.dtype == torch.uint8 and first.present.dtype == torch.bool
+    assert torch.equal(first.images, torch.stack([images[1], torch.zeros_like(images[0]), images[4]]))
+    assert first.present.tolist() == [True, False, True]
+    assert torch.equal(second.images, images[[0, 2]]) and second.present.all()
+    assert not third.present.any() and not third.images.any()
+    backwards = torch.tensor([4, 9, 2, 2, 0])  # not promised to be fast
+    assert torch.equal(next(stream.slots([backwards])).images, images[backwards % 5])
+    lazily = stream.slots(iter([[0], [-7]]))
+    assert torch.equal(next(lazily).images, images[:1])
 
-    for shards in (3, 4):
-        grey_folder(tmp_path / str(shards), 11, shards=shards)
-        for rank in range(2):
-            theirs = load_dataset(str(tmp_path / str(shards)), split="train", streaming=True)
-            theirs = split_dataset_by_node(theirs, rank=rank, world_size=2)
-            theirs = [torch.from_numpy(np.asarray(row["image"]).copy())[None] for row in theirs]
-            ours = load_stream(tmp_path / str(shards), rank=rank, world_size=2)
-            assert torch.equal(every(ours), torch.stack(theirs))
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
+@pytest.mark.parametrize("shards", ["folder", [61], [3, 20, 0, 9, 1, 15, 13], [1, 2, 30, 4, 8, 8, 1, 7]])
+def test_any_number_of_processes_reads_one_order(tmp_path, shuffle_buffer, shards):
+    """Process r of W takes positions r, r + W, ...: pixels, crops and flips are those of one process."""
+    images = torch.from_numpy(noise(61))[:, None]
+    if shards == "folder":
+        picture_folder(tmp_path, 61)
+    else:
+        grey_folder(tmp_path, 61, shards, row_group_size=7)
+    flags = {"shuffle_buffer": shuffle_buffer, "seed": 2}
+    crops = {"horizontal_flip": True, "image_size": 4, "fit": "random_crop"}
+    for changes in ({}, crops):
+        whole = torch.cat(list(load_stream(tmp_path, **flags, **changes).batches(9, epochs=2)))
+        stream = load_stream(tmp_path, **flags, **changes)
+        for world_size in (1, 2, 3, 8):
+            found = torch.zeros_like(whole)
+            for rank in range(world_size):
+                found[rank::world_size] = filled(stream, range(rank, 122, world_size))
+            assert torch.equal(found, whole)
+        if not changes:
+            assert as_set(whole[:61]) == as_set(whole[61:]) == as_set(images)
+
+
+@pytest.mark.parametrize("source", ["parquet", "folder"])
+def test_slots_in_a_workers_process(tmp_path, source):
+    """Neither a DataLoader's worker nor `datasets` in it may share the rows out a second time."""
+    if source == "folder":
+        picture_folder(tmp_path, 20)
+    else:
+        grey_folder(tmp_path, 20, shards=4)
+    stream = load_stream(tmp_path, shuffle_buffer=6)
+    expected = filled(stream, range(40))
+
+    class Loaded(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return stream.slots([range(i, i + 8) for i in range(0, 40, 8)])
+
+    loader = torch.utils.data.DataLoader(Loaded(), batch_size=None, num_workers=1)
+    assert torch.equal(torch.cat([images for images, _ in loader]), expected)
+
+
+def test_a_stream_can_be_sent_to_another_process(tmp_path):
+    grey_folder(tmp_path, 9)
+    stream = load_stream(tmp_path, shuffle_buffer=4)
+    images = every(stream)
+    assert torch.equal(every(pickle.loads(pickle.dumps(stream))), images)
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 9])
+def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_buffer):
+    images = grey_folder(tmp_path / "whole", 30, shards=3)
+    values = [png(image) for image in noise(30)]
+    values[5], values[13] = b"broken", truncated(noise(1)[0])
+    values[20] = png(noise(1, 7, 7)[0])
+    write_parquet(tmp_path / "holes", values, shards=3)
+    flags = {"shuffle_buffer": shuffle_buffer, "horizontal_flip": True}
+    whole = filled(load_stream(tmp_path / "whole", **flags), range(60))
+    bad = {images[row].numpy().tobytes() for row in (5, 13, 20)}
+    bad |= {images[row].flip(-1).numpy().tobytes() for row in (5, 13, 20)}
+    present = torch.tensor([image.numpy().tobytes() not in bad for image in whole])
+    assert (~present).sum() == 6
+    for world_size in (1, 3):
+        skipped = 0
+        for rank in range(world_size):
+            stream = load_stream(tmp_path / "holes", skip_corrupt=True, **flags)
+            mine = range(rank, 60, world_size)
+            found = next(stream.slots([mine]))
+            assert torch.equal(found.present, present[mine])
+            assert torch.equal(found.images, whole[mine] * present[mine, None, None, None])
+            skipped += stream.skipped
+        assert skipped == 6
+    stream = load_stream(tmp_path / "holes", skip_corrupt=True, **flags)
+    assert torch.equal(torch.cat(list(stream.batches(4, epochs=2))), whole[present])
+    assert stream.skipped == 6
+    assert torch.equal(torch.cat(list(stream.batches(4, start=30, epochs=2))), whole[30:][present[30:]])
+
+
+def test_unreadable_images_are_named_ten_times_at_most(tmp_path, caplog):
+    values = [png(noise(1)[0])] + [b"broken"] * 12
+    write_parquet(tmp_path, values)
+    stream = load_stream(tmp_path, skip_corrupt=True)
+    for _ in range(2):  # what has been named is not named again
+        next(stream.slots([range(26)]))
+    lines = [record.getMessage() for record in caplog.records]
+    assert stream.skipped == 48 and len(lines) == 11
+    for row, line in enumerate(lines[:10], 1):
+        assert re.fullmatch(rf"skipped row {row} of .*train-00000-of-00001.parquet: corrupt image: .*", line)
+    assert lines[10] == "further images that can't be read are only counted"
+
+
+# what is read, held and left behind
+
+
+class Spy:
+    """Counts what pyarrow reads of parquet files."""
+
+    def __init__(self, monkeypatch):
+        self.files, self.rows = 0, 0
+        open_parquet, spy = rows_module._open_parquet, self
+
+        class File:
+            def __init__(self, file):
+                self._file = file
+                self.metadata, self.num_row_groups = file.metadata, file.num_row_groups
+
+            def iter_batches(self, *args, **kwargs):
+                spy.files += 1
+                for batch in self._file.iter_batches(*args, **kwargs):
+                    spy.rows += len(batch)
+                    yield batch
+
+        @contextlib.contextmanager
+        def opened(name):
+            with open_parquet(name) as file:
+                yield File(file)
+
+        monkeypatch.setattr(rows_module, "_open_parquet", opened)
+
+
+def tiny_rows(folder, count, shards, row_group_size):
+    """Many rows that cost nothing to make: 1x1 images, with the row's number in them."""
+    values = np.stack([np.arange(count) // 256, np.arange(count) % 256], axis=1).reshape(count, 1, 2)
+    feature = List(List(Value("uint8")))
+    write_parquet(folder, values.tolist(), shards, feature=feature, row_group_size=row_group_size)
+
+
+def test_a_process_reads_only_its_strips(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 8000, shards=3, row_group_size=100)
+    stream, spy = load_stream(tmp_path, shuffle_buffer=160), Spy(monkeypatch)
+    for world_size, share in [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8)]:
+        lanes = 8 // share
+        spy.files = spy.rows = 0
+        filled(stream, range(world_size - 1, 8000, world_size), 100)
+        assert spy.files <= 8 / share * 3
+        # at each start in the middle of a shard up to a row group, at each end up to one read too much
+        assert 8000 / share - 64 <= spy.rows <= 8000 / share + lanes * 3 * 100 + lanes * 64, world_size
+    spy.files = spy.rows = 0
+    next(stream.slots([range(8000 * 7 + 5000, 8000 * 7 + 5008)]))  # resuming is a seek
+    assert spy.files <= 16 and spy.rows <= 8 * (100 + 20 + 64)
+
+
+def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 300, shards=3, row_group_size=50)
+    counted, count = [], rows_module.Shards._count_in_footer
+    monkeypatch.setattr(
+        rows_module.Shards, "_count_in_footer", lambda *args: counted.append(args[1]) or count(*args)
+    )
+    stream = load_stream(tmp_path, shuffle_buffer=8)
+    assert stream.shape == (1, 1, 2) and not counted
+    assert stream.num_rows() == len(every(stream)) == len(every(stream, 1)) == 300
+    assert sorted(counted) == [0, 1, 2]
+
+
+def held_rows():
+    return sum(1 for thing in gc.get_objects() if type(thing) is rows_module.Row)
+
+
+@pytest.mark.parametrize(
+    ("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (1600, 1600), (9999, 4000)]
+)
+def test_no_more_rows_are_held_than_the_buffer(tmp_path, shuffle_buffer, most):
+    tiny_rows(tmp_path, 4000, shards=3, row_group_size=None)
+    images = load_stream(tmp_path, shuffle_buffer=shuffle_buffer).images()
+    before, seen = held_rows(), []
+    for i, _ in enumerate(images):
+        if i % 411 == 0:
+            seen.append(held_rows() - before)
+    assert max(seen) <= most
+    if shuffle_buffer >= 100:
+        assert max(seen) > most / 2  # the counting counts
+    del images
+    assert held_rows() == before
+
+
+def test_arrow_holds_no_more_than_a_few_megabytes(tmp_path):
+    """Neither a row group of 40 MB nor what was read of it stays in memory, let alone eight times."""
+    values = [png(image) for image in noise(8, 58, 58)]
+    assert 3000 < len(values[0]) < 4500
+    rows = [{"bytes": values[i % 8], "path": None} for i in range(10_000)]
+    table = pa.Table.from_pydict({"image": rows}, schema=Features({"image": Image()}).arrow_schema)
+    file = tmp_path / "train.parquet"
+    pq.write_table(table, file, use_dictionary=False, compression="none", write_batch_size=64)
+    assert file.stat().st_size > 30 << 20
+    del table, rows
+    stream, before, seen = load_stream(file, shuffle_buffer=80), pa.total_allocated_bytes(), []
+    for _ in stream.batches(64, epochs=1):
+        seen.append(pa.total_allocated_bytes() - before)
+    assert max(seen) < 24 << 20  # eight lanes: a page and a buffer of 1 MB each, and some rows
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+@pytest.mark.parametrize("source", ["parquet", "folder"])
+def test_no_file_stays_open(tmp_path, source):
+    if source == "folder":
+        picture_folder(tmp_path, 40)
+    else:
+        grey_folder(tmp_path, 40, shards=5)
+    stream = load_stream(tmp_path, shuffle_buffer=9)
+
+    def opened():
+        return [file for file in psutil.Process().open_files() if str(tmp_path) in file.path]
+
+    for iterator in (stream.images(), stream.batches(3), stream.slots([[0], [9]]), stream.select([1, 30])):
+        next(iterator)
+        assert opened() or source == "folder"
+        iterator.close()
+        assert not opened()
+
+
+def test_a_half_read_stream_leaves_the_interpreter_in_peace(tmp_path):
+    grey_folder(tmp_path / "parquet", 400, shards=2)
+    picture_folder(tmp_path / "folder", 100)
+    code = "import sys; from hf_ddpm.data import load_stream\n" + "\n".join(
+        f"{name} = load_stream(sys.argv[1] + '/{name}', shuffle_buffer=80).batches(4); next({name})"
+        for name in ("parquet", "folder")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
+    """The columns of a file may lie in another order, and an image column may hold bare bytes."""
+    values = [png(image) for image in noise(9)]
+    write_parquet(tmp_path / "images", values, shards=2, row_group_size=2)
+    write_parquet(tmp_path / "lists", noise(9).tolist(), feature=List(List(Value("uint8"))))
+    write_parquet(tmp_path / "arrays", noise(9, channels=2).tolist(), feature=Array3D((6, 5, 2), "uint8"))
+    (tmp_path / "mixed").mkdir()
+    pq.write_table(pa.table({"image": [{"bytes": values[0], "path": "a"}]}), tmp_path / "mixed" / "0.parquet")
+    pq.write_table(pa.table({"image": [{"path": "b", "bytes": values[1]}]}), tmp_path / "mixed" / "1.parquet")
+    for name in ("images", "lists", "arrays", "mixed"):
+        dataset, files = open_source(tmp_path / name, "train")
+        ours = rows_module.Shards(dataset.decode(False), "image", files)
+        theirs = rows_module.Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
+        assert list(ours.counts) == list(theirs.counts)
+        for shard, count in enumerate(ours.counts):
+            for start in range(count + 1):
+                read = [
+                    [v for part in it.read(shard, start) for v in part.to_pylist()] for it in (ours, theirs)
+                ]
+                assert read[0] == read[1] and len(read[0]) == count - start
+
+
+def test_a_shard_that_shrank_or_broke_is_named(tmp_path):
+    grey_folder(tmp_path, 40, shards=2)
+    stream = load_stream(tmp_path, shuffle_buffer=4)
+    assert stream.num_rows() == 40
+    file = tmp_path / "train-00001-of-00002.parquet"
+    table, data = pq.read_table(file), bytearray(file.read_bytes())
+    pq.write_table(table.slice(0, 15), file)
+    with pytest.raises(ValueError, match=r"train-00001-of-00002.parquet ends after 15 rows; .* it had 20$"):
+        every(stream)
+    data[4:600] = bytes(596)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^can't read .*train-00001-of-00002.parquet: "):
+        every(stream)
 
 
 # rows by number
@@ -392,14 +734,13 @@ def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
 
 
 def test_select_follows_the_order_of_the_first_epoch(tmp_path):
-    """With a buffer, with crops and flips, and for a rank: positions are places in what `images(0)` gives."""
+    """With a buffer, with crops and flips: positions are places in what `images(0)` gives."""
     grey_folder(tmp_path, 11, 2)
     flags = {"shuffle_buffer": 4, "seed": 3, "horizontal_flip": True, "image_size": 3, "fit": "random_crop"}
-    for ranks in ({}, {"rank": 1, "world_size": 2}, {"rank": 2, "world_size": 3}):
-        stream = load_stream(tmp_path, **flags, **ranks)
-        images = every(stream)
-        assert stream.num_rows() == len(images)
-        rows = [0, 1, len(images) - 1]
+    stream = load_stream(tmp_path, **flags)
+    images = every(stream)
+    assert stream.num_rows() == len(images)
+    for rows in ([0, 1, 10], [3], list(range(11))):
         assert torch.equal(torch.stack(list(stream.select(rows))), images[rows])
 
 
@@ -483,12 +824,10 @@ def test_a_stream_without_images_raises(tmp_path):
     with pytest.raises(ValueError, match="no usable image"):
         load_stream(tmp_path / "bad", skip_corrupt=True)
     grey_folder(tmp_path / "one", 1)
-    lonely = load_stream(tmp_path / "one", rank=1, world_size=2)
-    with pytest.raises(ValueError, match="rank 1 of 2 has no usable image in epoch 0"):
-        next(lonely.batches(4))
     crops = load_stream(tmp_path / "one", image_size=64, fit="center_crop", skip_corrupt=True)
-    with pytest.raises(ValueError, match="rank 0 of 1 has no usable image"):
+    with pytest.raises(ValueError, match=r"no usable image in .*train-00000-of-00001.parquet"):
         next(crops.batches(4))
+    assert not next(crops.slots([[0, 1]])).present.any()  # one process of several can't know
 
 
 def test_a_file_that_datasets_cannot_read_is_named(tmp_path):
@@ -546,8 +885,6 @@ def test_unknown_split_and_columns(tmp_path):
         ({"shuffle_buffer": -1}, "shuffle_buffer must be an integer of at least 0, got -1"),
         ({"shuffle_buffer": 1e3}, "shuffle_buffer must be an integer of at least 0, got 1000.0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"rank": 2, "world_size": 2}, "rank must be below world_size 2, got 2"),
-        ({"world_size": 0}, "world_size must be an integer of at least 1, got 0"),
         ({"fit": "pad"}, f"fit must be one of {', '.join(FITS)}, got 'pad'"),
     ],
 )
@@ -567,6 +904,8 @@ def test_impossible_positions():
     ]:
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least"):
             call()
+    with pytest.raises(ValueError, match="position must be an integer of at least -1, got -2"):
+        list(stream.slots([[0, -2]]))
 
 
 def test_a_number_of_channels_the_data_does_not_have():

@@ -1,0 +1,108 @@
+"""Which checkpoint a run goes on from, and whether it may: the newest that is whole, of the same run.
+
+Process 0 chooses, as what it finds may change what the others would. All of them read the chosen one.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.processes import on_main_process
+
+logger = logging.getLogger(__name__)
+
+# What may change when a run goes on; a difference in anything else is refused.
+FREE_TO_CHANGE = {
+    *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers"),
+    *("sample_every", "sample_num_images", "sample_steps", "num_workers", "max_loss"),
+    *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
+}
+
+
+def find_checkpoint(config: TrainConfig, run: Path, accelerator: Accelerator) -> Checkpoint | None:
+    """The checkpoint to go on from, None for a fresh start; all processes call it together.
+
+    A damaged one is named in a warning and set aside, and the one before it is taken, unless `config.resume`
+    names it.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one without another, a folder that holds something else, or
+            a config that differs from the run's.
+    """
+    choice: tuple[Path, Checkpoint] | None = None
+
+    def choose() -> str | None:
+        nonlocal choice
+        choice = _choose(config, run)
+        return choice and str(choice[0])
+
+    folder = on_main_process(accelerator, choose)
+    if folder is None or choice is not None:
+        return choice and choice[1]
+    try:
+        return load_checkpoint(Path(folder))
+    except ValueError as error:
+        raise ValueError(
+            f"process {accelerator.process_index} can't read what process 0 could, in a folder that all must "
+            f"see: {error}"
+        ) from error
+
+
+def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
+    found = list_checkpoints(run)
+    named = config.resume not in ("auto", "never")
+    if not found and (run / "model_index.json").exists():
+        raise ValueError(
+            f"output_dir {str(run)!r} holds a pipeline, but no checkpoint to go on from; allowed: another one"
+        )
+    if found and config.resume == "never":
+        raise ValueError(
+            f"output_dir {str(run)!r} holds a run at step {found[-1][0]}; resume 'auto' goes on with it"
+        )
+    if named:
+        folder = Path(config.resume)
+        _check_config(config, folder, (checkpoint := load_checkpoint(folder)).state)
+        if found and not folder.samefile(found[-1][1]):
+            raise ValueError(
+                f"resume is {config.resume!r}, but output_dir {str(run)!r} holds a run at step "
+                f"{found[-1][0]}; allowed: its newest checkpoint, or an output_dir without a run"
+            )
+        return folder, checkpoint
+
+    damaged: list[tuple[Path, ValueError]] = []
+    for _, folder in reversed(found):
+        try:
+            checkpoint = load_checkpoint(folder)
+        except ValueError as error:
+            damaged.append((folder, error))
+            continue
+        _check_config(config, folder, checkpoint.state)
+        for bad, error in damaged:
+            logger.warning("%s; set aside as %s; going on from %s", error, set_aside(bad).name, folder.name)
+        return folder, checkpoint
+    if damaged:
+        raise ValueError(f"{damaged[0][1]}; none of the {len(damaged)} checkpoints is whole")
+    return None
+
+
+def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
+    was, now = state.get("config", {}), dataclasses.asdict(config)
+    changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
+    if changed:
+        what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)
+        raise ValueError(
+            f"checkpoint {str(folder)!r} is of another run ({what}); allowed: the same config, or another "
+            "output_dir"
+        )
+    if config.lr_scheduler in ("linear", "cosine") and was["max_steps"] != now["max_steps"]:
+        logger.warning(
+            "max_steps %d -> %d moves the end of the %s schedule: the learning rate jumps",
+            was["max_steps"],
+            now["max_steps"],
+            config.lr_scheduler,
+        )

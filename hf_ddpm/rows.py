@@ -1,0 +1,202 @@
+"""Rows: the shards of a `datasets` stream, read in an `Order` with one open reader for each of its lanes.
+
+Rows stay arrow tables until their block is due, and encoded images until someone decodes them. A lane holds
+the rows of one block and one reader, which goes on where the last block ended or seeks.
+
+Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
+over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends, which
+eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a
+megabyte or two beside its rows, and no thread is left to abort the interpreter at its exit.
+
+What it doesn't know: pixels, crops, which places anyone wants.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from datasets.table import table_cast
+
+from hf_ddpm.order import Order, Stretch
+from hf_ddpm.pixels import one_line
+
+_ROWS_PER_READ = 64
+_BYTES_PER_READ = 1 << 20
+
+
+class Row(NamedTuple):
+    """One row: where it is, and what its image column holds."""
+
+    shard: int
+    number: int
+    value: Any  # {"bytes": ..., "path": ...} or nested lists of grey levels
+
+
+class Shards:
+    """The shards of a stream, by number.
+
+    Args:
+        dataset: a stream of undecoded rows.
+        column: the column to read.
+        names: what messages call the shards: the paths of its files if each is a shard.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, column: str, names: list[str]):
+        self._dataset = dataset.select_columns([column]).with_format("arrow")
+        self._column, self.names = column, names
+        self._schema = datasets.Features({column: (dataset.features or {})[column]}).arrow_schema
+        self._parquet = all(name.endswith(".parquet") for name in names)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each shard: from the footers of parquet files, else by reading all of them once.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        if not self._parquet:
+            return [sum(map(len, self.read(shard))) for shard in range(len(self.names))]
+        with ThreadPoolExecutor(8) as threads:  # a remote footer is a matter of waiting
+            return list(threads.map(self._count_in_footer, range(len(self.names))))
+
+    def _count_in_footer(self, shard: int) -> int:
+        with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
+            return parquet.metadata.num_rows
+
+    def read(self, shard: int, start: int = 0) -> Generator[pa.ChunkedArray, None, None]:
+        """The column's values from row `start` of a shard on, a few at a time.
+
+        Raises:
+            ValueError: the shard can't be read.
+        """
+        with self._named_errors(shard):
+            yield from (self._read_parquet if self._parquet else self._read_stream)(shard, start)
+
+    def _read_stream(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
+        part = self._dataset.shard(len(self.names), shard)
+        for table in (part.skip(start) if start else part).iter(_ROWS_PER_READ):
+            yield table[self._column]
+
+    def _read_parquet(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
+        with _open_parquet(self.names[shard]) as parquet:
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            ends = list(itertools.accumulate(sizes))
+            groups = [i for i, end in enumerate(ends) if end > start]
+            passed = start - sum(sizes[: groups[0]]) if groups else 0
+            for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
+                if passed < len(batch):
+                    table = pa.Table.from_batches([batch.slice(passed)])
+                    yield table_cast(table, self._schema)[self._column]
+                passed = max(0, passed - len(batch))
+
+    @contextmanager
+    def _named_errors(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, DatasetsError, OSError) as error:
+            raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in the order of the source."""
+        for shard in range(len(self.names)):
+            values = (value for part in self.read(shard) for value in part.to_pylist())
+            yield from (Row(shard, number, value) for number, value in enumerate(values))
+
+    def __str__(self) -> str:
+        return ", ".join(sorted(set(self.names)))
+
+    def name(self, row: Row) -> str:
+        """What messages call a row."""
+        path = row.value.get("path") if isinstance(row.value, dict) else None
+        own = f" ({path})" if path and path != self.names[row.shard] else ""
+        return f"row {row.number} of {self.names[row.shard]}{own}"
+
+
+@contextmanager
+def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
+    with fsspec.open(name, "rb") as file:
+        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+
+
+class OrderedRows:
+    """The rows at places of an order. Ascending places are read in one pass; any other costs a seek."""
+
+    def __init__(self, shards: Shards, order: Order):
+        self._order = order
+        self._readers = [_Reader(shards) for _ in range(order.lanes)]
+        # A generator may still be open when the interpreter exits: this closes its files before modules go.
+        self._close = weakref.finalize(self, _close_all, self._readers)
+        self._blocks: list[tuple[tuple[int, int], list[Row]]] = [((-1, -1), [])] * order.lanes
+
+    def row(self, epoch: int, place: int) -> Row:
+        """The row at a place of an epoch.
+
+        Raises:
+            ValueError: no such place, a shard that can't be read, or one that ends before its count of rows.
+        """
+        lane, block, index = self._order.find(place)
+        if self._blocks[lane][0] != (epoch, block):
+            self._blocks[lane] = (-1, -1), []  # one block is held, not two
+            stretches, permutation = self._order.block(epoch, lane, block)
+            rows = [row for stretch in stretches for row in self._readers[lane].take(stretch)]
+            self._blocks[lane] = (epoch, block), [rows[i] for i in permutation.tolist()]
+        return self._blocks[lane][1][index]
+
+    def __enter__(self) -> OrderedRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def _close_all(readers: list[_Reader]) -> None:
+    for reader in readers:
+        reader.close()
+
+
+class _Reader:
+    """One shard at a time, open, read forwards."""
+
+    def __init__(self, shards: Shards):
+        self._shards = shards
+        self._shard, self._at = -1, 0
+        self._values: Generator[pa.ChunkedArray, None, None] | None = None
+        self._rest: pa.ChunkedArray | None = None  # read, but not taken; its first row is number `_at`
+
+    def close(self) -> None:
+        if self._values is not None:
+            self._values.close()
+        self._shard, self._values, self._rest = -1, None, None
+
+    def take(self, stretch: Stretch) -> list[Row]:
+        shard, start, stop = stretch
+        if shard != self._shard or start < self._at:
+            self.close()
+            self._shard, self._at, self._values = shard, start, self._shards.read(shard, start)
+        rows: list[Row] = []
+        while self._at < stop:
+            if not self._rest:
+                self._rest = next(self._values, None) if self._values else None
+            if self._rest is None:
+                name, count = self._shards.names[shard], self._shards.counts[shard]
+                raise ValueError(f"{name} ends after {self._at} rows; when they were counted it had {count}")
+            passed = min(len(self._rest), max(0, start - self._at))
+            taken = min(len(self._rest), stop - self._at) - passed
+            numbers = range(self._at + passed, self._at + passed + taken)
+            rows += map(Row, [shard] * taken, numbers, self._rest.slice(passed, taken).to_pylist())
+            self._rest = self._rest.slice(passed + taken)
+            self._at += passed + taken
+        if stop == self._shards.counts[shard]:
+            self.close()
+        return rows

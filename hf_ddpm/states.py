@@ -1,0 +1,91 @@
+"""A network's and an optimizer's state as whole tensors by name, whether processes share them out or not.
+
+torch's own calls do it for one process, DDP and FSDP alike, so that a checkpoint of one serves the others.
+All processes call these functions together.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SCATTER = StateDictOptions(full_state_dict=True)
+_SCATTER_SOME = StateDictOptions(
+    full_state_dict=True, strict=False
+)  # a weight without gradients has no state
+
+
+def gather_model(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers by name, on the CPU of process 0, maybe the live tensors; empty elsewhere."""
+    return get_model_state_dict(model, options=_GATHER)  # type: ignore[return-value]
+
+
+def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state by the weights' names, like `gather_model`; empty before its first step."""
+    if not optimizer.state:  # torch would take a step to have one
+        return {}
+    return get_optimizer_state_dict(model, optimizer, options=_GATHER)
+
+
+def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `gather_model` gave; each process has all of it, and keeps its share."""
+    set_model_state_dict(model, dict(state), options=_SCATTER)
+
+
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `gather_optimizer` gave; the hyperparameters stay as they are.
+
+    Raises:
+        ValueError: the state of a weight that the network doesn't have.
+    """
+    if not state:
+        return
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := state["state"].keys() - weights.keys():
+        raise ValueError(f"the network has no {sorted(unknown)[0]!r}")
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    set_optimizer_state_dict(model, optimizer, dict(state), options=_SCATTER_SOME)
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    saved = {weights[name] for name in state["state"]}
+    for weight, moments in list(optimizer.state.items()):
+        if weight not in saved:
+            del optimizer.state[weight]
+        elif isinstance(moments.get("step"), Tensor):
+            moments["step"] = moments[
+                "step"
+            ].cpu()  # AdamW reads it at each step; a device would be waited for
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a process has of the others' shares: FSDP keeps the outermost weights after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes share out, put together on all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def all_finite(model: nn.Module) -> Tensor:
+    """1 if this process's share of all weights is finite, else 0, on the device."""
+    return torch.stack([local(weight).isfinite().all() for weight in model.parameters()]).all().float()

@@ -1,0 +1,48 @@
+"""A training run that notes which images each process was given, and may be told to stop at a step.
+
+    python distributed_script.py config.json NOTES [RANK SIGNAL STEP]
+
+Each process adds to NOTES/rank<r>.jsonl a line per micro-step: for each slot its position, a digest of the
+image there, one that its mirror image shares, and whether there is an image.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import hf_ddpm.trainer as trainer
+from hf_ddpm import TrainConfig
+from hf_ddpm.cli import run
+from hf_ddpm.pixels import image_digest
+from hf_ddpm.record import Record
+
+
+def main(argv, prog):
+    config, notes, *stop = argv
+    make_batches, advance = trainer.make_batches, Record.advance
+    rank = int(os.environ.get("RANK", 0))
+
+    def noting(*args):
+        with (Path(notes) / f"rank{rank}.jsonl").open("a") as file:
+            for batch in make_batches(*args):
+                digests = [(image_digest(image), image_digest(image.flip(-1))) for image in batch.images]
+                slots = zip(batch.positions, digests, batch.present.tolist(), strict=True)
+                line = [[p, own, min(own, mirror), here] for p, (own, mirror), here in slots]
+                file.write(json.dumps(line) + "\n")
+                yield batch
+
+    def stopping(self, step):
+        advance(self, step)
+        if rank == int(stop[0]) and step == int(stop[2]):
+            os.kill(os.getpid(), getattr(signal, stop[1]))
+
+    trainer.make_batches = noting
+    if stop:
+        Record.advance = stopping
+    result = trainer.train(TrainConfig.load(config))
+    print(f"rank {rank} done at step {result.step}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
