@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/digits
 
-.PHONY: install demo format lint types test test-slow bench check clean
+.PHONY: install demo cards format lint types test test-slow bench check clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python train_scripts/demo.py --out $(DEMO)
+
+cards: install
+	$(BIN)/python train_scripts/make_cards.py
 
 format: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

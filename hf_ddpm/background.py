@@ -60,7 +60,8 @@ class BackgroundPush:
         check_repo_id(repo_id)
         self._run, self._repo_id, self._private, self._token = Path(run), repo_id, private, token
         self._retry, self._options = retry or Retry(attempts=8), options
-        self._command = finishing_command(self._run, CardFacts(repo_id, **options), private)
+        CardFacts(repo_id, **options)  # refuses a bad licence now, not in the thread
+        self._command = finishing_command(self._run, repo_id, private=private, **options)
         self._changed = threading.Condition()
         self._waiting: _Snapshot | None = None
         self._closing, self._deadline = False, float("inf")

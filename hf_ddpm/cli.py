@@ -21,6 +21,8 @@ from accelerate import PartialState
 from hf_ddpm.config import EvaluationConfig, TrainConfig
 from hf_ddpm.evaluation import evaluate
 from hf_ddpm.generate import sample
+from hf_ddpm.hub import collect, finishing_command, send
+from hf_ddpm.redact import redact
 from hf_ddpm.report import JSON, describe
 from hf_ddpm.samplers import SCHEDULERS
 from hf_ddpm.stop import EXIT_CODE, TrainingStopped
@@ -91,7 +93,7 @@ def run(
             raise
         bad_input = isinstance(error, ValueError)
         words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
-        print(f"{prog}: {words} {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {words} {redact(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2 if bad_input else 1)
     except TrainingStopped as stopped:
         if PartialState().is_main_process:
@@ -175,10 +177,61 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
     )
     _add_options(parser, EvaluationConfig, but=("model", "dataset"))
     config = EvaluationConfig(**vars(parser.parse(argv)))
-    report = evaluate(config, shlex.join([*prog.split(), *argv]))
+    report = evaluate(config, redact(shlex.join([*prog.split(), *argv])))
     if PartialState().is_main_process:
         print(describe(report))
         print(f"written: {Path(config.out or config.model).expanduser() / JSON}")
+
+
+def publish_command(argv: Sequence[str], prog: str) -> None:
+    """Send a model to the Hugging Face Hub, with a card."""
+    parser = _Parser(
+        prog=prog,
+        description="Send a model's folder to the Hugging Face Hub: the pipeline, a card filled from its "
+        "files, pictures, its evaluation and config; no checkpoints, optimizer states or logs. Sending the "
+        "same again makes no second commit. The token is that of `hf auth login` or of HF_TOKEN.",
+        epilog="example: %(prog)s runs/photos me/photos-ddpm --private --license apache-2.0",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="pipeline folder, such as a run's")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it is not there [main]")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+    parser.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="X",
+        help="send the weights of this decay, not the main ones",
+    )
+    parser.add_argument("--license", metavar="ID", help="of the weights, such as apache-2.0 or cc-by-4.0")
+    parser.add_argument("--dataset-license", metavar="ID", help="of the training images")
+    parser.add_argument(
+        "--dataset-id",
+        metavar="ID",
+        help="training images on the Hub, by default those of the config",
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="PNG for the card, by default the newest grid of samples"
+    )
+    parser.add_argument(
+        "--custom-pipeline",
+        action="store_true",
+        help="add pipeline.py, for diffusers' custom_pipeline with trust_remote_code=True",
+    )
+    parser.add_argument("--commit-message", metavar="TEXT", help="of the commit")
+    args = vars(parser.parse(argv))
+    model, repo_id, dry_run = args.pop("model"), args.pop("repo_id"), args.pop("dry_run")
+    private, message = args.pop("private"), args.pop("commit_message")
+    publication = collect(model, repo_id, **args)
+    where = f"{repo_id}, {args['revision'] or 'main'}"
+    if not publication.portable:
+        print("plain diffusers will refuse this model: whoever uses it needs hf_ddpm")
+    if dry_run:
+        print(f"would be sent to {where}:\n{publication.describe()}")
+        return
+    done = send(publication, private, finishing_command(model, repo_id, private=private, **args), message)
+    print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type, but: Sequence[str] = ()) -> None:
@@ -217,6 +270,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
+    "publish": publish_command,
 }
 
 if __name__ == "__main__":

@@ -30,16 +30,9 @@ from hf_ddpm.upload import Published, PublishError, Retry, reason, upload
 
 logger = logging.getLogger(__name__)
 
+EMA_WEIGHTS = re.compile(rf"{WEIGHTS}\.ema_(0|0[._]\d+)\.safetensors")
 CUSTOM_PIPELINE, LOG, GRIDS = "pipeline.py", "log.jsonl", "samples"
 LOGGED = ("step", "images", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
-
-
-def ema_variant(decay: float) -> str:
-    """Name of the weights averaged with this decay, as diffusers' `variant`: 0.999 is "ema_0_999".
-
-    No dot: diffusers takes a variant for what stands before the next one.
-    """
-    return f"ema_{decay!r}".replace(".", "_")
 
 
 @dataclass(frozen=True)
@@ -68,51 +61,29 @@ def publish(
     repo_id: str,
     *,
     private: bool = False,
-    revision: str | None = None,
-    ema_decay: float | None = None,
-    license: str | None = None,
-    dataset_license: str | None = None,
-    dataset_id: str | None = None,
-    picture: str | os.PathLike | None = None,
-    custom_pipeline: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
     retry: Retry | None = None,
+    **options: Any,
 ) -> Published:
     """Send a model's folder to the Hub in one commit; sending the same again makes none.
 
     Args:
-        model: folder of a pipeline or of a run; see `collect` for what is sent of it.
+        model: folder of a pipeline or of a run; `collect` says what is sent of it.
         repo_id: "user/name", or "name" for your own namespace; made if it is not there.
         private: whether the repository is made private.
-        revision: a branch, made if it is not there; by default main.
-        ema_decay: as in `collect`.
-        license: as in `collect`.
-        dataset_license: as in `collect`.
-        dataset_id: as in `collect`.
-        picture: as in `collect`.
-        custom_pipeline: as in `collect`.
         commit_message: by default says which package sent it.
         token: by default the environment's, or that of `hf auth login`.
         retry: how often to try, and how long to wait in between.
+        **options: of `collect`: `revision`, `ema_decay`, `license`, `dataset_license`, `dataset_id`,
+            `picture`, `custom_pipeline`.
 
     Raises:
         ValueError: a bad argument or folder; nothing was sent.
         PublishError: the Hub refused or could not be reached; the message names the command that finishes it.
     """
-    publication = collect(
-        model,
-        repo_id,
-        revision=revision,
-        ema_decay=ema_decay,
-        license=license,
-        dataset_license=dataset_license,
-        dataset_id=dataset_id,
-        picture=picture,
-        custom_pipeline=custom_pipeline,
-    )
-    command = finishing_command(model, publication.facts, private, picture, custom_pipeline)
-    return send(publication, private, command, commit_message, token, retry)
+    command = finishing_command(model, repo_id, private=private, **options)
+    return send(collect(model, repo_id, **options), private, command, commit_message, token, retry)
 
 
 def send(
@@ -156,20 +127,13 @@ def send(
         raise PublishError(f"{facts.repo_id!r} was not published: {words}; then: {command}") from None
 
 
-def finishing_command(
-    model: str | os.PathLike,
-    facts: CardFacts,
-    private: bool = False,
-    picture: str | os.PathLike | None = None,
-    custom_pipeline: bool = False,
-) -> str:
-    """The command line that publishes this."""
-    words = ["hf-ddpm", "publish", os.fspath(model), facts.repo_id, *(["--private"] if private else [])]
-    for key in ("revision", "ema_decay", "license", "dataset_license", "dataset_id"):
-        if (value := getattr(facts, key)) is not None:
-            words += [f"--{key.replace('_', '-')}", str(value)]
-    words += ["--picture", os.fspath(picture)] if picture is not None else []
-    return redact(shlex.join(words + (["--custom-pipeline"] if custom_pipeline else [])))
+def finishing_command(model: str | os.PathLike, repo_id: str, **options: Any) -> str:
+    """The command line that publishes this; options of `publish` and `collect`."""
+    words = ["hf-ddpm", "publish", os.fspath(model), repo_id]
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []
+    return redact(shlex.join(words))
 
 
 def collect(
@@ -218,14 +182,14 @@ def collect(
     files["scheduler/scheduler_config.json"] = part_folder(folder, "scheduler") / "scheduler_config.json"
     place = part_folder(folder, "unet")
     files["unet/config.json"] = place / "config.json"
-    weights = _weights(place, ema_decay)
+    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    weights = _weights(place, ema_decay, main_decay(config))
     files |= {f"unet/{name}": path for name, path in weights.items()}
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
             raise ValueError(f"model {shown!r} has no {path.relative_to(folder).as_posix()}")
 
     # What was said and measured of it, in files of their own
-    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     if config:
         files[RECORD] = redact((folder / RECORD).read_text(encoding="utf-8")).encode()
     if (folder / JSON).is_file() and _measured(
@@ -233,7 +197,8 @@ def collect(
     ):
         files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
         files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
-    if ema_decay is None and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
+    is_main = ema_decay in (None, main_decay(config))  # as of the grids of the run's samples
+    if is_main and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
         files[PICTURE] = grids[-1]
     for path in (folder / RECORD, folder / JSON, folder / CARD, *files.values()):
         if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()):
@@ -252,7 +217,7 @@ def collect(
         license=license or config.get("license"),
         dataset_license=dataset_license or config.get("dataset_license"),
         dataset_id=dataset_id or _hub_id(config.get("dataset")),
-        ema_decay=ema_decay,
+        ema_decay=main_decay(config) if is_main else ema_decay,
         training=_training(folder / LOG),
     )
     own = folder / CARD
@@ -268,7 +233,8 @@ def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
     names = (INDEX, RECORD, JSON, CARD, LOG, *PLOTS, "scheduler/scheduler_config.json", "unet/config.json")
     found = [folder / name for name in names if (folder / name).is_file()]
     grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
-    weights = _weights(folder / "unet", ema_decay).values()
+    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    weights = _weights(folder / "unet", ema_decay, main_decay(config)).values()
     return [*found, *grids, *weights]
 
 
@@ -297,22 +263,32 @@ def check_repo_id(repo_id: str) -> None:
         ) from None
 
 
-def _weights(place: Path, ema_decay: float | None) -> dict[str, Path]:
-    """The weights files by the name under which they are published."""
-    if ema_decay is None:
+def _weights(place: Path, ema_decay: float | None, main_decay: float | None = None) -> dict[str, Path]:
+    """The weights files by the name under which they are published; those of a decay become the main ones."""
+    if ema_decay is None or ema_decay == main_decay:
         files = [*weights_files(place), *place.glob(f"{WEIGHTS}.safetensors.index.json")]
         return {path.name: path for path in files}
-    found = weights_files(place, ema_variant(ema_decay))
-    if len(found) != 1 or "-of-" in found[0].name:
-        others = sorted(m[1].replace("_", ".") for p in place.glob("*") if (m := _EMA.fullmatch(p.name)))
-        raise ValueError(
-            f"ema_decay is {ema_decay!r}, but there is no {WEIGHTS}.{ema_variant(ema_decay)}.safetensors; "
-            f"allowed: {', '.join(others) or 'none, for the main weights'}"
+    found = {
+        float(match[1].replace("_", ".")): path
+        for path in place.glob("*")
+        if (match := EMA_WEIGHTS.fullmatch(path.name))
+    }
+    if ema_decay not in found:
+        decays = ", ".join(
+            str(decay) for decay in sorted({*found, *([] if main_decay is None else [main_decay])})
         )
-    return {f"{WEIGHTS}.safetensors": found[0]}
+        raise ValueError(
+            f"ema_decay is {ema_decay}, of which there are no weights; allowed: {decays or 'none'}"
+        )
+    return {f"{WEIGHTS}.safetensors": found[ema_decay]}
 
 
-_EMA = re.compile(rf"{WEIGHTS}\.ema_([0-9_]+)\.safetensors")
+def main_decay(config: Mapping[str, Any]) -> float | None:
+    """The decay of a run's main weights, by its config."""
+    try:
+        return float(str(config.get("ema_decay")).split(",")[0])
+    except ValueError:
+        return None
 
 
 def _is_main_weights(path: str) -> bool:
