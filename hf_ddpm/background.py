@@ -122,7 +122,8 @@ class BackgroundPush:
         else:
             shutil.rmtree(self._run / SCRATCH, ignore_errors=True)
         if self._newest != self._published:
-            raise PublishError(self._failure)
+            words = str(self._failure)
+            raise PublishError(words if self._command in words else f"{words}; then: {self._command}")
         return self._url
 
     def _work(self) -> None:
