@@ -64,8 +64,7 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
     Args:
         index: content of `model_index.json`.
         given: parts that the caller brings along, whose entries don't matter.
-        strict: refuse other parts that are not known here; else they become a base class, which loads
-            nothing.
+        strict: refuse other parts that are not known here; else they stay as they are.
 
     Raises:
         ValueError: a part is missing, or is of a class that is not known here.
@@ -86,7 +85,8 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
                 words + f"[library, class] of {', '.join(NETWORKS)}, another class after "
                 "hf_ddpm.models.register_network, or unet= at loading"
             )
-        found[part] = known or ["diffusers", base.__name__]
+        if known is not None or part in given:
+            found[part] = known or ["diffusers", base.__name__]
     return found
 
 

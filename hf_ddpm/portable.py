@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from hf_ddpm.redact import redact
 from hf_ddpm.samplers import diffusers_messages, load_reason
 
 logger = logging.getLogger(__name__)
+# Parts passed to a running `from_pretrained`, which calls `load_config` without them.
+PASSED: ContextVar[frozenset[str]] = ContextVar("PASSED", default=frozenset())
 Pipeline = TypeVar("Pipeline", bound="PortablePipeline")
 
 
@@ -40,7 +43,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Diffusers' `load_config`, with entries by which its loader finds the classes known here."""
         config: Any = super().load_config(*args, **kwargs)
-        return resolve(config, strict=False) if isinstance(config, dict) else config
+        return resolve(config, PASSED.get(), strict=False) if isinstance(config, dict) else config
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -128,6 +131,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
         if folder.exists() and not (folder / INDEX).is_file():
             raise ValueError(f"model folder {shown!r} has no {INDEX}: it is not a pipeline folder")
         token: Any = kwargs.get("token")
+        passed = frozenset({"unet", "scheduler"} & set(kwargs))
         from_hub, trusted = not folder.exists(), bool(kwargs.get("trust_remote_code"))
         try:
             with diffusers_messages() as messages:
@@ -135,9 +139,13 @@ class PortablePipeline(diffusers.DDPMPipeline):
                 if not trusted:
                     options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
                     folder = fetch(name, kwargs.get("variant"), **options) if from_hub else folder
-                    check_folder(folder, kwargs.get("variant"), {"unet", "scheduler"} & set(kwargs))
+                    check_folder(folder, kwargs.get("variant"), passed)
                     place = str(folder)
-                pipeline = super().from_pretrained(place, **kwargs)
+                reset = PASSED.set(passed)
+                try:
+                    pipeline = super().from_pretrained(place, **kwargs)
+                finally:
+                    PASSED.reset(reset)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "no such folder, and from the Hub: " if from_hub else ""
             reason = redact(words := load_reason(error), token)

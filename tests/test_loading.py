@@ -324,6 +324,19 @@ def test_the_custom_pipeline_gives_ours_where_diffusers_is_told_to_trust_it(
         assert isinstance(pipeline, DDPMPipeline) and type(pipeline.scheduler) is DDPMScheduler
 
 
+def test_a_parts_own_code_runs_where_it_is_trusted(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "unet" / "net.py").write_text(
+        "from diffusers import UNet2DModel\nclass Net(UNet2DModel): ...\n"
+    )
+    edit(folder / INDEX, unet=["net", "Net"])
+    with pytest.raises(ValueError, match="which is not known here"):
+        DDPMPipeline.from_pretrained(folder)
+    assert type(DDPMPipeline.from_pretrained(folder, trust_remote_code=True).unet).__name__ == "Net"
+
+
 # Folders from strangers: from disk and from the Hub, refused in one line
 
 
