@@ -411,7 +411,8 @@ def test_an_older_checkpoint_does_not_overwrite_a_run(finished):
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
-    script = "import sys, fcntl as f; x = open(sys.argv[1], 'a'); f.lockf(x, f.LOCK_EX); print(flush=True); input()"
+    hold = "import sys, fcntl; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    script = f"{hold}; print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / ".lock"],
         stdin=subprocess.PIPE,
