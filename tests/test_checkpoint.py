@@ -5,12 +5,8 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 import subprocess
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +23,7 @@ from hf_ddpm.checkpoint import (
     update_folder,
     write_folder,
 )
+from tests.disks import largest_file, read_only
 
 TENSORS = ("model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors")
 FILES = (*TENSORS, "optimizer.pt", "state.json", "SHA256SUMS")
@@ -296,18 +293,6 @@ def test_a_kill_at_any_moment_of_saving(tmp_path, monkeypatch, steps, step, keep
 # Disks that are full, folders that are read-only
 
 
-@contextmanager
-def largest_file(size: int):
-    """A disk that takes no file above this size."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def too_large(name: str) -> Checkpoint:
     """A checkpoint of which one file is too large, and not by its last byte."""
     small, large = torch.zeros(2), torch.zeros(100_000)
@@ -351,30 +336,6 @@ def test_a_full_disk_in_the_words_of_others_is_named(tmp_path):
     with largest_file(50), pytest.raises(OSError) as error:
         update_folder(tmp_path, write, "model_index.json")
     assert str(error.value) == f"can't write '{tmp_path / '.new.tmp'}': [Errno 27] File too large"
-
-
-@contextmanager
-def read_only(folder: Path):
-    """A folder in which this process can't write, which root always could."""
-    root = os.geteuid() == 0
-    folder.chmod(0o555)
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that everyone can reach, unlike tmp_path."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_a_read_only_folder_leaves_the_checkpoint_before(open_folder):
