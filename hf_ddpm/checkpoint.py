@@ -11,6 +11,7 @@ too). Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -25,6 +26,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: nobody is kept out
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"step-(\d{8,})")
 SUMS = "SHA256SUMS"
@@ -49,6 +57,40 @@ class Checkpoint:
     averages: Mapping[str, Mapping[str, Tensor]]
     optimizer: Mapping[str, Any]
     state: Mapping[str, Any]
+
+
+class RunLock:
+    """At most one training in a run's folder: held from `acquire` to `release`, or to the process's end."""
+
+    def __init__(self, run: Path):
+        self.run, self._file = run, None
+
+    def acquire(self) -> None:
+        """Make the folder, and hold it.
+
+        Raises:
+            ValueError: it can't be written, or another training holds it.
+        """
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run / ".lock").open("a")
+        except OSError as error:
+            raise ValueError(f"output_dir {str(self.run)!r} can't be written: {error.strerror}") from None
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # which data loaders' processes don't inherit
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"output_dir {str(self.run)!r} is in use by another training") from None
+        except OSError as error:
+            logger.warning("%s has no locks (%s): start no second training there", self.run, error.strerror)
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        if self._file is not None:
+            self._file.close()
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:

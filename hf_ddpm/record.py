@@ -239,6 +239,7 @@ class Record:
             return
         images = [found[i] for i in range(wanted)]
         if not as_picture:
+            path.parent.mkdir(exist_ok=True)
             partial = path.with_name(f".{path.name}.tmp")
             with partial.open("wb") as file:
                 np.save(file, np.stack(images))
