@@ -1,6 +1,9 @@
 """Fixtures that several test files share, and one thread per test process: pytest-xdist starts two."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for processes that tests start
 
@@ -27,3 +30,12 @@ def no_hub(monkeypatch):
     """No test asks the Hub: whatever would, gets the answer of a machine without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everyone can reach, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
