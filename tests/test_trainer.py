@@ -838,6 +838,25 @@ def test_processes_that_were_not_joined(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is 2, but this process works alone"),
+        ("OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_SIZE is 2, but this process works alone"),
+        (
+            "ACCELERATE_MIXED_PRECISION=no MASTER_ADDR=127.0.0.1 MASTER_PORT=29500",
+            "asked for several processes and started one; add --multi_gpu",
+        ),
+        ("ACCELERATE_USE_FSDP=true", "the launch asks for FSDP, which accelerate doesn't do here (it is NO)"),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for(tmp_path, monkeypatch, environment, words):
+    for name, value in (word.split("=") for word in environment.split()):
+        monkeypatch.setenv(name, value)
+    assert words in refused(small(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 SCRIPT = """
 import gc, sys, torch
 import hf_ddpm.trainer as trainer
