@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils.torch_utils import get_device
@@ -79,7 +79,7 @@ def _check_launch(accelerator: Accelerator) -> None:
             raise ValueError(
                 f"{name} is {env[name]}, but this process works alone, and so would the others; start one "
                 "launcher a machine (torchrun, accelerate launch --multi_gpu), or set RANK, LOCAL_RANK and "
-                "WORLD_SIZE"
+                "WORLD_SIZE, or unset it where runs of their own are meant"
             )
     # `accelerate launch --num_processes 2` without --multi_gpu starts one process, with the address for two
     if (
@@ -96,6 +96,8 @@ def _check_launch(accelerator: Accelerator) -> None:
         raise ValueError(f"the launch asks for {kind.value}; allowed: one process, DDP or FSDP")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("the launch asks for FSDP 1; allowed: --fsdp_version 2")
+    if kind != DistributedType.FSDP and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(f"the launch asks for FSDP, which accelerate doesn't do here (it is {kind.value})")
 
 
 def make_scheduler(config: TrainConfig) -> DDPMScheduler:

@@ -11,6 +11,7 @@ too). Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -25,6 +26,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: nobody is kept out
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"step-(\d{8,})")
 SUMS = "SHA256SUMS"
@@ -51,22 +59,58 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+class RunLock:
+    """At most one training in a run's folder: held from `acquire` to `release`, or to the process's end."""
+
+    def __init__(self, run: Path):
+        self.run, self._file = run, None
+
+    def acquire(self) -> None:
+        """Make the folder, and hold it.
+
+        Raises:
+            ValueError: it can't be written, or another training holds it.
+        """
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run / ".lock").open("a")
+        except OSError as error:
+            raise ValueError(f"output_dir {str(self.run)!r} can't be written: {error.strerror}") from None
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(
+                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # which data loaders' processes don't inherit
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"output_dir {str(self.run)!r} is in use by another training") from None
+        except OSError as error:
+            logger.warning("%s has no locks (%s): start no second training there", self.run, error.strerror)
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        if self._file is not None:
+            self._file.close()
+
+
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write the checkpoint under `run`/checkpoints; when it is safe, drop all but the newest `keep` ones."""
     folder = run / "checkpoints" / f"step-{checkpoint.step:08d}"
 
     def fill(place: Path) -> None:
-        save_file(_plain(checkpoint.model), place / "model.safetensors")
+        with _named(place / "model.safetensors") as file:
+            save_file(_plain(checkpoint.model), file)
         for decay, average in checkpoint.averages.items():
-            save_file(_plain(average), place / f"ema_{decay}.safetensors")
-        try:
-            torch.save(dict(checkpoint.optimizer), place / "optimizer.pt")
-        except RuntimeError as error:  # a full disk, in torch's words
-            raise OSError(f"can't write {str(place / 'optimizer.pt')!r}: {_one_line(error)}") from error
-        state = {"step": checkpoint.step, **checkpoint.state}
-        (place / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(place.iterdir())]
-        (place / SUMS).write_text("".join(sums), encoding="utf-8")
+            with _named(place / f"ema_{decay}.safetensors") as file:
+                save_file(_plain(average), file)
+        with _named(place / "optimizer.pt") as file, file.open("wb") as stream:
+            torch.save(dict(checkpoint.optimizer), stream)  # which, given a path, hides what the system said
+        with _named(place / "state.json") as file:
+            state = {"step": checkpoint.step, **checkpoint.state}
+            file.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        with _named(place / SUMS) as file:
+            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(place.iterdir()) if path != file]
+            file.write_text("".join(sums), encoding="utf-8")
 
     write_folder(folder, fill)
     for left in folder.parent.glob(".step-*"):  # of a run killed while it saved or dropped one
@@ -93,6 +137,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         sums = {match[2]: match[1] for match in matches if match}
         for name in ("model.safetensors", "optimizer.pt", "state.json", *sums):
             if name not in sums:
+                path = folder / SUMS
                 raise ValueError(f"it lacks {name}")
             if _sha256(path := folder / name) != sums[name]:
                 raise ValueError(f"its content is not what {SUMS} says")
@@ -139,7 +184,11 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
             _to_disk(file)
         if folder.exists():
             old = folder.rename(_free(folder.with_name(f".{folder.name}.old")))
-            place.rename(folder)
+            try:
+                place.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             place.rename(folder)
@@ -169,10 +218,23 @@ def _scratch(place: Path) -> Iterator[Path]:
     place.mkdir(parents=True)
     try:
         yield place
-    except SafetensorError as error:  # a full disk, in safetensors' words
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and (error.filename or not error.errno):
+            raise  # it names its file
         raise OSError(f"can't write {str(place)!r}: {_one_line(error)}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[Path]:
+    """What can't be written, in one class and by name: libraries have their own words for a full disk."""
+    try:
+        yield file
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = (isinstance(cause, OSError) and cause.strerror) or _one_line(cause)
+        raise OSError(f"can't write {str(file)!r}: {reason}") from error
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,11 +253,12 @@ def _sha256(file: Path) -> str:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file's or a folder's content would survive a power cut."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    with _named(path):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _one_line(error: Exception) -> str:

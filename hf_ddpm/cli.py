@@ -110,7 +110,9 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         prog=prog,
         usage="%(prog)s [--config FILE] [--key value ...]",
         description="Train a DDPM. Values come from the defaults, then the file, then the flags; '-' and '_' "
-        "in a flag's name mean the same. Start it with `accelerate launch` to use several processes.",
+        "in a flag's name mean the same. The same command goes on with a run that was stopped, to the same "
+        "result; SIGTERM, Ctrl-C and SIGUSR1 save first, and end with exit code 75. Use torchrun or "
+        "`accelerate launch --multi_gpu` for several processes.",
         epilog="example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
         allow_abbrev=False,
     )

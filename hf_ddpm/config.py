@@ -122,7 +122,9 @@ class TrainConfig:
     # What it leaves behind
     output_dir: str = option("runs/ddpm", "folder of the run, which is the pipeline's folder too")
     resume: str = option("auto", "auto: go on if output_dir holds this run; never; or a checkpoint's folder")
-    checkpoint_every: int = option(1000, "steps between checkpoints, each with its pipeline", least=1)
+    checkpoint_every: int = option(
+        1000, "steps between checkpoints; one is also saved before each grid and evaluation", least=1
+    )
     keep_checkpoints: int = option(2, "newest checkpoints to keep", least=1)
     log_every: int = option(50, "steps between log lines", least=1)
     max_loss: float = option(

@@ -47,7 +47,7 @@ class Record:
         loss: mean loss of the last logged interval, over all processes.
         images_per_second: throughput since the start, without pauses.
         grad_norm: norm of the last gradient before clipping, on the device; None if it isn't clipped.
-        skipped: images that could not be read, over all processes, up to the last log or state.
+        skipped: images that could not be read, over all processes, up to the last log.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class Record:
             loss: of each image, (B,), on its device, where it stays.
             quartiles: of each image's t, (B,), int64, 0 … 3; −1 for an empty slot.
         """
-        chosen = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).float()
-        self._sums += torch.stack([chosen * loss.detach().float(), chosen]).sum(-1)
+        chosen = quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]
+        losses = torch.where(chosen, loss.detach().float(), 0.0)  # a product would make nan of 0 · inf
+        self._sums += torch.stack([losses, chosen.float()]).sum(-1)
 
     def advance(self, step: int) -> None:
         """An optimizer step is done."""
@@ -184,8 +185,7 @@ class Record:
 
     def has(self, step: int, key: str) -> bool:
         """Whether log.jsonl has a number of that name for the step."""
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        return any(_step_of(line) == step and key in json.loads(line) for line in lines)
+        return any(_step_of(line) == step and key in json.loads(line) for line in _lines(self._file))
 
     def note(self, line: Mapping[str, float]) -> None:
         """Write numbers of this step to log.jsonl and the trackers."""
@@ -239,6 +239,7 @@ class Record:
             return
         images = [found[i] for i in range(wanted)]
         if not as_picture:
+            path.parent.mkdir(exist_ok=True)
             partial = path.with_name(f".{path.name}.tmp")
             with partial.open("wb") as file:
                 np.save(file, np.stack(images))
@@ -263,8 +264,12 @@ class Record:
 
 def _keep_lines(file: Path, step: int) -> None:
     """Drop log lines past the step that the run goes on from: they will be written again."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    _replace(file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+    _replace(file, "".join(line + "\n" for line in _lines(file) if _step_of(line) <= step))
+
+
+def _lines(file: Path) -> list[str]:
+    """A log's lines; a power cut may leave bytes that are no text."""
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
 
 
 def _replace(file: Path, text: str) -> None:

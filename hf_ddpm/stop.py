@@ -53,9 +53,10 @@ class StopSignals:
             return self.name is not None
         number = torch.tensor(getattr(signal, self.name) if self.name else 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
-        if number:
-            self.name = self.name or signal.Signals(int(number)).name
-        return self.name is not None
+        if not number:  # a signal that came since waits for the next step, as the others don't know of it
+            return False
+        self.name = self.name or signal.Signals(int(number)).name
+        return True
 
     def check(self) -> None:
         """For long work with nothing to save, where the other processes aren't asked.

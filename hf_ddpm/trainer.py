@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from hf_ddpm.build import (
     open_stream,
     prepare_model,
 )
-from hf_ddpm.checkpoint import Checkpoint, save_checkpoint, update_folder
+from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint, update_folder
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.draws import draw_noise, draw_t
 from hf_ddpm.heldout import HeldOut
@@ -108,10 +107,11 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     run = Path(config.output_dir)
     accelerator = make_accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    lock = RunLock(run)  # until this function ends, however it does
+    on_main_process(accelerator, lock.acquire)
     start = find_checkpoint(config, run, accelerator)
     state = {} if start is None else start.state
     step = first = 0 if start is None else start.step
-    on_main_process(accelerator, lambda: _make_writable(run))
     share = _share_steps(config, accelerator, state)
 
     # With what: process, data, network and its averages, optimizer
@@ -173,7 +173,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     batches = make_batches(stream, config, share, device, first)
     record = Record(run, accelerator, config, first, share.per_step, state)
     stop, stopped, done = StopSignals(world), False, False
-    with record, stop, contextlib.suppress(TrainingStopped):
+    with stop, record, contextlib.suppress(TrainingStopped):
         with record.paused():
             show()
         while step < config.max_steps and not stopped:
@@ -181,8 +181,10 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
                 positions, images, present = next(batches)
                 x_0 = to_float(images.to(device, non_blocking=True))
                 t = draw_t(config.seed, positions, len(process))
-                quartiles = torch.where(present, t * QUARTILES // len(process), -1).to(device)
-                t, present = t.to(device, non_blocking=True), present.to(device, non_blocking=True)
+                quartiles = torch.where(present, t * QUARTILES // len(process), -1)
+                t, quartiles, present = (
+                    tensor.to(device, non_blocking=True) for tensor in (t, quartiles, present)
+                )
                 noise = draw_noise(config.seed, positions, stream.shape, device)
                 torch.manual_seed(derive_seed(config.seed, step, micro, rank))  # of dropout
                 if config.channels_last:
@@ -229,6 +231,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     if record.skipped:
         logger.warning("%d images could not be read and were skipped", record.skipped)
     accelerator.end_training()
+    lock.release()
     if not done:
         raise TrainingStopped(
             f"stopped by {stop.name} at step {step} of {config.max_steps}, saved in {str(run)!r}; the same "
@@ -296,12 +299,3 @@ def _restore(
     except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error
-
-
-def _make_writable(run: Path) -> None:
-    try:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir {str(run)!r} can't be written: {error.strerror}") from None

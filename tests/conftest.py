@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for processes that tests start
@@ -75,3 +76,12 @@ def local_hub(monkeypatch, tmp_path):
         hub.use(monkeypatch, tmp_path / "hub-home")
         yield hub
         close_session()  # a connection kept open would end with the server
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everyone can reach, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hf_ddpm.trainer"])
 

@@ -1,4 +1,4 @@
-"""draws.py: t and ε of an image depend on (seed, its position in the run) alone, and are what they should be."""
+"""draws.py: t and ε of an image depend on (seed, its position) alone, and are what they should be."""
 
 import numpy as np
 import pytest

@@ -120,3 +120,14 @@ def stopped_at(step, rank):
 def test_one_signalled_process_stops_both_at_the_same_step(tmp_path):
     expected = (2, [False] * 3 + [True] * 3, "SIGUSR1")
     assert together(tmp_path, stopped_at, 3, 1) == [expected, expected]
+
+
+def test_a_signal_after_the_processes_asked_waits_for_the_next_step(monkeypatch):
+    stop, all_reduce = StopSignals(1), []
+    stop._group = "others, of whom none was told"
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: [act() for act in all_reduce])
+    with stop:
+        all_reduce.append(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        assert not stop.agreed()
+        all_reduce.clear()
+        assert stop.agreed()

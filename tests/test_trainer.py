@@ -410,6 +410,21 @@ def test_an_older_checkpoint_does_not_overwrite_a_run(finished):
     assert checkpoint(finished, 4).is_dir()
 
 
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    hold = "import sys, fcntl; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    script = f"{hold}; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        other.stdout.readline()
+        assert refused(small(tmp_path)) == f"output_dir '{tmp_path}' is in use by another training"
+        other.stdin.close()
+    assert train(small(tmp_path, max_steps=1), Conv()).step == 1
+
+
 def test_resume_from_nowhere(tmp_path):
     assert refused(small(tmp_path, resume=str(tmp_path / "none"))) == (
         f"checkpoint '{tmp_path / 'none'}' does not exist"
@@ -468,8 +483,8 @@ def test_a_pipeline_at_every_checkpoint(tmp_path, monkeypatch):
         "step-00000005",
     ]
     top = {
+        ".lock",
         "checkpoints",
-        "samples",
         "scheduler",
         "unet",
         "log.jsonl",
@@ -565,6 +580,28 @@ def test_bfloat16_keeps_float32_where_it_counts(tmp_path):
     moments = [value for state in saved.optimizer["optimizer"]["state"].values() for value in state.values()]
     for tensor in (*saved.model.values(), *saved.averages["0.9999"].values(), *moments):
         assert tensor.dtype == torch.float32
+
+
+def test_noise_near_t_0_in_bfloat16(tmp_path):
+    """The network sees √ᾱ_t x_0 + √(1 − ᾱ_t) ε in float32, where bfloat16 would round all of ε away."""
+    seen = []
+
+    class Watched(Conv):
+        def forward(self, x_t, t):
+            seen.append((x_t.double(), t))
+            return self.conv(x_t)
+
+    config = small(tmp_path, mixed_precision="bf16", batch_size=64, max_steps=20, shuffle_buffer=0)
+    train(config, Watched())
+    x_t, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    stream = load_stream("digits").batches(64)
+    x_0 = torch.cat([next(stream) for _ in range(20)]).double() / 127.5 - 1
+    draws = [drawn(config.seed, position, (1, 8, 8)) for position in range(len(x_0))]
+    assert t.tolist() == [step for step, _ in draws] and (t < 10).sum() > 5
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[t].view(-1, 1, 1, 1)
+    eps = torch.stack([noise for _, noise in draws]).double()
+    wanted = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
+    torch.testing.assert_close(x_t, wanted, rtol=0, atol=1e-6)
 
 
 def test_precisions_in_one_process(tmp_path, monkeypatch):
@@ -798,6 +835,25 @@ def test_processes_that_were_not_joined(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # accelerate has this process in its books already, as the only one
     text = refused(small(tmp_path / "run"))
     assert text.startswith("the launch started 2 processes, but accelerate sees 1; ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is 2, but this process works alone"),
+        ("OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_SIZE is 2, but this process works alone"),
+        (
+            "ACCELERATE_MIXED_PRECISION=no MASTER_ADDR=127.0.0.1 MASTER_PORT=29500",
+            "asked for several processes and started one; add --multi_gpu",
+        ),
+        ("ACCELERATE_USE_FSDP=true", "the launch asks for FSDP, which accelerate doesn't do here (it is NO)"),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for(tmp_path, monkeypatch, environment, words):
+    for name, value in (word.split("=") for word in environment.split()):
+        monkeypatch.setenv(name, value)
+    assert words in refused(small(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
