@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hf_ddpm.card import CardFacts
-from hf_ddpm.hub import check_repo_id, collect, finishing_command, needed_files, send
+from hf_ddpm.hub import check_repo_id, collect, find_dataset_id, finishing_command, needed_files, send
 from hf_ddpm.pixels import one_line
 from hf_ddpm.redact import redact
 from hf_ddpm.upload import PublishError, Retry
@@ -54,7 +54,7 @@ class BackgroundPush:
         *,
         private: bool = False,
         retry: Retry | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         **options: Any,
     ):
         check_repo_id(repo_id)
@@ -87,7 +87,7 @@ class BackgroundPush:
         self._newest, place = step, self._run / SCRATCH / f"step-{step:08d}"
         try:
             take_snapshot(self._run, place, self._options.get("ema_decay"))
-        except OSError as error:
+        except Exception as error:  # whatever it is, training goes on
             shutil.rmtree(place, ignore_errors=True)
             self._fail(step, f"no snapshot of the folder: {one_line(error)}")
             return
@@ -139,7 +139,9 @@ class BackgroundPush:
     def _upload(self, snapshot: _Snapshot) -> None:
         retry = Retry(self._retry.attempts, self._retry.first_wait, self._retry.longest_wait, self._sleep)
         try:
-            publication = collect(snapshot.folder, self._repo_id, **self._options)
+            dataset_id = self._options.get("dataset_id") or find_dataset_id(self._run)
+            options: dict[str, Any] = self._options | {"dataset_id": dataset_id}
+            publication = collect(snapshot.folder, self._repo_id, **options)
             message = f"Step {snapshot.step}"
             done = send(publication, self._private, self._command, message, self._token, retry)
         except Exception as error:  # whatever it is, training goes on

@@ -90,7 +90,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         ValueError: a file that can't be read as what it should be.
     """
     index, network_config = _read(files, INDEX), _read(files, "unet/config.json")
-    schedule, config = _read(files, "scheduler/scheduler_config.json"), _read(files, RECORD)
+    schedule, config = _schedule(files), _read(files, RECORD)
     evaluation = _read(files, JSON)
     dataset, license = config.get("dataset"), facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
@@ -178,6 +178,15 @@ def _read(files: Files, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; allowed: keys and values")
     return value
+
+
+def _schedule(files: Files) -> dict[str, Any]:
+    """The scheduler's config, with diffusers' defaults for what an old one doesn't say."""
+    defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    config = _read(files, "scheduler/scheduler_config.json")
+    if config.get("_class_name") == "DDPMScheduler":
+        defaults["variance_type"] = "fixed_small"
+    return defaults | config
 
 
 def _shape(config: Mapping[str, Any]) -> str:

@@ -84,8 +84,7 @@ def check_network(network: type[ModelMixin], folder: Path, variant: str | None =
             with safe_open(file, "pt") as header:
                 shapes = [header.get_slice(name).get_shape() for name in header.keys()]
         except Exception as error:  # what safetensors raises on foreign bytes has no common class
-            where = f"{folder.name}/{file.name}"
-            raise ValueError(f"Unable to load weights from '{where}'. {one_line(error)}") from error
+            raise ValueError(f"Unable to load weights from '{file}'. {one_line(error)}") from error
         tensors += len(shapes)
         numbers += sum(torch.Size(shape).numel() for shape in shapes)
     make_empty(network, config, SLACK * numbers, SLACK * tensors)

@@ -62,7 +62,7 @@ def publish(
     *,
     private: bool = False,
     commit_message: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     retry: Retry | None = None,
     **options: Any,
 ) -> Published:
@@ -91,7 +91,7 @@ def send(
     private: bool,
     command: str,
     message: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     retry: Retry | None = None,
 ) -> Published:
     """Upload what `collect` found.
@@ -161,8 +161,7 @@ def collect(
         ema_decay: sends the weights averaged with this decay, which lie beside the main ones.
         license: of the weights, an identifier of the Hub such as "apache-2.0"; by default the config's.
         dataset_license: of the training images; by default the config's.
-        dataset_id: of the training images on the Hub; by default the config's data set, if it is none of the
-            files here.
+        dataset_id: of the training images on the Hub; by default what `find_dataset_id` finds.
         picture: an image file for the card, by default the newest grid of the run's samples.
         custom_pipeline: add `pipeline.py`, by which `diffusers.DiffusionPipeline` makes a pipeline of hf_ddpm
             for those who pass `custom_pipeline` and `trust_remote_code=True`.
@@ -174,16 +173,18 @@ def collect(
     check_repo_id(repo_id)
     if not (folder / INDEX).is_file():
         raise ValueError(f"model {shown!r} is no folder with a {INDEX}; allowed: a pipeline's folder")
+    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    place = part_folder(folder, "unet")
+    weights = _weights(place, ema_decay, main_decay(config))
+    is_main = ema_decay in (None, main_decay(config))
+    variant = None if is_main else next(iter(weights.values())).stem.removeprefix(f"{WEIGHTS}.")
     try:
-        index = check_folder(folder)
+        index = check_folder(folder, variant)
     except ValueError as error:
         raise ValueError(f"model {shown!r} can't be published: {error}") from error
     files: dict[str, Path | bytes] = {INDEX: folder / INDEX}
     files["scheduler/scheduler_config.json"] = part_folder(folder, "scheduler") / "scheduler_config.json"
-    place = part_folder(folder, "unet")
     files["unet/config.json"] = place / "config.json"
-    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    weights = _weights(place, ema_decay, main_decay(config))
     files |= {f"unet/{name}": path for name, path in weights.items()}
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
@@ -197,7 +198,6 @@ def collect(
     ):
         files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
         files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
-    is_main = ema_decay in (None, main_decay(config))  # as of the grids of the run's samples
     if is_main and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
         files[PICTURE] = grids[-1]
     for path in (folder / RECORD, folder / JSON, folder / CARD, *files.values()):
@@ -216,7 +216,7 @@ def collect(
         revision=None if revision == "main" else revision,
         license=license or config.get("license"),
         dataset_license=dataset_license or config.get("dataset_license"),
-        dataset_id=dataset_id or _hub_id(config.get("dataset")),
+        dataset_id=dataset_id or find_dataset_id(folder),
         ema_decay=main_decay(config) if is_main else ema_decay,
         training=_training(folder / LOG),
     )
@@ -224,7 +224,11 @@ def collect(
     if own.is_file() and MARK not in (text := own.read_text(encoding="utf-8", errors="replace")):
         files[CARD] = redact(text).encode()
     else:
-        files[CARD] = make_card(files, facts).encode()
+        try:
+            files[CARD] = make_card(files, facts).encode()
+        except (KeyError, TypeError, AttributeError) as error:
+            words = f"the files of {shown!r} are not what they should be, {type(error).__name__}: {error}"
+            raise ValueError(f"{words}; allowed: files as hf_ddpm writes them") from error
     return Publication(files, facts, not needs_us(index))
 
 
@@ -263,9 +267,9 @@ def check_repo_id(repo_id: str) -> None:
         ) from None
 
 
-def _weights(place: Path, ema_decay: float | None, main_decay: float | None = None) -> dict[str, Path]:
+def _weights(place: Path, ema_decay: float | None, main: float | None = None) -> dict[str, Path]:
     """The weights files by the name under which they are published; those of a decay become the main ones."""
-    if ema_decay is None or ema_decay == main_decay:
+    if ema_decay in (None, main):
         files = [*weights_files(place), *place.glob(f"{WEIGHTS}.safetensors.index.json")]
         return {path.name: path for path in files}
     found = {
@@ -274,9 +278,7 @@ def _weights(place: Path, ema_decay: float | None, main_decay: float | None = No
         if (match := EMA_WEIGHTS.fullmatch(path.name))
     }
     if ema_decay not in found:
-        decays = ", ".join(
-            str(decay) for decay in sorted({*found, *([] if main_decay is None else [main_decay])})
-        )
+        decays = ", ".join(str(decay) for decay in sorted({*found, *([] if main is None else [main])}))
         raise ValueError(
             f"ema_decay is {ema_decay}, of which there are no weights; allowed: {decays or 'none'}"
         )
@@ -324,15 +326,23 @@ def _readable_picture(path: Path) -> Path:
     return path
 
 
-def _hub_id(dataset: str | None) -> str | None:
-    """The data set's name if it is one of the Hub: nothing of that name lies here."""
-    if not dataset or dataset == "digits" or Path(dataset).expanduser().exists() or dataset.count("/") != 1:
+def find_dataset_id(folder: Path) -> str | None:
+    """Hub id of the data set that a run was trained on, None where that can't be told.
+
+    The config's `dataset` may be a folder relative to where the run was started. That place is known where
+    the config's relative `output_dir` leads to the run; there, what is no file is the Hub's.
+    """
+    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if config.get("dataset_id") is not None:
+        return config["dataset_id"]
+    dataset, out = str(config.get("dataset")), Path(str(config.get("output_dir")))
+    if out.is_absolute() or out.resolve() != folder.resolve() or Path(dataset).expanduser().exists():
         return None
     try:
         validate_repo_id(dataset)
     except HFValidationError:
         return None
-    return dataset
+    return dataset if dataset.count("/") == 1 else None
 
 
 def _training(log: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ It knows how the Hub's tokens and passwords in addresses look, and the token of 
 
 import os
 import re
+from typing import Any
 
 TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # scheme://user:password@host
@@ -14,14 +15,15 @@ HIDDEN = "***"
 LEAST = 8  # shorter values of a variable could be ordinary words
 
 
-def redact(text: str, *secrets: str | None) -> str:
+def redact(text: str, *secrets: Any) -> str:
     """The text with every token and password replaced by ***.
 
     Args:
         text: any.
-        *secrets: further secrets to look for, such as a token that was passed as an argument.
+        *secrets: further secrets to look for, such as a token that was passed as an argument; what is no text
+            is left alone.
     """
     for secret in (*secrets, *(os.environ.get(name) for name in VARIABLES)):
-        if secret and len(secret) >= LEAST:
+        if isinstance(secret, str) and len(secret) >= LEAST:
             text = text.replace(secret, HIDDEN)
     return TOKENS.sub(HIDDEN, IN_ADDRESS.sub(HIDDEN, IN_QUERY.sub(rf"\1{HIDDEN}", text)))

@@ -87,4 +87,5 @@ def load_reason(error: Exception) -> str:
     cause: Any = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
-    return one_line(error) if cause is None else f"{one_line(error)} {one_line(cause)}"
+    words, more = one_line(error), "" if cause is None else one_line(cause)
+    return words if more in words else f"{words} {more}"

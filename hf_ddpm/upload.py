@@ -87,7 +87,7 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
 
 
-def reason(error: BaseException, token: str | None = None) -> str:
+def reason(error: BaseException, token: str | bool | None = None) -> str:
     """Why it failed, in one line without secrets."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
@@ -130,7 +130,7 @@ def upload(
     message: str,
     private: bool = False,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     retry: Retry | None = None,
 ) -> Published:
     """Make the repository and its branch where they are missing, and one commit of what differs.

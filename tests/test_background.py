@@ -1,5 +1,6 @@
 """background.py: training never waits, the newest wins, snapshots are of one moment, failures are told."""
 
+import json
 import logging
 import os
 import shutil
@@ -198,6 +199,26 @@ def test_a_snapshot_that_cannot_be_taken_stops_nothing(run, local_hub, caplog, m
     assert "step 2 was not pushed, training goes on: no snapshot of the folder" in messages(caplog)[-1]
     with pytest.raises(PublishError, match=f"No space left on device; then: hf-ddpm publish {run}"):
         push.finish()
+
+
+def test_damaged_files_stop_nothing(run, local_hub, caplog):
+    push = BackgroundPush(run, REPO, retry=FAST)
+    (run / "train_config.json").write_text("{")
+    push.push(1)
+    assert "step 1 was not pushed, training goes on: " in messages(caplog)[0]
+    (run / "train_config.json").write_text("{}")
+    push.push(2)
+    assert push.finish()
+
+
+def test_the_data_set_is_told_from_where_the_run_was_started(run, local_hub, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    config = {"dataset": "someone/photos", "output_dir": "run"}
+    (run / "train_config.json").write_text(json.dumps(config))
+    push = BackgroundPush("run", REPO, retry=FAST)
+    push.push(1)
+    push.finish()
+    assert b"datasets:\n- someone/photos" in local_hub.files(REPO)["README.md"]
 
 
 def test_a_folder_that_cannot_be_published_stops_nothing(run, local_hub, caplog):

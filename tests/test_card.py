@@ -111,24 +111,34 @@ def test_numbers_on_training_images_say_so(run_folder, tmp_path):
 
 
 def test_a_data_set_of_the_hub_and_one_of_ones_own(run_folder, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
+    folder = tmp_path / "runs" / "mine"
     shutil.copytree(run_folder, folder)
-    config = json.loads((folder / "train_config.json").read_text())
+    config = json.loads((folder / "train_config.json").read_text()) | {"license": "mit"}
     (tmp_path / "my" / "photos").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for dataset, words, ids in (
+    link = "[someone/photos](https://huggingface.co/datasets/someone/photos)"
+    for where, dataset, output_dir, words in (
+        (tmp_path, "someone/photos", "runs/mine", link),
+        (tmp_path, "someone/photos", str(folder), "photos"),  # it can't be told where the run was started
         (
+            tmp_path / "runs",
             "someone/photos",
-            "[someone/photos](https://huggingface.co/datasets/someone/photos)",
-            ["someone/photos"],
-        ),
-        ("my/photos", "**Data**: photos, split train", None),  # it is a folder here
-        (str(tmp_path / "my" / "photos"), "**Data**: photos, split train", None),
+            "runs/mine",
+            "photos",
+        ),  # not here, and what is there is not known
+        (tmp_path, "my/photos", "runs/mine", "photos"),
+        (tmp_path, str(tmp_path / "my" / "photos"), "runs/mine", "photos"),
     ):
-        (folder / "train_config.json").write_text(json.dumps(config | {"dataset": dataset, "license": "mit"}))
+        monkeypatch.chdir(where)
+        changed = config | {"dataset": dataset, "output_dir": output_dir}
+        (folder / "train_config.json").write_text(json.dumps(changed))
         text = card(folder)
-        assert words in text and ModelCard(text).data.datasets == ids
+        assert f"**Data**: {words}, split train" in text
+        assert ModelCard(text).data.datasets == (["someone/photos"] if words == link else None)
         assert ModelCard(text).data.license == "mit"  # the config may say it
+    (folder / "train_config.json").write_text(
+        json.dumps(config | {"dataset": "x", "dataset_id": "me/photos"})
+    )
+    assert ModelCard(card(folder)).data.datasets == ["me/photos"]
 
 
 def test_the_code_in_a_card_runs(run_folder):
@@ -159,6 +169,30 @@ def test_a_damaged_file_is_named(run_folder):
     files = card_files(run_folder) | {"evaluation.json": b"{", CARD: b""}
     with pytest.raises(ValueError, match=r"evaluation\.json can't be read"):
         make_card(files, CardFacts("tester/x"))
+
+
+def test_an_evaluation_of_another_shape_is_one_line(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    report = json.loads((folder / "evaluation.json").read_text())
+    del report["method"]["clip_x0"]
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    with pytest.raises(
+        ValueError, match="are not what they should be, KeyError: 'clip_x0'; allowed: files as"
+    ):
+        card(folder)
+
+
+def test_an_old_scheduler_config_has_diffusers_defaults(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    text = card(folder)
+    assert "a process\nof 1000 steps" in text
+    assert 'The network predicts "epsilon", the variance is "fixed_small".' in text
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    assert 'The network predicts "epsilon". The weights' in card(folder)
 
 
 def test_no_token_gets_into_a_card(run_folder, tmp_path, monkeypatch):

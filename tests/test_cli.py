@@ -44,6 +44,10 @@ EVALUATE_FLAGS = """
     --clip-x0 --decoder --steps --first-variance --extractor --num-samples --sampling-steps --num-reference
     --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
+PUBLISH_FLAGS = """
+    --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
+    --custom-pipeline --commit-message
+""".split()
 SAMPLE_FLAGS = (
     "--num-images --out --steps --scheduler --variance-type --seed --batch-size --overwrite".split()
 )
@@ -76,13 +80,18 @@ def test_top_level_help(argv, capsys):
     main(argv)
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("usage: hf-ddpm COMMAND [options]")
-    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == ["train", "sample", "evaluate"]
+    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == ["train", "sample", "evaluate", "publish"]
 
 
 @pytest.mark.parametrize(
     ("command", "flags"),
-    [("train", TRAIN_FLAGS), ("sample", SAMPLE_FLAGS), ("evaluate", EVALUATE_FLAGS)],
-    ids=["train", "sample", "evaluate"],
+    [
+        ("train", TRAIN_FLAGS),
+        ("sample", SAMPLE_FLAGS),
+        ("evaluate", EVALUATE_FLAGS),
+        ("publish", PUBLISH_FLAGS),
+    ],
+    ids=["train", "sample", "evaluate", "publish"],
 )
 def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -105,7 +114,7 @@ def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
             "dataset",
             *(flag[2:].replace("-", "_") for flag in flags),
         }
-    else:
+    elif command == "sample":
         assert all(name in out for name in SCHEDULERS)
 
 
@@ -243,7 +252,7 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
     ("argv", "words"),
     [
         (["tarin"], "hf-ddpm: error: unknown command 'tarin'; did you mean 'train'?"),
-        (["xyz"], "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate"),
+        (["xyz"], "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, publish"),
     ],
     ids=str,
 )

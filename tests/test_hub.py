@@ -107,6 +107,14 @@ def test_other_averaged_weights(run_folder, local_hub):
         publish(run_folder, REPO, ema_decay=0.5)
 
 
+def test_other_averaged_weights_are_looked_at_too(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.ema_0_9.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"can't be published: .*ema_0_9\.safetensors'. Error while"):
+        collect(folder, REPO, ema_decay=0.9)
+
+
 def test_weights_under_the_name_that_the_trainer_once_gave(run_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)

@@ -384,11 +384,11 @@ def entry(**changes):
 BAD = {
     "a pickle named safetensors": (
         renamed_pickle,
-        "Unable to load weights from 'unet/diffusion_pytorch_model.safet",
+        f"{WEIGHTS}'. Error while deserializing header",
     ),
     "torch's pickle named safetensors": (
         torch_pickle,
-        "Unable to load weights from 'unet/diffusion_pytorch_model",
+        f"{WEIGHTS}'. Error while deserializing header",
     ),
     "nothing but a pickle": (
         pickle_only,
