@@ -92,8 +92,9 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return f"{REASONS.get(status) or redact(one_line(error), token)} (status {status})"
+        status, said = error.response.status_code, " ".join((error.server_message or "").split())
+        words = REASONS.get(status, "the Hub answered with an error")
+        return redact(f"{words} (status {status}{': ' * bool(said)}{said})", token)
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return reason(error.__cause__, token)
     if isinstance(error, HTTPError):

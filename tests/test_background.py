@@ -140,7 +140,10 @@ def test_a_failure_is_one_line_and_the_next_push_makes_up_for_it(run, local_hub,
     while not messages(caplog):
         time.sleep(0.01)
     (words,) = messages(caplog)
-    assert words.startswith("step 1 was not pushed, training goes on: ") and "(status 401)" in words
+    assert (
+        words.startswith("step 1 was not pushed, training goes on: ")
+        and "(status 401: fault injected by the test)" in words
+    )
     assert "\n" not in words
     push.push(2)
     assert push.finish() and local_hub.commits(REPO) == 1

@@ -201,10 +201,13 @@ def test_the_hub_says_how_long_to_wait(run_folder, local_hub):
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (401, "log in with `hf auth login`, or set HF_TOKEN (status 401)"),
-        (403, "it needs the permission to write to this repository (status 403)"),
-        (404, "there is no such repository or branch, or the token may not see it (status 404)"),
-        (400, "(status 400)"),
+        (401, "log in with `hf auth login`, or set HF_TOKEN (status 401: fault injected by the test)"),
+        (403, "it needs the permission to write to this repository (status 403: fault injected by the test)"),
+        (
+            404,
+            "there is no such repository or branch, or the token may not see it (status 404: fault injected by the test)",
+        ),
+        (400, "the Hub answered with an error (status 400: fault injected by the test)"),
     ],
 )
 def test_what_does_not_pass_is_not_tried_again(status, words, run_folder, local_hub, capsys, caplog):
