@@ -624,15 +624,13 @@ def held_rows():
     return sum(1 for thing in gc.get_objects() if type(thing) is rows_module.Row)
 
 
-@pytest.mark.parametrize(
-    ("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (1600, 1600), (9999, 4000)]
-)
+@pytest.mark.parametrize(("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (9999, 2000)])
 def test_no_more_rows_are_held_than_the_buffer(tmp_path, shuffle_buffer, most):
-    tiny_rows(tmp_path, 4000, shards=3, row_group_size=None)
+    tiny_rows(tmp_path, 2000, shards=3, row_group_size=None)
     images = load_stream(tmp_path, shuffle_buffer=shuffle_buffer).images()
     before, seen = held_rows(), []
     for i, _ in enumerate(images):
-        if i % 411 == 0:
+        if i % 401 == 0:
             seen.append(held_rows() - before)
     assert max(seen) <= most
     if shuffle_buffer >= 100:
@@ -709,10 +707,8 @@ def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
         assert list(ours.counts) == list(theirs.counts)
         for shard, count in enumerate(ours.counts):
             for start in range(count + 1):
-                read = [
-                    [v for part in it.read(shard, start) for v in part.to_pylist()] for it in (ours, theirs)
-                ]
-                assert read[0] == read[1] and len(read[0]) == count - start
+                read = list(ours.read(shard, start))
+                assert read == list(theirs.read(shard, start)) and len(read) == count - start
 
 
 def test_a_shard_that_shrank_or_broke_is_named(tmp_path):
@@ -722,7 +718,9 @@ def test_a_shard_that_shrank_or_broke_is_named(tmp_path):
     file = tmp_path / "train-00001-of-00002.parquet"
     table, data = pq.read_table(file), bytearray(file.read_bytes())
     pq.write_table(table.slice(0, 15), file)
-    with pytest.raises(ValueError, match=r"train-00001-of-00002.parquet ends after 15 rows; .* it had 20$"):
+    with pytest.raises(
+        ValueError, match=r"train-00001-of-00002.parquet has lost rows since they were counted$"
+    ):
         every(stream)
     data[4:600] = bytes(596)
     file.write_bytes(data)
