@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -228,6 +229,13 @@ def test_image_folder(tmp_path):
     stream = load_stream(tmp_path)
     assert stream.shape == (3, 6, 5)
     assert torch.equal(every(stream), torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_images_in_an_archive(tmp_path):
+    """Paths that only fsspec opens."""
+    shutil.make_archive(str(tmp_path / "data" / "train"), "zip", picture_folder(tmp_path / "pictures", 12))
+    stream = load_stream(tmp_path / "data", shuffle_buffer=4)
+    assert as_set(every(stream)) == as_set(torch.from_numpy(noise(12))[:, None])
 
 
 def test_parquet_without_hugging_face_metadata(tmp_path):
