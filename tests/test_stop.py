@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from hf_ddpm.stop import SIGNALS, StopSignals, TrainingStopped, ignore_signals
-from tests.launch import together
+from tests.launching import together
 
 
 def send(number):
