@@ -63,8 +63,9 @@ def load_stream(
         fit: how an image gets `image_size`: "exact" (it has it already), "resize" (bicubic), "resize_crop"
             (bicubic until it covers H x W, centre kept), "center_crop" or "random_crop" (both unscaled).
         horizontal_flip: mirror each image with probability 1/2.
-        shuffle_buffer: 0 keeps the source's order; n shuffles the shards, then draws from n undecoded images.
-            A folder of images is one shard sorted by class: give it a buffer of its size (paths, so small).
+        shuffle_buffer: 0 keeps the source's order; n shuffles the shards, reads 8 distant parts of them side
+            by side, and shuffles among n undecoded images. A folder of images is one shard sorted by class:
+            give it a buffer of its size (paths, so small).
         seed: of order, crops and flips.
         skip_corrupt: pass over (and count) images that can't be decoded or don't fit, instead of raising.
 

@@ -1,12 +1,12 @@
 """Rows: the shards of a `datasets` stream, read in an `Order` with one open reader for each of its lanes.
 
-Rows stay arrow tables until their block is due, and encoded images until someone decodes them. A lane holds
-the rows of one block and one reader, which goes on where the last block ended or seeks.
+Images stay encoded until someone decodes them. A lane holds the rows of one block and one reader, which goes
+on where the last block ended or seeks.
 
 Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
 over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends, which
-eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a
-megabyte or two beside its rows, and no thread is left to abort the interpreter at its exit.
+eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a page
+of the file and a megabyte beside its rows, and no thread is left to abort the interpreter at its exit.
 
 What it doesn't know: pixels, crops, which places anyone wants.
 """
@@ -53,7 +53,7 @@ class Shards:
     """
 
     def __init__(self, dataset: datasets.IterableDataset, column: str, names: list[str]):
-        self._dataset = dataset.select_columns([column]).with_format("arrow")
+        self._dataset = dataset.select_columns([column])
         self._column, self.names = column, names
         self._schema = datasets.Features({column: (dataset.features or {})[column]}).arrow_schema
         self._parquet = all(name.endswith(".parquet") for name in names)
@@ -66,7 +66,7 @@ class Shards:
             ValueError: a shard that can't be read.
         """
         if not self._parquet:
-            return [sum(map(len, self.read(shard))) for shard in range(len(self.names))]
+            return [sum(1 for _ in self.read(shard)) for shard in range(len(self.names))]
         with ThreadPoolExecutor(8) as threads:  # a remote footer is a matter of waiting
             return list(threads.map(self._count_in_footer, range(len(self.names))))
 
@@ -74,21 +74,22 @@ class Shards:
         with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
             return parquet.metadata.num_rows
 
-    def read(self, shard: int, start: int = 0) -> Generator[pa.ChunkedArray, None, None]:
-        """The column's values from row `start` of a shard on, a few at a time.
+    def read(self, shard: int, start: int = 0) -> Generator[Any, None, None]:
+        """The column's values from row `start` of a shard on.
 
         Raises:
             ValueError: the shard can't be read.
         """
         with self._named_errors(shard):
-            yield from (self._read_parquet if self._parquet else self._read_stream)(shard, start)
+            for values in (self._read_parquet if self._parquet else self._read_stream)(shard, start):
+                yield from values
 
-    def _read_stream(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
+    def _read_stream(self, shard: int, start: int) -> Iterator[list[Any]]:
         part = self._dataset.shard(len(self.names), shard)
-        for table in (part.skip(start) if start else part).iter(_ROWS_PER_READ):
-            yield table[self._column]
+        for batch in part.skip(start).iter(_ROWS_PER_READ):
+            yield batch[self._column]
 
-    def _read_parquet(self, shard: int, start: int) -> Iterator[pa.ChunkedArray]:
+    def _read_parquet(self, shard: int, start: int) -> Iterator[list[Any]]:
         with _open_parquet(self.names[shard]) as parquet:
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             ends = list(itertools.accumulate(sizes))
@@ -97,7 +98,7 @@ class Shards:
             for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
                 if passed < len(batch):
                     table = pa.Table.from_batches([batch.slice(passed)])
-                    yield table_cast(table, self._schema)[self._column]
+                    yield table_cast(table, self._schema)[self._column].to_pylist()
                 passed = max(0, passed - len(batch))
 
     @contextmanager
@@ -110,8 +111,7 @@ class Shards:
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
         for shard in range(len(self.names)):
-            values = (value for part in self.read(shard) for value in part.to_pylist())
-            yield from (Row(shard, number, value) for number, value in enumerate(values))
+            yield from (Row(shard, number, value) for number, value in enumerate(self.read(shard)))
 
     def __str__(self) -> str:
         return ", ".join(sorted(set(self.names)))
@@ -171,32 +171,23 @@ class _Reader:
     def __init__(self, shards: Shards):
         self._shards = shards
         self._shard, self._at = -1, 0
-        self._values: Generator[pa.ChunkedArray, None, None] | None = None
-        self._rest: pa.ChunkedArray | None = None  # read, but not taken; its first row is number `_at`
+        self._values: Generator[Any, None, None] | None = None  # of the shard, from row `_at` on
 
     def close(self) -> None:
         if self._values is not None:
             self._values.close()
-        self._shard, self._values, self._rest = -1, None, None
+        self._values = None
 
     def take(self, stretch: Stretch) -> list[Row]:
         shard, start, stop = stretch
-        if shard != self._shard or start < self._at:
+        if self._values is None or shard != self._shard or start < self._at:
             self.close()
             self._shard, self._at, self._values = shard, start, self._shards.read(shard, start)
-        rows: list[Row] = []
-        while self._at < stop:
-            if not self._rest:
-                self._rest = next(self._values, None) if self._values else None
-            if self._rest is None:
-                name, count = self._shards.names[shard], self._shards.counts[shard]
-                raise ValueError(f"{name} ends after {self._at} rows; when they were counted it had {count}")
-            passed = min(len(self._rest), max(0, start - self._at))
-            taken = min(len(self._rest), stop - self._at) - passed
-            numbers = range(self._at + passed, self._at + passed + taken)
-            rows += map(Row, [shard] * taken, numbers, self._rest.slice(passed, taken).to_pylist())
-            self._rest = self._rest.slice(passed + taken)
-            self._at += passed + taken
+        values = list(itertools.islice(self._values, start - self._at, stop - self._at))
+        self._at = stop
+        if len(values) < stop - start:
+            self.close()
+            raise ValueError(f"{self._shards.names[shard]} has lost rows since they were counted")
         if stop == self._shards.counts[shard]:
             self.close()
-        return rows
+        return list(map(Row, itertools.repeat(shard), range(start, stop), values))

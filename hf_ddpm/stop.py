@@ -35,7 +35,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         try:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as of Ctrl-C in a background job
+                    self._before[number] = signal.signal(number, self._note)
         except ValueError:  # not in the main thread
             pass
         return self

@@ -12,8 +12,12 @@ import runpy
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_scripts" / "train.py"
@@ -48,18 +52,26 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
-def start(command: list, cwd: Path, processes: int = 1) -> list[BaseProcess]:
-    """Python processes that run a script, each rank of a launch one; they print to the file `output`."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
+        return free.getsockname()[1]
+
+
+def as_launched(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun says in the environment; nothing for a process alone."""
+    if processes == 1:
+        return {}
+    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def start(command: list, cwd: Path, processes: int = 1) -> list[BaseProcess]:
+    """Python processes that run a script, each rank of a launch one; they print to the file `output`."""
+    started, port = [], free_port()
     for rank in range(processes):
-        env = environment()
-        if processes > 1:  # as torchrun sets it
-            ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-            worlds = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-            env |= {**ranks, **worlds, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = environment(**as_launched(rank, processes, port))
         process = FORKS.Process(target=_script, args=([str(word) for word in command], str(cwd), env))
         process.start()
         started.append(process)
@@ -87,6 +99,40 @@ def _script(command: list[str], cwd: str, env: dict[str, str]) -> None:
     multiprocessing.set_start_method(None, force=True)  # the default again, for data loaders
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: float = 240) -> list:
+    """What `work(*args)`, of a module, returns in each process, by rank; all must end well."""
+    places, port = [folder / f".rank{rank}.pt" for rank in range(processes)], free_port()
+    for place in places:
+        place.unlink(missing_ok=True)
+    torch.save(args, folder / ".args.pt")  # sent through a pipe, tensors would be shared between processes
+    started = []
+    for rank, place in enumerate(places):
+        env = environment(**as_launched(rank, processes, port))
+        process = FORKS.Process(target=_work, args=(env, place, work))
+        process.start()
+        started.append(process)
+    codes = finish(started, timeout)
+    answers = [torch.load(place, weights_only=False) if place.exists() else (None, "") for place in places]
+    assert all(error is None for _, error in answers), "\n".join(str(error) for _, error in answers)
+    assert codes == [0] * processes
+    return [answer for answer, _ in answers]
+
+
+def _work(env: dict[str, str], place: Path, work: Callable) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    answer, error = None, None
+    try:
+        answer = work(*torch.load(place.with_name(".args.pt"), weights_only=False))
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((answer, error), place)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os._exit(error is not None)
 
 
 def results(run_folder: Path) -> dict[str, object]:

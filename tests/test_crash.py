@@ -20,7 +20,7 @@ PLAN = {
         "dataset": "digits",
         "output_dir": "run",
         "seed": 4,
-        "max_steps": 60,
+        "max_steps": 40,
         "batch_size": 4,
     },
     **{"gradient_accumulation_steps": 2, "dropout": 0.1, "horizontal_flip": True, "shuffle_buffer": 200},

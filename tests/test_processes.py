@@ -8,7 +8,7 @@ import pytest
 from accelerate import Accelerator
 
 from hf_ddpm.processes import on_main_process
-from tests.launch import together
+from tests.launching import together
 
 
 def test_one_process_does_it_itself():

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from hf_ddpm import TrainConfig
 from hf_ddpm.record import Record
-from tests.launch import together
+from tests.launching import together
 
 PER_STEP = 8
 

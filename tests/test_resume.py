@@ -301,20 +301,32 @@ def test_a_full_disk_ends_the_command_with_a_line_and_the_same_command_goes_on(t
     assert [step for step, _ in list_checkpoints(run)] == [2, 4]
 
 
-@pytest.mark.parametrize(
-    ("work", "kind"), [("_make_writable", ValueError), ("save_checkpoint", PermissionError)]
-)
-def test_a_read_only_folder_is_one_line_and_leaves_the_last_checkpoint(open_folder, monkeypatch, work, kind):
-    run = open_folder / "run"
-    train(small(run, max_steps=2), Conv())
-    real = getattr(hf_ddpm.trainer, work)
+def read_only_in(folder: Path, work):
+    """The work, done while a folder is read-only."""
 
     def in_vain(*args):
-        with read_only(run if work == "_make_writable" else run / "checkpoints"):
-            return real(*args)
+        with read_only(folder):
+            return work(*args)
 
+    return in_vain
+
+
+@pytest.mark.parametrize(
+    ("owner", "work", "folder", "kind"),
+    [
+        (hf_ddpm.trainer.RunLock, "acquire", ".", ValueError),
+        (hf_ddpm.trainer, "save_checkpoint", "checkpoints", PermissionError),
+    ],
+    ids=["at the start", "while it saves"],
+)
+def test_a_read_only_folder_is_one_line_and_leaves_the_last_checkpoint(
+    open_folder, monkeypatch, owner, work, folder, kind
+):
+    run = open_folder / "run"
+    train(small(run, max_steps=2), Conv())
+    (run / ".lock").unlink()
     with monkeypatch.context() as patch, pytest.raises(kind) as error:
-        patch.setattr(hf_ddpm.trainer, work, in_vain)
+        patch.setattr(owner, work, read_only_in(run / folder, getattr(owner, work)))
         train(small(run), Conv())
     text = str(error.value)
     assert "Permission denied" in text and str(run) in text and "\n" not in text

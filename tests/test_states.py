@@ -29,7 +29,7 @@ from hf_ddpm.states import (
     restore_optimizer,
     whole,
 )
-from tests.launch import together
+from tests.launching import together
 
 
 class Network(nn.Module):

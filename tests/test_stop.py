@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from hf_ddpm.stop import SIGNALS, StopSignals, TrainingStopped, ignore_signals
-from tests.launch import together
+from tests.launching import together
 
 
 def send(number):
@@ -131,3 +131,14 @@ def test_a_signal_after_the_processes_asked_waits_for_the_next_step(monkeypatch)
         assert not stop.agreed()
         all_reduce.clear()
         assert stop.agreed()
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals(1) as stop:
+            send(signal.SIGINT)
+            assert not stop.agreed()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Array3D, Dataset, Features
 from PIL import Image
 from safetensors.torch import load_file
@@ -831,6 +832,7 @@ def test_networks_that_do_not_fit(finished, tmp_path):
 
 
 def test_processes_that_were_not_joined(tmp_path, monkeypatch):
+    PartialState(cpu=True)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")  # accelerate has this process in its books already, as the only one
     text = refused(small(tmp_path / "run"))
@@ -851,6 +853,7 @@ def test_processes_that_were_not_joined(tmp_path, monkeypatch):
     ],
 )
 def test_a_launch_that_is_not_what_was_asked_for(tmp_path, monkeypatch, environment, words):
+    PartialState(cpu=True)  # alone, as it is in such a launch
     for name, value in (word.split("=") for word in environment.split()):
         monkeypatch.setenv(name, value)
     assert words in refused(small(tmp_path / "run"))
