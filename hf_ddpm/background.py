@@ -1,6 +1,6 @@
 """Publishing while a network trains: snapshots that a thread uploads, the newest first.
 
-Training never waits and never fails for it. It knows threads and files; what is sent, and how, is hub.py's.
+Training never waits and never fails for it. It knows threads and files; what is sent is publication.py's.
 """
 
 import logging
@@ -15,8 +15,9 @@ from typing import Any
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hf_ddpm.card import CardFacts
-from hf_ddpm.hub import check_repo_id, collect, find_dataset_id, finishing_command, needed_files, send
+from hf_ddpm.hub import finishing_command, send
 from hf_ddpm.pixels import one_line
+from hf_ddpm.publication import check_repo_id, collect, find_dataset_id, needed_files
 from hf_ddpm.redact import redact
 from hf_ddpm.upload import PublishError, Retry
 

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from hf_ddpm.config import EvaluationConfig, TrainConfig
 from hf_ddpm.evaluation import evaluate
 from hf_ddpm.generate import sample
-from hf_ddpm.hub import collect, finishing_command, send
+from hf_ddpm.hub import finishing_command, send
+from hf_ddpm.publication import collect
 from hf_ddpm.redact import redact
 from hf_ddpm.report import JSON, describe
 from hf_ddpm.samplers import SCHEDULERS

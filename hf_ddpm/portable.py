@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import diffusers
 
-from hf_ddpm.hub import collect, send
+from hf_ddpm.hub import send
 from hf_ddpm.loading import HUB_OPTIONS, INDEX, check_folder, entries, fetch, resolve
+from hf_ddpm.publication import collect
 from hf_ddpm.redact import redact
 from hf_ddpm.samplers import diffusers_messages, load_reason
 

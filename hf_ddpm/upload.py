@@ -1,6 +1,6 @@
 """Files → one commit on the Hub, with retries: the Hub's client repeats uploads, but no commit that fails.
 
-It knows requests and their errors; which files are sent, and why, is hub.py's.
+It knows requests and their errors; which files are sent, and why, is publication.py's.
 """
 
 import logging

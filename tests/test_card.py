@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm.card import CARD, CardFacts, card_folders, card_of, make_card
 from hf_ddpm.cli import run
-from hf_ddpm.hub import collect, save_card_folder
+from hf_ddpm.publication import collect, save_card_folder
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"

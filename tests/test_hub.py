@@ -1,4 +1,4 @@
-"""hub.py and upload.py: what is sent, once; what is tried again, and what is not; the command line."""
+"""hub.py, publication.py, upload.py: what is sent, once; what is tried again and what not; the command."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 from hf_ddpm.cli import publish_command, run
-from hf_ddpm.hub import collect, publish
+from hf_ddpm.hub import publish
 from hf_ddpm.loading import needs_us
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.publication import collect
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.upload import PublishError, Retry
 
@@ -201,11 +202,11 @@ def test_the_hub_says_how_long_to_wait(run_folder, local_hub):
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (401, "log in with `hf auth login`, or set HF_TOKEN (status 401: fault injected by the test)"),
-        (403, "it needs the permission to write to this repository (status 403: fault injected by the test)"),
+        (401, "log in with `hf auth login`, or set HF_TOKEN (status 401: fault injected"),
+        (403, "it needs the permission to write to this repository (status 403: fault injected"),
         (
             404,
-            "there is no such repository or branch, or the token may not see it (status 404: fault injected by the test)",
+            "there is no such repository or branch, or the token may not see it (status 404: fault injected",
         ),
         (400, "the Hub answered with an error (status 400: fault injected by the test)"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_ddpm.card import CARD, card_folders, card_of
 from hf_ddpm.cli import run
-from hf_ddpm.hub import collect, save_card_folder
+from hf_ddpm.publication import collect, save_card_folder
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
