@@ -66,6 +66,7 @@ class BackgroundPush:
         self._changed = threading.Condition()
         self._waiting: _Snapshot | None = None
         self._closing, self._deadline = False, float("inf")
+        self._count = 0
         self._newest: int | None = None
         self._published: int | None = None
         self._failure: str | None = None
@@ -85,7 +86,8 @@ class BackgroundPush:
         Args:
             step: optimizer steps done, for the commit's message.
         """
-        self._newest, place = step, self._run / SCRATCH / f"step-{step:08d}"
+        self._newest, self._count = step, self._count + 1
+        place = self._run / SCRATCH / f"{self._count}"  # not the step's: that may come twice
         try:
             take_snapshot(self._run, place, self._options.get("ema_decay"))
         except Exception as error:  # whatever it is, training goes on
@@ -95,7 +97,7 @@ class BackgroundPush:
         with self._changed:
             old, self._waiting = self._waiting, _Snapshot(step, place)
             self._changed.notify_all()
-        if old is not None and old.folder != place:
+        if old is not None:
             shutil.rmtree(old.folder, ignore_errors=True)
 
     def finish(self, timeout: float | None = None) -> str | None:

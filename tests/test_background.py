@@ -87,7 +87,7 @@ def test_training_does_not_wait_and_the_newest_wins(run, local_hub, monkeypatch)
         push.push(step)
         assert time.perf_counter() - started < 2  # that it doesn't wait for the gate: the snapshot alone
     assert len(set(sent.values())) == 4 and local_hub.commits(REPO) == 0
-    assert sorted(os.listdir(run / SCRATCH)) == ["step-00000001", "step-00000004"]
+    assert sorted(os.listdir(run / SCRATCH)) == ["1", "4"]
     gate.open()
     push.finish()
     assert local_hub.commits(REPO) == 2 and local_hub.files(REPO)[WEIGHTS] == sent[4]
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_published_stops_nothing(run, local_hub, caplog)
 
 
 def test_what_a_killed_run_left_goes(run):
-    (run / SCRATCH / "step-00000001").mkdir(parents=True)
+    (run / SCRATCH / "1").mkdir(parents=True)
     BackgroundPush(run, REPO).finish()
     assert not (run / SCRATCH).exists()
 
