@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils.torch_utils import get_device
@@ -24,10 +25,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from hf_ddpm.background import BackgroundPush
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
 from hf_ddpm.models import PRESETS, create_model
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.processes import on_main_process
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.share import StepShare
 from hf_ddpm.stop import ignore_signals
@@ -271,3 +274,24 @@ def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRSchedul
         num_training_steps=config.max_steps,
         last_epoch=step - 1,
     )
+
+
+def start_pushing(config: TrainConfig, model: nn.Module, accelerator: Accelerator) -> BackgroundPush | None:
+    """What uploads the run's folder in the background, on process 0 if it is asked for; None elsewhere.
+
+    Raises:
+        ValueError: a bad repository id or licence, or a network that no pipeline can be saved of.
+    """
+    if config.push_to_hub is None:
+        return None
+    if not isinstance(model, ModelMixin):
+        raise ValueError(f"push_to_hub needs a diffusers network, this is {type(model).__name__}")
+    started = []
+
+    def begin() -> None:
+        options = {key: getattr(config, key) for key in ("license", "dataset_license", "dataset_id")}
+        run, private = Path(config.output_dir), config.push_private
+        started.append(BackgroundPush(run, str(config.push_to_hub), private=private, **options))
+
+    on_main_process(accelerator, begin)
+    return started[0] if started else None

@@ -17,7 +17,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,17 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder = run / "checkpoints" / f"step-{checkpoint.step:08d}"
 
     def fill(place: Path) -> None:
-        with _named(place / "model.safetensors") as file:
+        with named(place / "model.safetensors") as file:
             save_file(_plain(checkpoint.model), file)
         for decay, average in checkpoint.averages.items():
-            with _named(place / f"ema_{decay}.safetensors") as file:
+            with named(place / f"ema_{decay}.safetensors") as file:
                 save_file(_plain(average), file)
-        with _named(place / "optimizer.pt") as file, file.open("wb") as stream:
+        with named(place / "optimizer.pt") as file, file.open("wb") as stream:
             torch.save(dict(checkpoint.optimizer), stream)  # which, given a path, hides what the system said
-        with _named(place / "state.json") as file:
+        with named(place / "state.json") as file:
             state = {"step": checkpoint.step, **checkpoint.state}
             file.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        with _named(place / SUMS) as file:
+        with named(place / SUMS) as file:
             sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(place.iterdir()) if path != file]
             file.write_text("".join(sums), encoding="utf-8")
 
@@ -181,7 +181,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     with _scratch(folder.with_name(f".{folder.name}.tmp")) as place:
         fill(place)
         for file in (*place.rglob("*"), place):
-            _to_disk(file)
+            to_disk(file)
         if folder.exists():
             old = folder.rename(_free(folder.with_name(f".{folder.name}.old")))
             try:
@@ -192,7 +192,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
             shutil.rmtree(old)
         else:
             place.rename(folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
 
 
 def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> None:
@@ -204,7 +204,7 @@ def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> No
     with _scratch(folder / ".new.tmp") as place:
         fill(place)
         for file in place.rglob("*"):
-            _to_disk(file)
+            to_disk(file)
         files = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: path.as_posix() == last):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[Path]:
+def named(file: Path) -> Iterator[Path]:
     """What can't be written, in one class and by name: libraries have their own words for a full disk."""
     try:
         yield file
@@ -251,14 +251,22 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file's or a folder's content would survive a power cut."""
-    with _named(path):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or what a folder lists, would survive a power cut."""
+    if path.is_dir():
+        with suppress(OSError):  # Windows and some network folders can't
+            _sync(path, os.O_RDONLY)
+    else:
+        with named(path):
+            _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    number = os.open(path, flags)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _one_line(error: Exception) -> str:

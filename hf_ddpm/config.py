@@ -66,7 +66,9 @@ class TrainConfig:
     )
     horizontal_flip: bool = option(False, "mirror images at random")
     shuffle_buffer: int = option(1000, "images shuffled at once, 0 for the order of the files", least=0)
-    skip_corrupt: bool = option(False, "skip and count images that can't be read, instead of stopping")
+    skip_corrupt: bool = option(
+        False, "skip and count training images that can't be read, instead of stopping"
+    )
     num_workers: int = option(0, "processes that decode images ahead, for each training process", least=0)
 
     # The network and the process
@@ -138,6 +140,12 @@ class TrainConfig:
     evaluate_num_images: int = option(256, "how many of them, at most", least=2)
     evaluate_num_evals: int = option(20, "network evaluations for each", least=2)
     trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
+    push_to_hub: str | None = option(None, "Hub repository to push to while training, as user/name")
+    push_every: int = option(1000, "steps between pushes, in the background", least=1)
+    push_private: bool = option(False, "make that repository private")
+    license: str | None = option(None, "of the weights, for the model card: apache-2.0, cc-by-4.0, ...")
+    dataset_license: str | None = option(None, "of the images, for the model card")
+    dataset_id: str | None = option(None, "of the images on the Hub, for the model card")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -154,6 +154,11 @@ class ImageStream:
     def _order(self) -> Order:
         return Order(self._shards.counts, self._buffer, self._seed)
 
+    @property
+    def row_counts(self) -> list[int]:
+        """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
+        return list(self._shards.counts)
+
     def num_rows(self) -> int:
         """Images of an epoch, those that can't be read included; counted at the first call, not decoded."""
         return self._order.num_rows

@@ -20,12 +20,14 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_ddpm.checkpoint import named
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import load_stream
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.models import as_denoiser, scoring_device
 from hf_ddpm.pixels import image_digest, to_float
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.processes import on_main_process
 from hf_ddpm.progress import Counted, progress
 from hf_ddpm.seeds import derive_seed
 
@@ -125,7 +127,8 @@ class HeldOut:
                 found["rate_bpd"] += estimate.per_image_rate_bpd.tolist()
                 found["distortion_bpd"] += estimate.per_image_distortion_bpd.tolist()
 
-        rows = sorted(set(gather_object(list(zip(*found.values(), strict=True)))))
+        every = gather_object(list(zip(*found.values(), strict=True)))
+        rows = sorted({line[0]: line for line in reversed(every)}.values())
         types = (torch.int64, torch.int64, *[torch.float64] * 3)
         columns = zip(COLUMNS, types, zip(*rows, strict=True), strict=True)
         now = {name: torch.tensor(column, dtype=kind) for name, kind, column in columns}
@@ -138,11 +141,14 @@ class HeldOut:
             change = now["bpd"] - before["bpd"]
             line["heldout_change"], line["heldout_change_stderr"] = mean_and_stderr(change)
         accelerator.wait_for_everyone()  # all have looked for the last one
-        if accelerator.is_main_process:
+
+        def write() -> None:
             self._folder.mkdir(exist_ok=True)
-            partial = self._folder / ".new.tmp"
-            save_file(now, partial)
-            os.replace(partial, self._folder / f"step-{step:08d}.safetensors")
+            with named(self._folder / f"step-{step:08d}.safetensors") as file:
+                save_file(now, partial := file.with_name(".new.tmp"))
+                os.replace(partial, file)
+
+        on_main_process(accelerator, write)
         return {name: value for name, value in line.items() if value == value}  # JSON has no NaN
 
     def _last_before(self, step: int) -> dict[str, torch.Tensor] | None:

@@ -18,17 +18,19 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
         work: something to be done once; its answer is small and plain.
 
     Raises:
-        ValueError, OSError, RuntimeError: `work` raised it on process 0.
+        ValueError, OSError, RuntimeError: `work` raised it on process 0; other kinds are RuntimeError on the
+            others.
     """
     answer: list[Any] = [None, None, ()]
     error: Exception | None = None
     if accelerator.is_main_process:
         try:
             answer[0] = work()
-        except (ValueError, OSError, RuntimeError) as caught:
+        except Exception as caught:
             error = caught
-            answer[1] = next(name for name, kind in KINDS.items() if isinstance(error, kind))
-            answer[2] = (str(error),)
+            known = [name for name, kind in KINDS.items() if isinstance(error, kind)]
+            answer[1] = known[0] if known else "RuntimeError"
+            answer[2] = (str(error) if known else f"{type(error).__name__}: {error}",)
             if isinstance(error, OSError) and error.errno is not None:
                 answer[2] = error.errno, error.strerror, error.filename, None, error.filename2
     broadcast_object_list(answer)

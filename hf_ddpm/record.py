@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor, nn
 
+from hf_ddpm.checkpoint import named, to_disk
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.processes import on_main_process
 from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
 
@@ -41,6 +44,7 @@ class Record:
         config: the run.
         first: the step it starts at.
         per_step: images of a step, over all processes.
+        per_epoch: images of the data set.
         state: what `state` gave at that step; empty for a new run.
 
     Attributes:
@@ -57,6 +61,7 @@ class Record:
         config: TrainConfig,
         first: int,
         per_step: int,
+        per_epoch: int,
         state: Mapping[str, Any],
     ):
         self.run, self.accelerator, self.config = run, accelerator, config
@@ -64,6 +69,7 @@ class Record:
         self.grad_norm: Tensor | None = None
         self.skipped: int = state.get("skipped", 0)
         self._per_step, self._step, self._first = per_step, first, first
+        self._per_epoch, self._in_vain = per_epoch, 0  # positions in a row without an image
         self._sums = torch.zeros(2, QUARTILES, device=accelerator.device)  # loss, images: of this step
         self._steps: list[Tensor] = []  # of this process's steps since the last log, still on the device
         pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
@@ -71,9 +77,12 @@ class Record:
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
         self._logged_step = first
         self._file = run / "log.jsonl"
-        if accelerator.is_main_process:
+
+        def begin() -> None:
             _keep_lines(self._file, first)
             _replace(run / "train_config.json", config.to_json())
+
+        on_main_process(accelerator, begin)
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
             again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
@@ -129,11 +138,12 @@ class Record:
         speed = (self._step - self._logged_step) * self._per_step / max(now - self._logged_worked, 1e-9)
         self.images_per_second = (self._step - self._first) * self._per_step / max(now, 1e-9)
         self._logged_step, self._logged_worked = self._step, now
-        self.loss = float(loss.sum() / images.sum())
+        self.loss = float(loss.sum() / images.sum())  # NaN where no image could be read
         self.skipped += self._missing()
         self._table = self._table[:0]
 
-        line = {"step": self._step, "images": self._step * self._per_step, "loss": self.loss}
+        line: dict[str, float] = {"step": self._step, "images": self._step * self._per_step}
+        line |= {"loss": self.loss} if images.any() else {}
         for number, (sum_, count) in enumerate(zip(loss.tolist(), images.tolist(), strict=True), 1):
             if count:
                 line[f"loss_quartile_{number}"] = sum_ / count
@@ -153,6 +163,8 @@ class Record:
             RuntimeError: as in `log`.
         """
         self._settle()
+        if self._file.exists() and self.accelerator.is_main_process:
+            to_disk(self._file)  # what a checkpoint follows is as safe as the checkpoint
         return {"pending": self._table.tolist(), "skipped": self.skipped}
 
     def _settle(self) -> None:
@@ -177,8 +189,10 @@ class Record:
                 f"the mean loss of steps {self._step - len(self._table) + 1} to {self._step} is "
                 f"{loss / images:.4g}, above max_loss {self.config.max_loss:g}; checkpoints from before stand"
             )
-        if not images:
-            raise RuntimeError(f"no image of the steps up to {self._step} could be read")
+        for count in new[:, 1].sum(-1).tolist():
+            self._in_vain = 0 if count else self._in_vain + self._per_step
+        if self._in_vain >= self._per_epoch:
+            raise RuntimeError(f"no image of an epoch up to step {self._step} could be read")
 
     def _missing(self) -> int:
         return len(self._table) * self._per_step - int(self._table[:, 1].sum())
@@ -190,9 +204,12 @@ class Record:
     def note(self, line: Mapping[str, float]) -> None:
         """Write numbers of this step to log.jsonl and the trackers."""
         numbers = {key: value for key, value in line.items() if key != "step"}
-        if self.accelerator.is_main_process:
-            with self._file.open("a", encoding="utf-8") as file:
+
+        def write() -> None:
+            with named(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self._step, **numbers}) + "\n")
+
+        on_main_process(self.accelerator, write)
         self.accelerator.log(numbers, step=self._step)
 
     def grid_path(self, shape: tuple[int, int, int]) -> Path:
@@ -235,22 +252,28 @@ class Record:
                 image_shape=shape,
             )[0]
         found = dict(gather_object(list(zip(mine, images, strict=True))))
-        if not accelerator.is_main_process:
-            return
-        images = [found[i] for i in range(wanted)]
-        if not as_picture:
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f".{path.name}.tmp")
-            with partial.open("wb") as file:
-                np.save(file, np.stack(images))
-            partial.replace(path)
-            return
-        grid = image_grid(images)
-        save_image(grid, path)
-        for tracker in accelerator.trackers:
+
+        def write() -> None:
+            images = [found[i] for i in range(wanted)]
+            with named(path):
+                if as_picture:
+                    self._show(save_image(image_grid(images), path))
+                    return
+                path.parent.mkdir(exist_ok=True)
+                partial = path.with_name(f".{path.name}.tmp")
+                with partial.open("wb") as file:
+                    np.save(file, np.stack(images))
+                partial.replace(path)
+
+        on_main_process(accelerator, write)
+
+    def _show(self, grid: Path) -> None:
+        """Give a picture to the trackers that take some."""
+        for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(grid)[None]}, step=self._step, **layout)
+                with Image.open(grid) as image:
+                    tracker.log_images({"samples": np.asarray(image)[None]}, step=self._step, **layout)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -273,9 +296,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def _replace(file: Path, text: str) -> None:
-    new = file.with_suffix(".tmp")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
+    with named(file):
+        new = file.with_suffix(".tmp")
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, file)
 
 
 def _step_of(line: str) -> float:

@@ -1,18 +1,24 @@
-"""Which checkpoint a run goes on from, and whether it may: the newest that is whole, of the same run.
+"""How a run goes on: from which checkpoint, whether it may, and putting it into the run's objects.
 
 Process 0 chooses, as what it finds may change what the others would. All of them read the chosen one.
 """
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.processes import on_main_process
+from hf_ddpm.share import StepShare
+from hf_ddpm.states import restore_model, restore_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +26,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers"),
     *("sample_every", "sample_num_images", "sample_steps", "num_workers", "max_loss"),
+    *("push_to_hub", "push_every", "push_private", "license", "dataset_license", "dataset_id"),
     *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
 }
 
@@ -28,7 +35,7 @@ def find_checkpoint(config: TrainConfig, run: Path, accelerator: Accelerator) ->
     """The checkpoint to go on from, None for a fresh start; all processes call it together.
 
     A damaged one is named in a warning and set aside, and the one before it is taken, unless `config.resume`
-    names it.
+    names it. A run in the folder that itself went on from the named one just goes on.
 
     Raises:
         ValueError: no such checkpoint, a damaged one without another, a folder that holds something else, or
@@ -64,7 +71,7 @@ def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
         raise ValueError(
             f"output_dir {str(run)!r} holds a run at step {found[-1][0]}; resume 'auto' goes on with it"
         )
-    if named:
+    if named and not _began_there(found, config.resume):
         folder = Path(config.resume)
         _check_config(config, folder, (checkpoint := load_checkpoint(folder)).state)
         if found and not folder.samefile(found[-1][1]):
@@ -90,6 +97,14 @@ def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
     return None
 
 
+def _began_there(found: list[tuple[int, Path]], named: str) -> bool:
+    """Whether the newest whole checkpoint is of a run that itself went on from the named one."""
+    for _, folder in reversed(found):
+        with contextlib.suppress(ValueError):
+            return load_checkpoint(folder).state.get("config", {}).get("resume") == named
+    return False
+
+
 def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
     was, now = state.get("config", {}), dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
@@ -106,3 +121,59 @@ def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
             now["max_steps"],
             config.lr_scheduler,
         )
+
+
+def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any]) -> StepShare:
+    """This process's part of each step, whose images are as many as when the run began."""
+    world = accelerator.num_processes
+    per_step = config.batch_size * config.gradient_accumulation_steps * world
+    share = StepShare(
+        state.get("images_per_step", per_step), config.batch_size, accelerator.process_index, world
+    )
+    if share.per_step != per_step and accelerator.is_main_process:
+        logger.warning(
+            "the run has steps of %d images; %d processes share them, in %d micro-steps of %d each",
+            share.per_step,
+            world,
+            share.micro_steps,
+            share.micro_batch,
+        )
+    return share
+
+
+def check_rows(counts: list[int], state: Mapping[str, Any]) -> None:
+    """Refuse a data set that has changed since: a position would be another image's."""
+    was = state.get("row_counts", counts)
+    if was != counts:
+        raise ValueError(
+            f"the data set has {sum(counts)} rows in shards of {_some(counts)}, the run began with "
+            f"{sum(was)} in shards of {_some(was)}; allowed: the same data, or another output_dir"
+        )
+
+
+def _some(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")
+
+
+def restore(
+    start: Checkpoint,
+    unet: nn.Module,
+    averages: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Put a checkpoint into the objects of a run; all processes call it together.
+
+    Raises:
+        ValueError: it is of another network.
+    """
+    try:
+        restore_model(unet, start.model)
+        for name, average in averages.items():
+            restore_model(average, start.averages[name])
+        restore_optimizer(unet, optimizer, start.optimizer["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(start.optimizer["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error

@@ -61,12 +61,12 @@ class StopSignals:
         return True
 
     def check(self) -> None:
-        """For long work with nothing to save, where the other processes aren't asked.
+        """Ask in long work with nothing to save; all processes do, as many times.
 
         Raises:
-            TrainingStopped: this process was told to stop.
+            TrainingStopped: a process was told to stop.
         """
-        if self.name is not None:
+        if self.agreed():
             raise TrainingStopped
 
 

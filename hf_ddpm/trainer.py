@@ -14,15 +14,14 @@ import copy
 import dataclasses
 import gc
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from hf_ddpm.averages import average_of, decay_at, update_average
@@ -35,33 +34,34 @@ from hf_ddpm.build import (
     make_scheduler,
     open_stream,
     prepare_model,
+    start_pushing,
 )
-from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint, update_folder
+from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.draws import draw_noise, draw_t
+from hf_ddpm.exports import write_pipeline
 from hf_ddpm.heldout import HeldOut
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.objectives import simple_loss
-from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import to_float
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.record import QUARTILES, Record
-from hf_ddpm.resume import find_checkpoint
-from hf_ddpm.scheduler import PRIOR_WARNING, DDPMScheduler
+from hf_ddpm.resume import check_rows, find_checkpoint, restore, share_steps
+from hf_ddpm.scheduler import PRIOR_WARNING
 from hf_ddpm.seeds import derive_seed
-from hf_ddpm.share import StepShare
 from hf_ddpm.states import (
     all_finite,
     gather_model,
     gather_optimizer,
     reshard,
-    restore_model,
-    restore_optimizer,
     whole,
 )
 from hf_ddpm.stop import StopSignals, TrainingStopped
+from hf_ddpm.upload import PublishError
 
 logger = logging.getLogger(__name__)
+
+STOPPED_PUSH_SECONDS = 10  # that a run which was told to stop waits for an upload
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         RuntimeError: the loss or the weights are not finite, or the loss exploded; checkpoints from before
             stand.
         OSError: the folder can't be written any more; checkpoints from before stand.
+        PublishError: the run is done, but its last push is not on the Hub; the message says how to bring it
+            there.
         TrainingStopped: a signal came, and everything is saved.
     """
     # What to do, where: precision, devices, the folder, the checkpoint to go on from
@@ -112,7 +114,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     start = find_checkpoint(config, run, accelerator)
     state = {} if start is None else start.state
     step = first = 0 if start is None else start.step
-    share = _share_steps(config, accelerator, state)
+    share = share_steps(config, accelerator, state)
 
     # With what: process, data, network and its averages, optimizer
     scheduler = make_scheduler(config)
@@ -120,6 +122,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     if process.prior_bpd_at_edges > PRIOR_WARNING:
         logger.warning("the schedule ends %.3g bits/dim short of pure noise", process.prior_bpd_at_edges)
     stream = open_stream(config)
+    check_rows(stream.row_counts, state)
     heldout = HeldOut(config, run, accelerator, stream.shape) if config.evaluate_every else None
     options = {"variance_type": config.variance_type, "prediction_type": config.prediction_type}
     unet = model if model is not None else make_model(config, stream, scheduler)
@@ -135,14 +138,17 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     averaged = next(iter(averages.values()))  # the pipeline's
     denoiser = as_denoiser(network)
     if start is not None:
-        _restore(start, unet, averages, optimizer, accelerator.scaler)
+        restore(start, unet, averages, optimizer, accelerator.scaler)
     del start  # it holds a copy of everything
 
     def save_pipeline(states: dict[str, dict[str, torch.Tensor]]) -> None:
-        on_main_process(accelerator, lambda: _write_pipeline(run, averages, shell, states, scheduler))
+        on_main_process(accelerator, lambda: write_pipeline(run, averages, shell, states, scheduler))
 
     def save() -> None:
         noted = record.state()  # which raises where the loss can't be right
+        for average in averages.values():
+            for buffer in average.buffers():  # not shared by DDP in what it leaves behind: process 0's count
+                broadcast(buffer)
         finite: torch.Tensor = accelerator.reduce(all_finite(unet), "mean")  # type: ignore[assignment]
         if finite != 1:
             raise RuntimeError(f"the weights are not finite at step {step}; checkpoints from before stand")
@@ -150,6 +156,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
         optimizers = {"optimizer": gather_optimizer(unet, optimizer), "scaler": scaler}
         facts = {"num_processes": world, "images_per_step": share.per_step, **noted}
+        facts["row_counts"] = stream.row_counts
         facts["config"] = dataclasses.asdict(config)
         checkpoint = Checkpoint(step, gather_model(unet), states, optimizers, facts)
         on_main_process(accelerator, lambda: save_checkpoint(run, checkpoint, config.keep_checkpoints))
@@ -170,8 +177,9 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         reshard(averaged)
 
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
+    push = start_pushing(config, unet, accelerator)
     batches = make_batches(stream, config, share, device, first)
-    record = Record(run, accelerator, config, first, share.per_step, state)
+    record = Record(run, accelerator, config, first, share.per_step, stream.num_rows(), state)
     stop, stopped, done = StopSignals(world), False, False
     with stop, record, contextlib.suppress(TrainingStopped):
         with record.paused():
@@ -195,9 +203,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
                     # The mean over the step's images, once the processes' gradients are averaged
                     accelerator.backward((losses * present).sum() * (world / share.per_step))
                 record.add(losses, quartiles)
-            if config.max_grad_norm > 0:
-                norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                record.grad_norm = norm if norm is None else whole(norm)
+            norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm or math.inf)
+            record.grad_norm = norm if norm is None else whole(norm)
             prepared.step()
             prepared.zero_grad(set_to_none=True)
             lr = schedule.get_last_lr()[0]
@@ -212,12 +219,17 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
                 record.log(float(lr), decay_at(next(iter(config.ema_decays.values())), step - 1))
             with record.paused():
                 shows = due(config.sample_every) or (heldout and due(config.evaluate_every))
-                if stopped or shows or due(config.checkpoint_every):
+                pushes = config.push_to_hub is not None and due(config.push_every)
+                if stopped or shows or pushes or due(config.checkpoint_every):
                     save()
                 if shows and not stopped:
                     show()
+                if push is not None and pushes and not stopped:
+                    push.push(step)
         if step == first:  # the run had ended, but maybe between its last checkpoint and its pipeline
             save_pipeline({name: gather_model(average) for name, average in averages.items()})
+            if push is not None and not stopped:
+                push.push(step)
         done = not stopped
 
     # The end: the iterator goes before the interpreter does, whose exit a parquet reader can abort, and DDP
@@ -232,70 +244,14 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         logger.warning("%d images could not be read and were skipped", record.skipped)
     accelerator.end_training()
     lock.release()
+    if push is not None and done:
+        push.finish()
     if not done:
+        if push is not None:
+            with contextlib.suppress(PublishError):  # the run that goes on pushes again
+                push.finish(STOPPED_PUSH_SECONDS)
         raise TrainingStopped(
             f"stopped by {stop.name} at step {step} of {config.max_steps}, saved in {str(run)!r}; the same "
             "command goes on"
         )
     return TrainResult(run, step, step * share.per_step, record.loss, record.images_per_second)
-
-
-def _share_steps(config: TrainConfig, accelerator: Accelerator, state) -> StepShare:
-    """This process's part of each step, whose images are as many as when the run began."""
-    world = accelerator.num_processes
-    per_step = config.batch_size * config.gradient_accumulation_steps * world
-    share = StepShare(
-        state.get("images_per_step", per_step), config.batch_size, accelerator.process_index, world
-    )
-    if share.per_step != per_step and accelerator.is_main_process:
-        logger.warning(
-            "the run has steps of %d images; %d processes share them, in %d micro-steps of %d each",
-            share.per_step,
-            world,
-            share.micro_steps,
-            share.micro_batch,
-        )
-    return share
-
-
-def _write_pipeline(
-    run: Path,
-    averages: dict[str, nn.Module],
-    shell: nn.Module | None,
-    states: dict[str, dict[str, torch.Tensor]],
-    scheduler: DDPMScheduler,
-) -> None:
-    """The first average as the run's pipeline, the others beside it as diffusers' variants of the weights."""
-    if not isinstance(next(iter(averages.values())), ModelMixin):
-        return
-
-    def fill(place: Path) -> None:
-        for number, (name, average) in enumerate(averages.items()):
-            if shell is not None:  # the averages are shared out
-                shell.load_state_dict(states[name])
-                average = shell
-            if number == 0:
-                DDPMPipeline(average, scheduler).save_pretrained(place)
-            else:
-                average.save_pretrained(place / "unet", variant=f"ema_{name}")  # type: ignore[operator]
-
-    update_folder(run, fill, last="model_index.json")
-
-
-def _restore(
-    start: Checkpoint,
-    unet: nn.Module,
-    averages: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
-    try:
-        restore_model(unet, start.model)
-        for name, average in averages.items():
-            restore_model(average, start.averages[name])
-        restore_optimizer(unet, optimizer, start.optimizer["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(start.optimizer["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error

@@ -1,6 +1,6 @@
 """A training run that notes which images each process was given, and may be told to stop at a step.
 
-    python distributed_script.py config.json NOTES [RANK SIGNAL STEP]
+    python distributed_script.py config.json NOTES [RANK SIGNAL STEP|grid]
 
 Each process adds to NOTES/rank<r>.jsonl a line per micro-step: for each slot its position, a digest of the
 image there, one that its mirror image shares, and whether there is an image.
@@ -20,7 +20,7 @@ from hf_ddpm.record import Record
 
 def main(argv, prog):
     config, notes, *stop = argv
-    make_batches, advance = trainer.make_batches, Record.advance
+    make_batches, advance, save_grid = trainer.make_batches, Record.advance, Record.save_grid
     rank = int(os.environ.get("RANK", 0))
 
     def noting(*args):
@@ -32,14 +32,21 @@ def main(argv, prog):
                 file.write(json.dumps(line) + "\n")
                 yield batch
 
+    def tell(place):
+        if rank == int(stop[0]) and place == stop[2]:
+            os.kill(os.getpid(), getattr(signal, stop[1]))
+
     def stopping(self, step):
         advance(self, step)
-        if rank == int(stop[0]) and step == int(stop[2]):
-            os.kill(os.getpid(), getattr(signal, stop[1]))
+        tell(str(step))
+
+    def stopping_in_grid(self, *args):
+        tell("grid")
+        save_grid(self, *args)
 
     trainer.make_batches = noting
     if stop:
-        Record.advance = stopping
+        Record.advance, Record.save_grid = stopping, stopping_in_grid
     result = trainer.train(TrainConfig.load(config))
     print(f"rank {rank} done at step {result.step}", flush=True)
 

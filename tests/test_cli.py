@@ -38,6 +38,7 @@ TRAIN_FLAGS = """
     --compile --channels-last --output-dir --resume --checkpoint-every --keep-checkpoints
     --log-every --max-loss --sample-every --sample-num-images --sample-steps
     --evaluate-every --evaluate-split --evaluate-num-images --evaluate-num-evals --trackers
+    --push-to-hub --push-every --push-private --license --dataset-license --dataset-id
 """.split()
 EVALUATE_FLAGS = """
     --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type

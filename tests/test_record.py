@@ -13,6 +13,7 @@ from hf_ddpm.record import Record
 from tests.launching import together
 
 PER_STEP = 8
+PER_EPOCH = 100
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def alone():
 def record(run, accelerator, first=0, state=None, **changes) -> Record:
     run.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(run), max_steps=100, **changes)
-    return Record(run, accelerator, config, first, PER_STEP, state or {})
+    return Record(run, accelerator, config, first, PER_STEP, PER_EPOCH, state or {})
 
 
 def drawn(step):
@@ -179,11 +180,15 @@ def test_images_that_could_not_be_read_are_counted_across_stops(tmp_path, alone)
     np.testing.assert_allclose(lines(tmp_path)[-1]["loss"], kept.mean(dtype=np.float64), rtol=1e-6)
 
 
-def test_steps_without_any_image_stop_the_run(tmp_path, alone):
+def test_an_epoch_without_any_image_stops_the_run(tmp_path, alone):
+    steps = -(-PER_EPOCH // PER_STEP)
     with record(tmp_path, alone) as it, pytest.raises(RuntimeError) as error:
-        do(it, 1, 2, change=lambda step, losses, quartiles: quartiles.fill_(-1))
-        it.log(1.0, 0.0)
-    assert str(error.value) == "no image of the steps up to 2 could be read"
+        for step in range(1, steps + 1):
+            do(it, step, change=lambda step, losses, quartiles: quartiles.fill_(-1))
+            it.log(1.0, 0.0)
+    assert str(error.value) == f"no image of an epoch up to step {steps} could be read"
+    assert len(lines(tmp_path)) == steps - 1
+    assert all("loss" not in line and line["skipped"] for line in lines(tmp_path))
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])

@@ -21,7 +21,7 @@ from hf_ddpm import TrainConfig, train
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from hf_ddpm.resume import FREE_TO_CHANGE, find_checkpoint
 from tests.disks import read_only
-from tests.launch import ROOT, together
+from tests.launching import ROOT, together
 
 FILES = ("model.safetensors", "ema_0.9999.safetensors", "optimizer.pt", "state.json", "SHA256SUMS")
 
@@ -155,7 +155,8 @@ TEXTS = {
     **{"model": "tiny", "dropout": 0.5, "beta_schedule": "sigmoid", "prediction_type": "sample"},
     **{"variance_type": "fixed_small", "lr_scheduler": "linear", "ema_decay": "0.5", "trackers": "wandb"},
     **{"mixed_precision": "bf16", "output_dir": "x", "resume": "auto", "sample_steps": 5},
-    **{"evaluate_split": "x", "weight_decay": 0.1},
+    **{"evaluate_split": "x", "weight_decay": 0.1, "push_to_hub": "tester/x", "dataset_id": "tester/x"},
+    **dict.fromkeys(("license", "dataset_license"), "mit"),
 }
 
 
@@ -182,6 +183,7 @@ def test_what_is_free_to_change():
         *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
         *("trackers", "sample_every", "sample_num_images", "sample_steps", "num_workers", "max_loss"),
         *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
+        *("push_to_hub", "push_every", "push_private", "license", "dataset_license", "dataset_id"),
     } == FREE_TO_CHANGE
 
 

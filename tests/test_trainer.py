@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_ddpm.exports
 import hf_ddpm.trainer
 from hf_ddpm import DDPMPipeline, TrainConfig, create_model, load_stream, train
 from hf_ddpm.checkpoint import load_checkpoint
@@ -405,6 +407,78 @@ def test_resume_from_a_named_checkpoint(finished, tmp_path):
     assert log(tmp_path, "loss") == log(finished, "loss")[2:]
 
 
+def test_a_run_from_a_named_checkpoint_goes_on_with_the_same_command(finished, tmp_path, monkeypatch):
+    config = again(tmp_path, resume=str(checkpoint(finished, 2)), max_steps=6, checkpoint_every=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(patch, 5)
+        train(config)
+    assert train(config).step == 6
+    assert log(tmp_path, "loss")[:2] == log(finished, "loss")[2:]
+
+
+@pytest.mark.parametrize("extra", [1, 3])
+def test_a_data_set_that_has_changed_is_refused(tmp_path, extra):
+    data = folder_of_images(tmp_path / "data", 6, (8, 8))
+    plan = {"dataset": str(data), "checkpoint_every": 1}
+    train(small(tmp_path / "run", **plan, max_steps=1), Conv())
+    for number in range(extra):
+        shutil.copy(data / "train" / "000.png", data / "train" / f"new{number}.png")
+    text = refused(small(tmp_path / "run", **plan, max_steps=2), Conv())
+    assert text.startswith(
+        f"the data set has {6 + extra} rows in shards of {6 + extra}, the run began with 6 in "
+    )
+
+
+def test_several_averages(tmp_path):
+    train(small(tmp_path, ema_decay="0.9,0", max_steps=3))
+    first, last = weights(tmp_path, 3, "ema_0.9"), weights(tmp_path, 3, "ema_0")
+    assert_same(last, weights(tmp_path, 3))  # decay 0 is the network itself
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    for loader in (DDPMPipeline, diffusers.DDPMPipeline):
+        assert_same(dict(loader.from_pretrained(tmp_path).unet.state_dict()), first)
+        assert_same(dict(loader.from_pretrained(tmp_path, variant="ema_0").unet.state_dict()), last)
+    train(small(tmp_path, ema_decay="0.9,0", max_steps=4))
+    assert_same(weights(tmp_path, 4, "ema_0"), weights(tmp_path, 4))
+
+
+def test_a_decay_with_a_point_is_found_as_a_variant(tmp_path):
+    train(small(tmp_path, ema_decay="0.9,0.25", max_steps=3))
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path, variant="ema_0_25").unet
+    assert_same(dict(loaded.state_dict()), weights(tmp_path, 3, "ema_0.25"))
+
+
+def test_the_norm_is_logged_where_nothing_is_clipped(tmp_path):
+    train(small(tmp_path / "clipped", max_grad_norm=1e9), Conv())
+    train(small(tmp_path / "free", max_grad_norm=0.0), Conv())
+    assert log(tmp_path / "free", "grad_norm") == log(tmp_path / "clipped", "grad_norm")
+    assert_same(weights(tmp_path / "free", 3), weights(tmp_path / "clipped", 3))
+
+
+def test_one_image_a_step_of_which_one_is_corrupt(tmp_path):
+    data = folder_of_images(tmp_path / "data", 4, (8, 8))
+    (data / "train" / "001.png").write_bytes(b"no image")
+    plan = {"dataset": str(data), "shuffle_buffer": 0, "skip_corrupt": True, "batch_size": 1, "max_steps": 5}
+    train(small(tmp_path / "run", **plan, checkpoint_every=1), Conv())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert ["loss" in line for line in lines] == [True, False, True, True, True]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_log_on_a_full_disk(tmp_path):
+    tmp_path.mkdir(exist_ok=True)
+    config = small(tmp_path, max_steps=4, checkpoint_every=2, log_every=2)
+    begin = Record.__init__
+
+    def filled(self, *args):
+        begin(self, *args)
+        self._file = Path("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "__init__", filled)
+        assert refused(config, Conv(), kind=OSError) == "can't write '/dev/full': No space left on device"
+    assert train(config, Conv()).step == 4
+
+
 def test_an_older_checkpoint_does_not_overwrite_a_run(finished):
     text = refused(again(finished, resume=str(checkpoint(finished, 2))))
     assert f"but output_dir '{finished}' holds a run at step 4; allowed: its newest checkpoint, or" in text
@@ -467,7 +541,7 @@ def test_the_saved_config_repeats_the_run(finished, tmp_path):
 
 
 def test_a_pipeline_at_every_checkpoint(tmp_path, monkeypatch):
-    seen, wait = [], hf_ddpm.trainer.update_folder
+    seen, wait = [], hf_ddpm.exports.update_folder
 
     def look(folder, fill, last):
         wait(folder, fill, last)
@@ -476,7 +550,7 @@ def test_a_pipeline_at_every_checkpoint(tmp_path, monkeypatch):
         assert_same(dict(unet), weights(folder, step, "ema_0.9999"))
         seen.append(step)
 
-    monkeypatch.setattr(hf_ddpm.trainer, "update_folder", look)
+    monkeypatch.setattr(hf_ddpm.exports, "update_folder", look)
     train(small(tmp_path, max_steps=5, checkpoint_every=2, keep_checkpoints=2))
     assert seen == [2, 4, 5]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
