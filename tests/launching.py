@@ -67,12 +67,12 @@ def as_launched(rank: int, processes: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items()}
 
 
-def start(command: list, cwd: Path, processes: int = 1) -> list[BaseProcess]:
-    """Python processes that run a script, each rank of a launch one; they print to the file `output`."""
+def start(command: list, cwd: Path, processes: int = 1, errors: str = "output") -> list[BaseProcess]:
+    """Python processes that run a script, each rank of a launch one; they print to `output` and `errors`."""
     started, port = [], free_port()
     for rank in range(processes):
         env = environment(**as_launched(rank, processes, port))
-        process = FORKS.Process(target=_script, args=([str(word) for word in command], str(cwd), env))
+        process = FORKS.Process(target=_script, args=([str(word) for word in command], str(cwd), env, errors))
         process.start()
         started.append(process)
     return started
@@ -89,13 +89,20 @@ def finish(started: list[BaseProcess], timeout: float = 120) -> list[int | None]
     return codes
 
 
-def _script(command: list[str], cwd: str, env: dict[str, str]) -> None:
+def forked(command: list, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """What `run` gives of a launch, without the launcher and the imports."""
+    cwd.mkdir(exist_ok=True)
+    codes = finish(start(command, cwd, processes, "errors"))
+    told = [(cwd / name).read_text() if (cwd / name).exists() else "" for name in ("output", "errors")]
+    return subprocess.CompletedProcess(command, max(code or 0 for code in codes), *told)
+
+
+def _script(command: list[str], cwd: str, env: dict[str, str], errors: str) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
+    for stream, name in ((1, "output"), (2, errors)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     multiprocessing.set_start_method(None, force=True)  # the default again, for data loaders
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from hf_ddpm.models import create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.samplers import SCHEDULERS
 from hf_ddpm.scheduler import DDPMScheduler
+from tests.launching import forked
 
 # numpy tells diffusers' schedulers what numpy 3 will want of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*copy keyword:DeprecationWarning")
@@ -453,15 +451,9 @@ def test_two_processes_share_the_work(tiny_folder, tmp_path):
     probe.write_text(PROBE)
     shutil.copytree(tiny_folder, bad_model)
     (bad_model / WEIGHTS).write_bytes((bad_model / WEIGHTS).read_bytes()[:-1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", probe]
     flags = ["--num-images", "5", "--steps", "5", "--batch-size", "2"]
-    done = subprocess.run(
-        [*launch, ROOT / "train_scripts" / "sample.py", bad_model, tiny_folder, *flags, "--out", out],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
+    script = ROOT / "train_scripts" / "sample.py"
+    done = forked([probe, script, bad_model, tiny_folder, *flags, "--out", out], tmp_path / "launch")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank{i}").read_text() for i in (0, 1)] == ["2", "2"]
     assert done.stdout == f"5 images and grid.png in {out}\n"  # once

@@ -41,6 +41,7 @@ from hf_ddpm.pixels import to_float
 from hf_ddpm.progress import Counted
 from hf_ddpm.quality import QualityConfig, choose_real
 from hf_ddpm.scheduler import DDPMScheduler
+from tests.launching import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = str(ROOT / "train_scripts" / "classifiers" / "digits")
@@ -889,8 +890,7 @@ main(["train", *train.split(), *held.split(), "--output-dir", str(here / "run")]
 @pytest.mark.distributed
 def test_two_processes(tiny_folder, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
-    command = [*LAUNCH, tmp_path / "probe.py", tmp_path, tiny_folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ALONE)
+    done = forked([tmp_path / "probe.py", tmp_path, tiny_folder], tmp_path / "launch")
     assert (tmp_path / "rank1").exists(), done.stderr
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["0 2 0"] * 2, done.stderr
     assert done.stderr.count("holds an evaluation already") == 2  # refused together, before any work

@@ -20,6 +20,7 @@ import hf_ddpm.trainer
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.averages import average_of, update_average
 from hf_ddpm.checkpoint import list_checkpoints, load_checkpoint
+from hf_ddpm.exports import variant_name
 from hf_ddpm.states import (
     all_finite,
     gather_model,
@@ -324,7 +325,7 @@ def test_the_trainer_with_fsdp(tmp_path):
                 if not name.endswith("to_k.bias"):
                     torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)
     for name in ("0.5", "0.9"):
-        variant = None if name == "0.5" else f"ema_{name}"
+        variant = None if name == "0.5" else variant_name(name)
         unet = UNet2DModel.from_pretrained(shared / "unet", variant=variant)
         assert_same(dict(unet.state_dict()), dict(ours[-1].averages[name]))
     for step in (2, 4, 6):

@@ -26,6 +26,7 @@ import hf_ddpm.trainer
 from hf_ddpm import DDPMPipeline, TrainConfig, create_model, load_stream, train
 from hf_ddpm.checkpoint import load_checkpoint
 from hf_ddpm.record import Record
+from tests.launching import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -971,15 +972,7 @@ def test_two_processes(tmp_path):
     config = small(run, batch_size=4, **plan)
     (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, tmp_path / "script.py", tmp_path / "config.json", tmp_path]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = forked([tmp_path / "script.py", tmp_path / "config.json", tmp_path], tmp_path / "launch")
     assert (tmp_path / "rank1.pt").exists(), done.stderr
 
     assert load_checkpoint(checkpoint(run, 3)).state["num_processes"] == 2, done.stderr
