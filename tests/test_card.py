@@ -98,6 +98,14 @@ def test_numbers_of_other_weights_are_left_out(run_folder, tmp_path, caplog):
     assert "evaluation.json is of other weights" in caplog.text
 
 
+def test_an_evaluation_without_a_command_has_no_empty_block(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    file = tmp_path / "run" / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"command": ""}))  # called from Python
+    text = card(tmp_path / "run")
+    assert "bits/dim" in text and not re.search(r"```\s*```", text)
+
+
 def test_numbers_on_training_images_say_so(run_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
