@@ -3,11 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
-import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +14,11 @@ import hf_ddpm.resume
 import hf_ddpm.trainer
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hf_ddpm.cli import run as command
+from hf_ddpm.cli import train_command
 from hf_ddpm.resume import FREE_TO_CHANGE, find_checkpoint
-from tests.disks import read_only
-from tests.launching import ROOT, together
+from tests.disks import largest_file, read_only
+from tests.launching import together
 
 FILES = ("model.safetensors", "ema_0.9999.safetensors", "optimizer.pt", "state.json", "SHA256SUMS")
 
@@ -265,17 +262,7 @@ def test_a_run_goes_on_from_before_the_damage_to_the_last_bit(tmp_path, caplog):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def limited(size: int):
-    """For the child: a disk that takes no file above this size."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
-def test_a_full_disk_ends_the_command_with_a_line_and_the_same_command_goes_on(tmp_path):
+def test_a_full_disk_ends_the_command_with_a_line_and_the_same_command_goes_on(tmp_path, capsys):
     run = tmp_path / "run"
     train(small(run, max_steps=2))
     before = {path.name: path.read_bytes() for path in at(run, 2).iterdir()}
@@ -283,20 +270,14 @@ def test_a_full_disk_ends_the_command_with_a_line_and_the_same_command_goes_on(t
     values = {"model": "tiny", "batch_size": 4, "max_steps": 4, "checkpoint_every": 2, "lr_warmup_steps": 0}
     values |= {"sample_every": 0, "log_every": 1, "output_dir": run}
     words = [f"--{key}={value}" for key, value in values.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_ddpm.cli", "train", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        preexec_fn=limited(size // 2),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, done.stderr
-    file = at(run, 4).with_name(".step-00000004.tmp") / "model.safetensors"
-    last = done.stderr.splitlines()[-1]
+    with largest_file(size // 2), pytest.raises(SystemExit) as stop:
+        command(train_command, words, "hf-ddpm train")
+    assert stop.value.code == 1
+    told, file = capsys.readouterr().err, at(run, 4).with_name(".step-00000004.tmp") / "model.safetensors"
+    last = told.splitlines()[-1]
     assert "failed (HF_DDPM_TRACEBACK=1 shows where): " in last
     assert f"can't write '{file}': " in last and "File too large" in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in told
     assert names(run) == ["step-00000002"]
     assert {path.name: path.read_bytes() for path in at(run, 2).iterdir()} == before
     assert train(small(run)).step == 4
