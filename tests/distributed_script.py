@@ -3,9 +3,11 @@
     python distributed_script.py config.json NOTES [RANK SIGNAL STEP|grid]
 
 Each process adds to NOTES/rank<r>.jsonl a line per micro-step: for each slot its position, a digest of the
-image there, one that its mirror image shares, and whether there is an image.
+image there, one that its mirror image shares, and whether there is an image. At its end it writes a digest of
+its weights and averages to NOTES/weights<r>.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -44,10 +46,21 @@ def main(argv, prog):
         tell("grid")
         save_grid(self, *args)
 
-    trainer.make_batches = noting
+    held, update = {}, trainer.update_average
+
+    def watching(average, model, decay, step):
+        update(average, model, decay, step)
+        held.update({"model": model, decay: average})
+
+    trainer.make_batches, trainer.update_average = noting, watching
     if stop:
         Record.advance, Record.save_grid = stopping, stopping_in_grid
     result = trainer.train(TrainConfig.load(config))
+    digest = hashlib.sha256()
+    for network in held.values():
+        for weight in network.state_dict().values():
+            digest.update(weight.numpy().tobytes())
+    (Path(notes) / f"weights{rank}").write_text(f"{len(held)} networks {digest.hexdigest()}")
     print(f"rank {rank} done at step {result.step}", flush=True)
 
 

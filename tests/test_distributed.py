@@ -102,6 +102,11 @@ def test_each_epoch_has_each_image_once(pair):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+def test_weights_and_averages_are_equal_on_both(pair):
+    first, second = ((pair / f"weights{rank}").read_text() for rank in (0, 1))
+    assert first == second and first.startswith("3 networks ")
+
+
 def test_two_processes_do_what_one_does(pair, alone):
     assert_close(pair, alone)
     grids = [sorted((folder / "run" / "samples").iterdir()) for folder in (pair, alone)]
