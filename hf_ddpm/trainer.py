@@ -86,7 +86,8 @@ class TrainResult:
 def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     """Train, and leave a pipeline in `config.output_dir`.
 
-    SIGTERM, SIGINT and SIGUSR1 end the run after a checkpoint (main thread only).
+    SIGTERM, SIGINT and SIGUSR1 end the run after a checkpoint (main thread only). With several processes
+    their group ends with the run, so nothing that they do together can follow in the same program.
 
     Args:
         config: the run.
