@@ -1,4 +1,4 @@
-"""Images in: a `datasets` stream becomes uint8 batches, in an order that can be replayed exactly.
+"""Images in: a `datasets` stream becomes uint8 batches, in an order of which any place can be asked for.
 
     positions ─► rows at these places of the order, still encoded ─► decode ─► fit, flip ─► uint8
 
@@ -10,7 +10,8 @@ What it deliberately doesn't know: models, devices, labels, ranks. It never pads
 converts between grey and colour unless told to (pixels.py does, image by image).
 
 Rows are not shuffled by `IterableDataset.shuffle`: the order of a run must outlive an upgrade of `datasets`,
-and that shuffle can't be resumed exactly and, even with a buffer of one row, reads many times slower.
+and that shuffle can't be resumed exactly, depends on how ranks share the data, and in datasets 5.2 sleeps for
+5 seconds at the end of each epoch.
 """
 
 from __future__ import annotations
@@ -214,6 +215,9 @@ class ImageStream:
 
         Returns:
             Iterator of uint8 tensors (B, C, H, W), on the CPU; the last of finitely many may be shorter.
+
+        Raises:
+            ValueError: an image that can't be read, or with `skip_corrupt` a whole epoch of them.
         """
         if epochs is not None:
             _checked("epochs", epochs, 1)

@@ -68,7 +68,7 @@ def smooth_images(count):
         centre, width = rng.uniform(8, 20, 2), rng.uniform(5, 9, 2)
         rows, columns = (np.exp(-((axis - c) ** 2) / w**2) for c, w in zip(centre, width, strict=True))
         image = np.outer(rows, columns) + rng.uniform(0, 0.15, (28, 28))
-        yield np.where(image > 0.5, 255 * np.minimum(image, 1), 0).astype(np.uint8)
+        yield np.where(image > 0.3, 255 * np.minimum(image, 1), 0).astype(np.uint8)
 
 
 def png(image):
