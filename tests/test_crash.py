@@ -98,10 +98,10 @@ def signals(seed: int, kills: int) -> list[signal.Signals]:
 
 
 def test_a_run_that_is_stopped_many_times(tmp_path, unbroken):
-    kinds = signals(0, 4)
+    kinds = signals(0, 3)
     codes = stop_at_random(tmp_path, Forked, 0, kinds, longest=0.4)
     check(tmp_path, unbroken, kinds, codes)
-    assert codes.count(-signal.SIGKILL) >= 2
+    assert codes.count(-signal.SIGKILL) >= 1
 
 
 @pytest.mark.slow

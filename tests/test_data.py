@@ -686,6 +686,7 @@ def test_no_file_stays_open(tmp_path, source):
         assert not opened()
 
 
+@pytest.mark.slow
 def test_a_half_read_stream_leaves_the_interpreter_in_peace(tmp_path):
     grey_folder(tmp_path / "parquet", 400, shards=2)
     picture_folder(tmp_path / "folder", 100)

@@ -132,6 +132,7 @@ def test_two_then_one_then_two(tmp_path, shards, alone):
             np.testing.assert_allclose(common[line["step"]], line["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_three_processes_share_steps_of_eight(tmp_path, shards, alone):
     go(tmp_path, config(shards, batch_size=8, gradient_accumulation_steps=1, max_steps=3), 1)
     go(tmp_path, config(shards, batch_size=8, gradient_accumulation_steps=1), 3)
