@@ -15,11 +15,13 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, Features
 from safetensors.torch import load_file
+from torch import nn
 
-from hf_ddpm import TrainConfig
+from hf_ddpm import TrainConfig, train
 from hf_ddpm.checkpoint import list_checkpoints, load_checkpoint
+from hf_ddpm.record import Record
 from hf_ddpm.stop import EXIT_CODE
-from tests.launching import ROOT, SCRIPT, environment, finish, flags, results, run, start, torchrun
+from tests.launching import ROOT, SCRIPT, environment, finish, flags, results, run, start, together, torchrun
 
 pytestmark = pytest.mark.distributed
 NOTING = ROOT / "tests" / "distributed_script.py"
@@ -226,3 +228,37 @@ def test_an_error_in_one_of_two_ends_both(tmp_path, shards):
     done = run([*torchrun(2), *small(dataset="data", max_steps=50)], tmp_path)
     assert done.returncode != 0 and time.time() - start_time < 120
     assert "train-00006-of-00007.parquet: size 8x9 (HxW), wanted 8x8" in done.stderr
+
+
+class Normed(nn.Module):
+    """A network whose statistics training changes, each process's its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+
+    def forward(self, x_t, t):
+        return self.norm(self.conv(x_t))
+
+
+def sampled_with(folder: Path, plan: TrainConfig) -> list[torch.Tensor]:
+    """The statistics that this process draws its part of a grid with."""
+    found, save_grid = [], Record.save_grid
+
+    def watching(self, model, *args):
+        found.extend(buffer.clone() for buffer in model.buffers())
+        save_grid(self, model, *args)
+
+    Record.save_grid = watching
+    os.chdir(folder)
+    torch.manual_seed(0)
+    train(plan, Normed())
+    return found
+
+
+def test_statistics_of_a_network_are_process_0s_everywhere(tmp_path, shards):
+    plan = config(shards, max_steps=3, sample_every=3, ema_decay="0.9")
+    first, second = together(tmp_path, sampled_with, tmp_path, plan)
+    assert len(first) == 3 and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    saved = load_file(list_checkpoints(tmp_path / "run")[-1][1] / "ema_0.9.safetensors")
+    assert torch.equal(saved["norm.running_mean"], first[0])
