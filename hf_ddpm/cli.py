@@ -18,8 +18,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_ddpm.config import EvaluationConfig, TrainConfig
+from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation import evaluate
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.generate import sample
 from hf_ddpm.hub import finishing_command, send
 from hf_ddpm.publication import collect

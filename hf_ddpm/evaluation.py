@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from hf_ddpm.bound import FIXED, bound_term
-from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import ImageStream
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
     decoder_evals,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import ImageStream
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
     Bound,

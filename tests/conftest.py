@@ -13,8 +13,9 @@ import torch
 from huggingface_hub import close_session
 from PIL import Image
 
-from hf_ddpm.config import EvaluationConfig, TrainConfig
+from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation import evaluate
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.models import create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.plots import save_image

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from hf_ddpm.cli import main, run
-from hf_ddpm.config import EvaluationConfig, TrainConfig
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.models import create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.samplers import SCHEDULERS

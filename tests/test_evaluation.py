@@ -23,9 +23,9 @@ import hf_ddpm.evaluation
 import hf_ddpm.extractors
 import hf_ddpm.scoring
 from hf_ddpm.cli import main
-from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data import load_stream
 from hf_ddpm.evaluation import evaluate
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.likelihood import (
     default_proposal,
     estimate_bound,

@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_ddpm.config import EvaluationConfig, TrainConfig
+from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import load_stream
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.guard import make_empty
 from hf_ddpm.models import NETWORKS, create_model, register_network
 from hf_ddpm.parametrization import from_x0_eps

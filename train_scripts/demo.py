@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.cli import run
-from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.evaluation import evaluate
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.progress import REFRESH
 
