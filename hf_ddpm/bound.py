@@ -105,7 +105,7 @@ def bound_term(
         raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}")
     if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
         raise ValueError(f"t has shape {tuple(t.shape)}; allowed: ({x_0.shape[0]},), one step per example")
-    table = variance_table(process, variance_type)
+    variance_table(process, variance_type)  # refuses what is none, before the network runs
     x_t = process.q_sample(x_0, noise, t)
     if (model is None) == (model_output is None):
         raise ValueError("pass exactly one of model and model_output")
@@ -118,21 +118,8 @@ def bound_term(
             f"the model answered {type(model_output).__name__}; allowed: a tensor, as diffusers models give "
             "through hf_ddpm.models.as_denoiser"
         )
-    channels = x_0.shape[1] * (2 if table is None else 1)
-    if model_output.shape != (wanted := (x_0.shape[0], channels, *x_0.shape[2:])):
-        raise ValueError(
-            f"the model answered shape {tuple(model_output.shape)}; allowed for variance_type "
-            f"{variance_type if isinstance(variance_type, str) else 'of a table'!r}: {wanted}"
-        )
-
-    x_0, x_t, output = x_0.double(), x_t.double(), model_output.double()
-    if table is None:
-        output, second = output.chunk(2, dim=1)
-        learned = variance_type == "learned"
-        log_variance = second if learned else learned_range_log_variance(process, second, t)
-    else:
-        log_variance = process.at(t, x_0, table)[0]
-    mean_x0 = to_x0(process, prediction_type, output, x_t, t)
+    x_0, x_t = x_0.double(), x_t.double()
+    mean_x0, log_variance = predicted(process, model_output, x_t, t, prediction_type, variance_type)
     if clip_x0:
         mean_x0 = mean_x0.clamp(-1, 1)
 
@@ -149,6 +136,37 @@ def bound_term(
     x0_mse = (mean_x0 - x_0).square().flatten(1).mean(1)
     snr = process.at(t, x0_mse, "snr")[0]
     return BoundTerm(nats, x0_mse.detach(), (snr * x0_mse).detach())
+
+
+def predicted(
+    process: DiffusionProcess,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: Tensor | int,
+    prediction_type: str,
+    variance_type: str | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a network's output says of p_θ(x_prev | x_t) = N(μ̃_t(x_t, x̂_0), σ_t²).
+
+    Arguments and errors as in `bound_term`; it is computed in x_t's dtype, and gradients flow to the output.
+
+    Returns:
+        x̂_0, not clipped, shape of x_t; and log σ_t², which multiplies images of that shape.
+    """
+    table = variance_table(process, variance_type)
+    channels = x_t.shape[1] * (2 if table is None else 1)
+    if model_output.shape != (wanted := (x_t.shape[0], channels, *x_t.shape[2:])):
+        raise ValueError(
+            f"the model answered shape {tuple(model_output.shape)}; allowed for variance_type "
+            f"{variance_type if isinstance(variance_type, str) else 'of a table'!r}: {wanted}"
+        )
+    output = model_output.to(x_t.dtype)
+    if table is not None:
+        return to_x0(process, prediction_type, output, x_t, t), process.at(t, x_t, table)[0]
+    output, second = output.chunk(2, dim=1)
+    learned = variance_type == "learned"
+    log_variance = second if learned else learned_range_log_variance(process, second, t)
+    return to_x0(process, prediction_type, output, x_t, t), log_variance
 
 
 def variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> str | Tensor | None:

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils.torch_utils import get_device
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.background import BackgroundPush
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data import ImageStream, load_stream
-from hf_ddpm.models import PRESETS, create_model
+from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.scheduler import DDPMScheduler
@@ -64,6 +64,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
+    if accelerator.device.type == "mps" and config.objective in ("bound", "hybrid", "sddpm"):
+        raise ValueError(
+            f"objective is {config.objective!r}, which wants float64; allowed on MPS: simple, min-snr"
+        )
     _check_launch(accelerator)
     return accelerator
 
@@ -202,7 +206,14 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
     if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
-        return create_model(config.model, image_size=size, channels=channels, dropout=config.dropout)
+        answers = channels * (2 if config.variance_type == "learned_range" else 1)
+        return create_model(
+            config.model,
+            image_size=size,
+            channels=channels,
+            out_channels=answers,
+            dropout=config.dropout,
+        )
     if config.dropout is not None:
         raise ValueError(
             f"dropout is {config.dropout}, but the network of {config.model!r} has its own; allowed: none"
@@ -225,16 +236,17 @@ def prepare_model(
     """
     if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
-    if isinstance(model, UNet2DModel):
+    if isinstance(model, tuple(NETWORKS.values())) and isinstance(model, ConfigMixin):
         answers, channels, size = (
             model.config[key] for key in ("out_channels", "in_channels", "sample_size")
         )
         wanted = (channels, *np.broadcast_to(np.array(size), 2).tolist())
         if wanted != stream.shape:
             raise ValueError(f"the network is for images {wanted} (C, H, W), these are {stream.shape}")
-        if answers != channels:
+        if answers != (allowed := channels * (2 if config.variance_type == "learned_range" else 1)):
             raise ValueError(
-                f"the network answers {answers} channels; allowed: {channels}, as it learns no variance here"
+                f"the network answers {answers} channels; allowed with variance_type "
+                f"{config.variance_type!r}: {allowed}"
             )
     model = model.float().to(accelerator.device).train()  # type: ignore[arg-type]
     if config.channels_last:

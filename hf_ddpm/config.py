@@ -20,7 +20,9 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
+from hf_ddpm.objectives import OBJECTIVES, make_objective
 from hf_ddpm.options import check_options, option
+from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.pixels import FITS
 from hf_ddpm.schedules import SCHEDULES
 
@@ -30,6 +32,13 @@ UNUSED = {
     ("beta_schedule", "laplace"): ("beta_start", "beta_end"),
     ("beta_schedule", "constant"): ("beta_end",),
     ("lr_scheduler", "constant"): ("lr_warmup_steps",),
+}
+
+# Keys that act together with a choice only.
+NEEDS = {
+    "t_sampler": ("objective", "bound"),
+    "snr_gamma": ("objective", "min-snr"),
+    "hybrid_weight": ("objective", "hybrid"),
 }
 
 
@@ -72,13 +81,23 @@ class TrainConfig:
     beta_start: float = option(1e-4, "first beta", above=0.0, below=1.0)
     beta_end: float = option(0.02, "last beta", above=0.0, below=1.0)
     rescale_betas_zero_snr: bool = option(False, "end the schedule at pure noise")
-    prediction_type: str = option(
-        "epsilon", "what the network predicts", choices=("epsilon", "sample", "v_prediction")
-    )
+    prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
     variance_type: str = option(
-        "fixed_large", "reverse variance: beta_t or the posterior's", choices=("fixed_large", "fixed_small")
+        "fixed_large",
+        "reverse variance: beta_t, the posterior's, or one between them that the network learns",
+        choices=("fixed_large", "fixed_small", "learned_range"),
     )
     clip_sample: bool = option(True, "clip the predicted x_0 to [-1, 1] when sampling")
+
+    # What is minimised
+    objective: str = option("simple", "the loss", choices=OBJECTIVES)
+    t_sampler: str = option(
+        "uniform",
+        "how steps are drawn; importance, for the objective bound, by the losses last seen there",
+        choices=("uniform", "importance"),
+    )
+    snr_gamma: float = option(5.0, "gamma of min-snr", above=0.0)
+    hybrid_weight: float = option(1e-3, "weight of the bound in hybrid, in bits/dim", above=0.0)
 
     # Optimisation
     max_steps: int = option(10_000, "optimizer steps of the whole run", least=1)
@@ -121,7 +140,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "newest checkpoints to keep", least=1)
     log_every: int = option(50, "steps between log lines", least=1)
     max_loss: float = option(
-        100.0, "stop if the mean loss of a logged interval is above; guessing zero costs about 1", above=0.0
+        100.0,
+        "stop if the mean loss of a logged interval is above, as a multiple of guessing zero",
+        above=0.0,
     )
     sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
     sample_num_images: int = option(64, "images in a grid", least=1)
@@ -146,12 +167,19 @@ class TrainConfig:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
-                "prediction_type is 'epsilon', which can't sample from rescale_betas_zero_snr's pure noise; "
-                "allowed with it: sample, v_prediction"
+                f"prediction_type is {self.prediction_type!r}, which can't sample from "
+                "rescale_betas_zero_snr's pure noise; allowed with it: sample, v_prediction, mean"
             )
+        make_objective(self.objective, self.prediction_type, self.variance_type)  # refuses what doesn't fit
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, (key, choice) in NEEDS.items():
+            if getattr(self, name) != defaults[name] and getattr(self, key) != choice:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but has no use without {key} {choice!r}; allowed: "
+                    f"{defaults[name]!r} (the default)"
+                )
         for (key, choice), unused in UNUSED.items():
             for name in unused:
                 if getattr(self, key) == choice and getattr(self, name) not in (defaults[name], 0):

@@ -14,21 +14,27 @@ from torch import Tensor
 _BLOCK = 1024  # positions whose seeds come from one generator: seeding costs more than drawing
 
 
+def draw_uniform(seed: int, positions: Sequence[int]) -> Tensor:
+    """A number in [0, 1) for each position, which chooses its t, (B,), float64, on the CPU."""
+    return torch.tensor([_uniform(6, seed, p) for p in map(abs, positions)], dtype=torch.float64)
+
+
 def draw_t(seed: int, positions: Sequence[int], num_steps: int) -> Tensor:
     """Steps t ~ U{0, …, T − 1} for each position, (B,), int64, on the CPU."""
-    uniforms = np.array([_uniform(6, seed, p) for p in map(abs, positions)])
-    return torch.from_numpy((uniforms * num_steps).astype(np.int64).clip(max=num_steps - 1))
+    return (draw_uniform(seed, positions) * num_steps).long().clamp(max=num_steps - 1)
 
 
-def draw_noise(seed: int, positions: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+def draw_noise(
+    seed: int, positions: Sequence[int], shape: Sequence[int], device: torch.device, number: int = 0
+) -> Tensor:
     """Noise ε ~ N(0, I) for each position, (B, *shape), float32, drawn on the device.
 
-    A device has numbers of its own; within one kind they repeat.
+    A device has numbers of its own; within one kind they repeat. Noise of another `number` is independent.
     """
     noise = torch.empty(len(positions), *shape, device=device)
     generator = torch.Generator(device)
     for image, p in zip(noise, map(abs, positions), strict=True):  # an empty slot is −1: some position's
-        generator.manual_seed(int(_uniform(7, seed, p) * 2**53))
+        generator.manual_seed(int(_uniform(7 + number, seed, p) * 2**53))
         torch.randn(tuple(shape), generator=generator, device=device, out=image)
     return noise
 

@@ -1,17 +1,37 @@
-"""What is minimised. Each objective is a function of (process, model, x_0, t, noise), one value per example.
+"""What is minimised. Each objective is a small function of images, steps and noise, one value per example.
 
-It knows the process and what outputs mean; it does not know how t is drawn or what is done with the gradient.
+    simple           ⟨(m_θ − m)²⟩ of whatever the network predicts; of ε, it is eq. 14 of Ho et al. 2020
+    min-snr          the same, as if min(SNR_t, γ) weighted the error of x_0 (Hang et al. 2023)
+    score-matching   (1 − α_t)²/(2σ_t² α_t) ⟨(s_θ − ∇ log q(x_t | x_0))²⟩, the bound's quadratic part
+    bound            L_t with its true weight, L_0 through the decoder (Ho et al. 2020, eq. 5)
+    hybrid           simple + λ · bound, in which x̂_0 is held: it trains the variance (Nichol & Dhariwal 2021)
+    sddpm            −log p_θ(x_prev | x_t) for a drawn x_prev: the bound, before x_prev is averaged out
+
+What is of the bound comes in bits/dim, times T, so that its mean over uniform t is the sum over all t. The
+file knows the process, what outputs mean, and the bound's terms. It does not know how t and noise are drawn,
+nor what is done with the gradient.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
 from torch import Tensor
 
-from hf_ddpm.parametrization import from_x0_eps
+from hf_ddpm.bound import FIXED, bound_term, predicted
+from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
+from hf_ddpm.parametrization import from_x0_eps, output_scale
 from hf_ddpm.precision import wide
 from hf_ddpm.process import DiffusionProcess
 
+OBJECTIVES = ("simple", "bound", "hybrid", "min-snr", "score-matching", "sddpm")
+Model = Callable[[Tensor, Tensor], Tensor]
+
 
 def simple_loss(
-    process: DiffusionProcess, model, x_0: Tensor, t: Tensor, noise: Tensor, prediction_type: str
+    process: DiffusionProcess, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, prediction_type: str
 ) -> Tensor:
     """L_simple, Ho et al. 2020, eq. 14 and algorithm 1; with t uniform over all T steps.
 
@@ -32,7 +52,229 @@ def simple_loss(
         ValueError: the model's answer has another shape than the images.
     """
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    return _square(process, output, x_0, t, noise, prediction_type)
+
+
+def min_snr_loss(
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+    gamma: float = 5.0,
+) -> Tensor:
+    """Min-SNR-γ, Hang et al. 2023, eq. 9, in any parametrisation; a weighting for samples, no likelihood.
+
+        min(SNR_t, γ) ⟨(x̂_0 − x_0)²⟩;   as a weight: min(SNR, γ)/SNR on ε, min(SNR, γ)/(SNR + 1) on v
+
+    Arguments and errors as in `simple_loss`.
+    """
+    weight = process.at(t, x_0, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, x_0)
+    return weight.view(-1) * simple_loss(process, model, x_0, t, noise, prediction_type)
+
+
+def score_matching_loss(
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+    variance_type: str,
+) -> Tensor:
+    """Denoising score matching with the bound's weights: its KLs without their constants, a square for L_0.
+
+        T · (1 − α_t)² / (2 σ_t² α_t) ⟨(s_θ − ∇ log q(x_t | x_0))²⟩ / ln 2
+
+    With the weight 1 − ᾱ_t in its place it would be L_simple of ε. The marginal score ∇ log q(x_t) as the
+    target would have the same gradient in expectation (Vincent 2011).
+
+    Args and errors as in `simple_loss`, and:
+        variance_type: σ_t², "fixed_small" or "fixed_large".
+    """
+    beta, root_alpha, log_variance = process.at(t, x_0, "betas", "sqrt_alphas", FIXED[variance_type])
+    weight = (beta / root_alpha) ** 2 * torch.exp(-log_variance) / 2
+    weight = weight * output_scale(process, "score", t, x_0) / output_scale(process, prediction_type, t, x_0)
+    loss = weight.view(-1) * simple_loss(process, model, x_0, t, noise, prediction_type)
+    return len(process) * bits_per_dim(loss, 1)
+
+
+def bound_loss(
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+    variance_type: str,
+) -> Tensor:
+    """The variational bound, Ho et al. 2020, eq. 5, without L_T: true weights, and L_0 through the decoder.
+
+        T · L_t / (D ln 2),   x̂_0 not clipped
+
+    Args:
+        process: the chain that t indexes.
+        model: a denoiser (x_t, t) → output; 2C channels for a learned variance.
+        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        t: zero-based step of each example, shape (B,), int64.
+        noise: ε ~ N(0, I), shape (B, C, H, W).
+        prediction_type: what the output means, one of `PREDICTION_TYPES`.
+        variance_type: σ_t², as in `bound_term`.
+
+    Returns:
+        bits/dim, shape (B,), float64.
+
+    Raises:
+        ValueError: as in `bound_term`.
+    """
+    how = {"variance_type": variance_type, "prediction_type": prediction_type}
+    return _bound(process, model, x_0, t, noise, **how)
+
+
+def hybrid_loss(
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+    weight: float = 1e-3,
+) -> Tensor:
+    """L_hybrid, Nichol & Dhariwal 2021, eq. 16, for a network that answers (m, v), 2C channels.
+
+        ⟨(m_θ − m)²⟩ + λ T L_t / (D ln 2),   log σ_t² interpolated by v, and no gradient of L_t to m_θ
+
+    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`.
+    """
+    output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    m, v = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
+    held = torch.cat([m.detach(), v], 1)
+    how = {"variance_type": "learned_range", "prediction_type": prediction_type, "model_output": held}
+    bound = _bound(process, None, x_0, t, noise, **how)
+    return _square(process, m, x_0, t, noise, prediction_type) + weight * bound
+
+
+def sddpm_loss(
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    step_noise: Tensor,
+    prediction_type: str,
+    variance_type: str,
+) -> Tensor:
+    """The direct-KL objective of "SDDPM": regress x_prev on x_t with the Gaussian kernel p_θ(x_prev | x_t).
+
+        x_prev ~ q(x_prev | x_0),   x_t ~ q(x_t | x_prev)
+        T · {‖x_prev − μ_θ(x_t)‖² / (2σ_t² D) + ½ log σ_t² − ½ log β̃_t − ½} / ln 2,   the decoder at t = 0
+
+    The entropy of q(x_prev | x_t, x_0), in which θ has no part, is taken off, so that the mean is the
+    bound's. So is the gradient's, but it has more noise: x_prev stands where the bound has its mean μ̃_t.
+
+    Args and errors as in `bound_loss`, but:
+        noise: ε of x_prev, shape (B, C, H, W); at t = 0, where x_prev is x_0, it is not used.
+        step_noise: ε of the step from x_prev to x_t, shape (B, C, H, W).
+    """
+    x_prev = process.q_sample_prev(x_0, noise, t)
+    x_t = process.q_step(x_prev, step_noise, t)
+    output = model(x_t, process.timesteps_at(t))
+    x_0, x_prev, x_t = x_0.double(), x_prev.double(), x_t.double()
+    mean_x0, log_variance = predicted(process, output, x_t, t, prediction_type, variance_type)
+    error = x_prev - process.q_posterior_mean(mean_x0, x_t, t)
+    (log_posterior,) = process.at(t, x_t, "log_fixed_small")
+    kernel = 0.5 * (error.square() * torch.exp(-log_variance) + log_variance - log_posterior - 1)
+    decoder = -discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance)
+    nats = torch.where(t.view(-1, *[1] * (x_0.ndim - 1)) == 0, decoder, kernel).flatten(1).sum(1)
+    return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective and what it needs.
+
+    Attributes:
+        loss: (process, model, x_0, t, *noises) → a value per example, (B,).
+        noises: how many independent ε ~ N(0, I) it takes.
+        outputs: channels of the network's answer per channel of the images, 1 or 2.
+    """
+
+    loss: Callable[..., Tensor]
+    noises: int
+    outputs: int
+
+    @torch.no_grad()
+    def cost_of_zero(self, process: DiffusionProcess) -> float:
+        """Mean loss over all t of a network that answers zero to white images; 1 for `simple` on ε."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(process), 1, 8, 8)
+        noises = [torch.randn(shape, generator=generator) for _ in range(self.noises)]
+        zero = torch.zeros(shape).repeat(1, self.outputs, 1, 1)
+        t = torch.arange(len(process))
+        return (
+            self.loss(process, lambda x_t, steps: zero, torch.ones(shape), t, *noises).double().mean().item()
+        )
+
+
+def make_objective(
+    name: str,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_large",
+    snr_gamma: float = 5.0,
+    hybrid_weight: float = 1e-3,
+) -> Objective:
+    """The objective of that name.
+
+    Args:
+        name: one of `OBJECTIVES`.
+        prediction_type: what the network's output means, one of `PREDICTION_TYPES`.
+        variance_type: "fixed_small", "fixed_large", or "learned_range" (bound, hybrid, sddpm).
+        snr_gamma: γ of min-snr.
+        hybrid_weight: λ of hybrid.
+
+    Raises:
+        ValueError: an unknown name, or a variance that the objective doesn't train.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective is {name!r}; allowed: {', '.join(OBJECTIVES)}")
+    learned = variance_type == "learned_range"
+    if name == "hybrid" and not learned:
+        raise ValueError(
+            f"variance_type is {variance_type!r}, but objective 'hybrid' trains one; allowed with it: "
+            "learned_range"
+        )
+    if learned and name in ("simple", "min-snr", "score-matching"):
+        raise ValueError(
+            f"variance_type is 'learned_range', which objective {name!r} doesn't train; allowed with it: "
+            f"{', '.join(FIXED)}"
+        )
+    how = {"prediction_type": prediction_type}
+    both = how | {"variance_type": variance_type}
+    loss = {
+        "simple": partial(simple_loss, **how),
+        "bound": partial(bound_loss, **both),
+        "hybrid": partial(hybrid_loss, **how, weight=hybrid_weight),
+        "min-snr": partial(min_snr_loss, **how, gamma=snr_gamma),
+        "score-matching": partial(score_matching_loss, **both),
+        "sddpm": partial(sddpm_loss, **both),
+    }[name]
+    return Objective(loss, noises=2 if name == "sddpm" else 1, outputs=2 if learned else 1)
+
+
+def _square(
+    process: DiffusionProcess, output: Tensor, x_0: Tensor, t: Tensor, noise: Tensor, prediction_type: str
+) -> Tensor:
+    """Mean square over dimensions of an output against its target, (B,), float32 or wider."""
     target = from_x0_eps(process, prediction_type, x_0, noise, t)
     if output.shape != target.shape:  # a difference would broadcast without a word
         raise ValueError(f"the model answered shape {tuple(output.shape)}; allowed: {tuple(target.shape)}")
     return (wide(output) - wide(target)).square().flatten(1).mean(1)
+
+
+def _bound(
+    process: DiffusionProcess, model: Model | None, x_0: Tensor, t: Tensor, noise: Tensor, **how
+) -> Tensor:
+    """T · L_t in bits/dim, (B,), float64."""
+    nats = bound_term(process, model, x_0, t, noise, clip_x0=False, **how).nats
+    return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))

@@ -9,11 +9,14 @@ With a = √ᾱ_t and s = √(1 − ᾱ_t), every output m is affine in the pair
     mean               μ̃_t(x_t, x_0)          (m − c_t x_t) / c0  √(1−ᾱ)/β (x_t − √α m)
     score              ∇ log q(x_t | x_0)     (x_t + s² m) / a    −s m
 
+In a respaced chain `mean` is still μ̃_t of the chain that the network was trained on, with that chain's β, c0
+and c_t. The other four depend on ᾱ_t alone, which respacing leaves.
+
 Sources: epsilon and mean, Ho et al. 2020, eqs. 7, 8, 11; v, Salimans & Ho 2022, app. D; score, Tweedie.
 It knows no network, no loss and no sampler.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -48,21 +51,16 @@ def to_x0(
     if prediction_type == "epsilon":
         return process.predict_x0(x_t, output, t)
     x, m = wide(x_t), wide(output)
-    a, s, c0, ct = process.at(
-        t,
-        x_t,
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "posterior_mean_coef_x0",
-        "posterior_mean_coef_xt",
-    )
+    a, s = process.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
     if prediction_type == "score":
         process.require_signal(t)
         x_0 = (x + s**2 * m) / a
     elif prediction_type == "v_prediction":
         x_0 = add_scaled(a * x, -s, m)
     elif prediction_type == "mean":
-        x_0 = (m - ct * x) / c0
+        chain, step = process.in_original(t)
+        c0, ct = chain.at(step, x_t, "posterior_mean_coef_x0", "posterior_mean_coef_xt")
+        x_0 = add_scaled(m, -ct, x) / c0
     else:
         x_0 = m
     return narrow(x_0, x_t.dtype)
@@ -82,7 +80,8 @@ def to_eps(
     elif prediction_type == "v_prediction":
         eps = s * x + a * m
     elif prediction_type == "mean":
-        beta, root_alpha = process.at(t, x_t, "betas", "sqrt_alphas")
+        chain, step = process.in_original(t)
+        beta, root_alpha = chain.at(step, x_t, "betas", "sqrt_alphas")
         eps = s / beta * (x - root_alpha * m)
     else:
         eps = (x - a * m) / s
@@ -114,11 +113,44 @@ def from_x0_eps(
     elif prediction_type == "sample":
         m = x
     elif prediction_type == "mean":
-        m = process.q_posterior_mean(x, process.q_sample(x, e, t), t)
+        chain, step = process.in_original(t)
+        m = chain.q_posterior_mean(x, process.q_sample(x, e, t), step)
     else:
         a, s = process.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         m = a * e - s * x if prediction_type == "v_prediction" else -e / s
     return narrow(m, x_0.dtype)
+
+
+def output_scale(process: DiffusionProcess, prediction_type: str, t: Tensor | int, like: Tensor) -> Any:
+    """⟨(m_θ − m)²⟩ in units of ⟨(x̂_0 − x_0)²⟩ at one x_t: what turns a weight on x_0 into one on the output.
+
+        SNR_t (epsilon), 1 (sample), 1/(1 − ᾱ_t) (v_prediction), c0² (mean), ᾱ_t/(1 − ᾱ_t)² (score)
+
+    Args:
+        process: the chain that t indexes.
+        prediction_type: what the output is, one of `PREDICTION_TYPES`.
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+        like: images, shape (B, C, H, W).
+
+    Returns:
+        A factor that multiplies images, shape (B, 1, 1, 1), float32 or wider; a float for an int t.
+
+    Raises:
+        ValueError: an unknown prediction type; "epsilon" or "score" at ᾱ_t = 0, where x̂_0 is undetermined.
+    """
+    _check(prediction_type)
+    if prediction_type in ("epsilon", "score"):
+        process.require_signal(t)
+    snr, variance = process.at(t, like, "snr", "one_minus_alphas_cumprod")
+    if prediction_type == "mean":
+        chain, step = process.in_original(t)
+        return chain.at(step, like, "posterior_mean_coef_x0")[0] ** 2
+    return {
+        "epsilon": snr,
+        "sample": snr * 0 + 1,
+        "v_prediction": 1 / variance,
+        "score": snr / variance,
+    }[prediction_type]
 
 
 def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor | int) -> Tensor:

@@ -36,12 +36,14 @@ class DiffusionProcess(Tables):
             exact to the last digits at both ends of the schedule.
         timesteps: the step handed to the network for each index of this chain, int64, shape (T,).
         first_log_variance: log σ_0² of a respaced chain that keeps the full chain's convention, else None.
+        original: the chain that a respaced one was made from, which the network was trained on, else None.
     """
 
     betas: Tensor
     log_alphas_cumprod: Tensor
     timesteps: Tensor
     first_log_variance: float | None = None
+    original: "DiffusionProcess | None" = None
 
     @classmethod
     def from_betas(cls, betas: Tensor | np.ndarray | Sequence[float]) -> "DiffusionProcess":
@@ -99,7 +101,17 @@ class DiffusionProcess(Tables):
             first_log_variance=self.log_variance("fixed_small")[0].item()
             if first_variance == "full"
             else None,
+            original=self if self.original is None else self.original,
         )
+
+    def in_original(self, t: Tensor | int) -> tuple["DiffusionProcess", Tensor | int]:
+        """The chain that the network was trained on, and the index there of this chain's t."""
+        if self.original is None:
+            return self, t
+        if isinstance(t, Tensor):
+            return self.original, self.timesteps_at(t)  # the original one's steps are its indices
+        self._check_index(t)
+        return self.original, self._floats("timesteps")[t]  # type: ignore[return-value]
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -121,6 +133,21 @@ class DiffusionProcess(Tables):
     def alphas_cumprod_prev(self) -> Tensor:
         """ᾱ_{t−1}, and 1 at t = 0."""
         return torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def sqrt_alphas_cumprod_prev(self) -> Tensor:
+        """√ᾱ_{t−1}, and 1 at t = 0."""
+        return self.alphas_cumprod_prev.sqrt()
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod_prev(self) -> Tensor:
+        """√(1 − ᾱ_{t−1}), and 0 at t = 0."""
+        return self.one_minus_alphas_cumprod_prev.sqrt()
+
+    @cached_property
+    def sqrt_betas(self) -> Tensor:
+        """√β_t."""
+        return self.betas.sqrt()
 
     @cached_property
     def one_minus_alphas_cumprod(self) -> Tensor:
@@ -245,6 +272,27 @@ class DiffusionProcess(Tables):
         """
         a, s = self.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
+
+    def q_sample_prev(self, x_0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """A draw of q(x_prev | x_0), eq. 4 one step earlier; x_0 itself at t = 0. As in `q_sample`."""
+        a, s = self.at(t, x_0, "sqrt_alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod_prev")
+        return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
+
+    def q_step(self, x_prev: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """A draw of q(x_t | x_prev), Ho et al. 2020, eq. 2.
+
+            x_t = √α_t x_prev + √β_t ε
+
+        Args:
+            x_prev: the state before step t, shape (B, C, H, W).
+            noise: ε ~ N(0, I), shape of x_prev.
+            t: zero-based step of each example, shape (B,) int64, or one int for all.
+
+        Returns:
+            x_t, shape and dtype of x_prev (computed in float32 or wider).
+        """
+        root_alpha, root_beta = self.at(t, x_prev, "sqrt_alphas", "sqrt_betas")
+        return narrow(add_scaled(root_alpha * wide(x_prev), root_beta, wide(noise)), x_prev.dtype)
 
     def predict_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
         """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t, eq. 4 solved for x_0; shapes and dtypes as in `q_sample`.

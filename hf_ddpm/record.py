@@ -46,6 +46,7 @@ class Record:
         per_step: images of a step, over all processes.
         per_epoch: images of the data set.
         state: what `state` gave at that step; empty for a new run.
+        cost_of_zero: mean loss of a network that answers zero.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
@@ -63,12 +64,14 @@ class Record:
         per_step: int,
         per_epoch: int,
         state: Mapping[str, Any],
+        cost_of_zero: float = 1.0,
     ):
         self.run, self.accelerator, self.config = run, accelerator, config
         self.loss = self.images_per_second = math.nan
         self.grad_norm: Tensor | None = None
         self.skipped: int = state.get("skipped", 0)
         self._per_step, self._step, self._first = per_step, first, first
+        self._cost_of_zero = cost_of_zero
         self._per_epoch, self._in_vain = per_epoch, 0  # positions in a row without an image
         self._sums = torch.zeros(2, QUARTILES, device=accelerator.device)  # loss, images: of this step
         self._steps: list[Tensor] = []  # of this process's steps since the last log, still on the device
@@ -184,10 +187,11 @@ class Record:
             )
         self._table = torch.cat([self._table, new])
         loss, images = self._table.sum(0).sum(-1).tolist()
-        if loss > self.config.max_loss * images:
+        if loss > self.config.max_loss * self._cost_of_zero * images:
             raise RuntimeError(
                 f"the mean loss of steps {self._step - len(self._table) + 1} to {self._step} is "
-                f"{loss / images:.4g}, above max_loss {self.config.max_loss:g}; checkpoints from before stand"
+                f"{loss / images:.4g}, above max_loss {self.config.max_loss:g} times the "
+                f"{self._cost_of_zero:.3g} of guessing zero; checkpoints from before stand"
             )
         for count in new[:, 1].sum(-1).tolist():
             self._in_vain = 0 if count else self._in_vain + self._per_step

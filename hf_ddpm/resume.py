@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.importance import LossSecondMoment
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.share import StepShare
 from hf_ddpm.states import restore_model, restore_optimizer
@@ -106,7 +107,8 @@ def _began_there(found: list[tuple[int, Path]], named: str) -> bool:
 
 
 def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
-    was, now = state.get("config", {}), dataclasses.asdict(config)
+    # What an older version did not know had its default's effect
+    was, now = dataclasses.asdict(TrainConfig()) | state.get("config", {}), dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
     if changed:
         what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)
@@ -161,6 +163,7 @@ def restore(
     averages: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
+    t_sampler: LossSecondMoment | None,
 ) -> None:
     """Put a checkpoint into the objects of a run; all processes call it together.
 
@@ -174,6 +177,8 @@ def restore(
         restore_optimizer(unet, optimizer, start.optimizer["optimizer"])
         if scaler is not None:
             scaler.load_state_dict(start.optimizer["scaler"])
+        if t_sampler is not None:
+            t_sampler.load_state_dict(start.optimizer["t_sampler"])
     except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error

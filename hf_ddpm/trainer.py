@@ -38,11 +38,12 @@ from hf_ddpm.build import (
 )
 from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.draws import draw_noise, draw_t
+from hf_ddpm.draws import draw_noise, draw_t, draw_uniform
 from hf_ddpm.exports import write_pipeline
 from hf_ddpm.heldout import HeldOut
+from hf_ddpm.importance import LossSecondMoment
 from hf_ddpm.models import as_denoiser
-from hf_ddpm.objectives import simple_loss
+from hf_ddpm.objectives import make_objective
 from hf_ddpm.pixels import to_float
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.record import QUARTILES, Record
@@ -126,6 +127,10 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     check_rows(stream.row_counts, state)
     heldout = HeldOut(config, run, accelerator, stream.shape) if config.evaluate_every else None
     options = {"variance_type": config.variance_type, "prediction_type": config.prediction_type}
+    objective = make_objective(
+        config.objective, **options, snr_gamma=config.snr_gamma, hybrid_weight=config.hybrid_weight
+    )
+    t_sampler = LossSecondMoment(len(process), device) if config.t_sampler == "importance" else None
     unet = model if model is not None else make_model(config, stream, scheduler)
     unet = prepare_model(unet, config, stream, accelerator)
     sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -139,7 +144,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     averaged = next(iter(averages.values()))  # the pipeline's
     denoiser = as_denoiser(network)
     if start is not None:
-        restore(start, unet, averages, optimizer, accelerator.scaler)
+        restore(start, unet, averages, optimizer, accelerator.scaler, t_sampler)
     del start  # it holds a copy of everything
 
     def save_pipeline(states: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -156,6 +161,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
         states = {name: gather_model(average) for name, average in averages.items()}
         scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
         optimizers = {"optimizer": gather_optimizer(unet, optimizer), "scaler": scaler}
+        if t_sampler is not None:
+            optimizers["t_sampler"] = t_sampler.state_dict()
         facts = {"num_processes": world, "images_per_step": share.per_step, **noted}
         facts["row_counts"] = stream.row_counts
         facts["config"] = dataclasses.asdict(config)
@@ -180,30 +187,40 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
     push = start_pushing(config, unet, accelerator)
     batches = make_batches(stream, config, share, device, first)
-    record = Record(run, accelerator, config, first, share.per_step, stream.num_rows(), state)
+    cost = objective.cost_of_zero(process)
+    record = Record(run, accelerator, config, first, share.per_step, stream.num_rows(), state, cost)
     stop, stopped, done = StopSignals(world), False, False
     with stop, record, contextlib.suppress(TrainingStopped):
         with record.paused():
             show()
         while step < config.max_steps and not stopped:
+            seen = []  # positions, steps and losses, for the sampler of steps
             for micro in range(share.micro_steps):
                 positions, images, present = next(batches)
                 x_0 = to_float(images.to(device, non_blocking=True))
-                t = draw_t(config.seed, positions, len(process))
-                quartiles = torch.where(present, t * QUARTILES // len(process), -1)
-                t, quartiles, present = (
-                    tensor.to(device, non_blocking=True) for tensor in (t, quartiles, present)
-                )
-                noise = draw_noise(config.seed, positions, stream.shape, device)
+                present = present.to(device, non_blocking=True)
+                if t_sampler is None:
+                    t = draw_t(config.seed, positions, len(process)).to(device, non_blocking=True)
+                else:
+                    t = t_sampler.draw(draw_uniform(config.seed, positions).to(device, non_blocking=True))
+                noises = [
+                    draw_noise(config.seed, positions, stream.shape, device, number)
+                    for number in range(objective.noises)
+                ]
                 torch.manual_seed(derive_seed(config.seed, step, micro, rank))  # of dropout
                 if config.channels_last:
                     x_0 = x_0.contiguous(memory_format=torch.channels_last)
                 last = micro == share.micro_steps - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                    losses = simple_loss(process, denoiser, x_0, t, noise, config.prediction_type)
+                    losses = objective.loss(process, denoiser, x_0, t, *noises)
+                    if t_sampler is not None:
+                        seen.append((torch.tensor(positions, device=device), t, losses.detach()))
+                        losses = losses * t_sampler.weights(t)
                     # The mean over the step's images, once the processes' gradients are averaged
                     accelerator.backward((losses * present).sum() * (world / share.per_step))
-                record.add(losses, quartiles)
+                record.add(losses, torch.where(present, t * QUARTILES // len(process), -1))
+            if t_sampler is not None:
+                t_sampler.add(*accelerator.gather([torch.cat(column) for column in zip(*seen, strict=True)]))
             norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm or math.inf)
             record.grad_norm = norm if norm is None else whole(norm)
             prepared.step()
