@@ -88,6 +88,38 @@ def to_eps(
     return narrow(eps, x_t.dtype)
 
 
+def to_score(
+    process: DiffusionProcess, prediction_type: str, output: Tensor, x_t: Tensor, t: Tensor | int
+) -> Tensor:
+    """The score ∇ log q(x_t) from a network's output, −ε̂/√(1 − ᾱ_t): Tweedie's formula solved for it.
+
+        E[√ᾱ_t x_0 | x_t] = x_t + (1 − ᾱ_t) ∇ log q(x_t)
+
+    A network is trained on one (x_0, ε) at a time, whose *conditional* score is ∇ log q(x_t | x_0) =
+    −ε/√(1 − ᾱ_t). Its optimum is the mean of these given x_t, and that is the *marginal* score: of the
+    noised data, where no x_0 is given.
+
+    Args:
+        process: the chain that t indexes.
+        prediction_type: what `output` is, one of `PREDICTION_TYPES`.
+        output: the network's output, shape (B, C, H, W).
+        x_t: what the network saw, shape (B, C, H, W).
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+
+    Returns:
+        The score, shape and dtype of x_t (computed in float32 or wider). Every prediction type has one at
+        ᾱ_t = 0 too, where x_t = ε: there it is −x_t whatever "sample", "v_prediction" and "mean" answer,
+        and −m for "epsilon".
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    (s,) = process.at(t, x_t, "sqrt_one_minus_alphas_cumprod")
+    if prediction_type == "score":
+        return narrow(wide(output), x_t.dtype)
+    return narrow(-to_eps(process, prediction_type, wide(output), wide(x_t), t) / s, x_t.dtype)
+
+
 def from_x0_eps(
     process: DiffusionProcess, prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor | int
 ) -> Tensor:

@@ -1,6 +1,7 @@
 """DDPMPipeline: noise → model → scheduler → image.
 
-It knows the sampling loop. What a step does is the scheduler's; folders and the Hub are portable.py's.
+It knows the sampling loop. What a step does is the scheduler's; what the network says of one x_t is
+predictor.py's; folders and the Hub are portable.py's.
 """
 
 import inspect
@@ -10,7 +11,6 @@ from numbers import Integral
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.pixels import one_line
-from hf_ddpm.portable import PortablePipeline
-from hf_ddpm.samplers import whole_config
+from hf_ddpm.predictor import PredictingPipeline
 from hf_ddpm.scheduler import DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -41,7 +40,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     pred_original_images: dict[int, Any] | None = None
 
 
-class DDPMPipeline(PortablePipeline):
+class DDPMPipeline(PredictingPipeline):
     """Unconditional image generation, Ho et al. 2020, algorithm 2, with any scheduler of diffusers.
 
     A folder that it saves also loads as `diffusers.DDPMPipeline` where hf_ddpm is not installed; a folder
@@ -130,6 +129,49 @@ class DDPMPipeline(PortablePipeline):
             return (images,) if x_0s is None else (images, x_0s)
         return DDPMPipelineOutput(images=images, pred_original_images=x_0s)
 
+    @torch.no_grad()
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        callback_on_step_end: Callback | None = None,
+    ) -> Tensor:
+        """Draw x_0 given x_t: algorithm 2 from step t on, over t, t − 1, ..., 0.
+
+        Args:
+            x_t (`torch.Tensor`): the state after step t, (B, C, H, W), of a variance that fits t, such as
+                `process.q_sample(x_0, noise, t)` has.
+            t (`int`): zero-based step of the training process.
+            generator (`torch.Generator` or a list of B of them, *optional*): of the noise of the steps. With
+                a list, an image depends on its own x_t and generator only; equal seeds mean equal noise.
+            num_inference_steps (`int`, *optional*): K, as in a call that samples: the steps executed are t
+                and those below it of the K that a call would take, about K·t/T. x_t may be at any t.
+            callback_on_step_end (`Callable`, *optional*): as in a call that samples.
+
+        Returns:
+            The images, about in [−1, 1], (B, C, H, W), on the network's device and in its dtype.
+
+        Raises:
+            ValueError: an argument is not as above, or the sampler is not `DDPMScheduler`: others keep a
+                state that begins with noise.
+        """
+        scheduler: Any = self.scheduler
+        sampler = type(scheduler).__name__
+        _require(isinstance(scheduler, DDPMScheduler), "the scheduler", sampler, "DDPMScheduler (ddpm)")
+        _require(x_t.ndim == 4 and x_t.is_floating_point(), "shape of x_t", tuple(x_t.shape), "(B, C, H, W)")
+        total = len(self.process)
+        _require(isinstance(t, Integral) and 0 <= t < total, "t", t, f"whole numbers in 0..{total - 1}")
+        self.check_inputs(len(x_t), generator, num_inference_steps, "pt", None, tuple(x_t.shape[1:]))  # type: ignore[arg-type]
+        below = [step for step in scheduler.timesteps.tolist() if step < t]
+        scheduler.set_timesteps(timesteps=[int(t), *below])
+        x = x_t.to(self._execution_device, self._weight.dtype)
+        x_0, _ = self._run(x, generator, set(), callback_on_step_end)
+        self.maybe_free_model_hooks()
+        return x_0
+
     def _sample(
         self,
         shape: tuple[int, ...],
@@ -138,22 +180,31 @@ class DDPMPipeline(PortablePipeline):
         places: set[int],
         callback: Callback | None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One batch through algorithm 2: the samples, and the predicted x_0 at the places asked for."""
+        """One batch from noise: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
-        denoise = as_denoiser(self.unet)
         if not isinstance(scheduler, DDPMScheduler):
             scheduler.set_timesteps(num_steps)  # again for each batch: the others keep state
+        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
+        return self._run(x * scheduler.init_noise_sigma, generator, places, callback)
+
+    def _run(
+        self,
+        x: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        places: set[int],
+        callback: Callback | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Algorithm 2 over `scheduler.timesteps`, from x at the first of them."""
+        scheduler: Any = self.scheduler
+        denoise = as_denoiser(self.unet)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if takes_generator else {}
-
-        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
-        x = x * scheduler.init_noise_sigma
         predicted: dict[int, Tensor] = {}
         for step, t in enumerate(self.progress_bar(scheduler.timesteps)):  # type: ignore[call-arg,arg-type]
             x_t = scheduler.scale_model_input(x, t)
             output = denoise(x_t, t.to(x.device).expand(len(x)))
             if not isinstance(scheduler, diffusers.DDPMScheduler):
-                output = output[:, : shape[1]]  # the others have no use for a learned variance
+                output = output[:, : x.shape[1]]  # the others have no use for a learned variance
             result: Any = scheduler.step(output, t, x, **options)
             if step in places:
                 predicted[step] = self._pred_original(result, output, x_t, t)
@@ -172,8 +223,7 @@ class DDPMPipeline(PortablePipeline):
             raise ValueError(
                 f"{type(self.scheduler).__name__} visits step {t.item():g} and predicts no x_0 there"
             )
-        scheduler: Any = DDPMScheduler.from_config(whole_config(self.scheduler))
-        return to_x0(scheduler.process, self.scheduler.config["prediction_type"], output, x_t, int(t))
+        return to_x0(self.process, self.scheduler.config["prediction_type"], output, x_t, int(t))
 
     def check_inputs(
         self,
@@ -224,39 +274,6 @@ class DDPMPipeline(PortablePipeline):
         valid = not repeats and bool((scheduler.timesteps >= 0).all())
         _require(valid, "num_inference_steps", num_steps, f"fewer, {sampler} would repeat a step or pass 0")
         return shape, num_steps, len(scheduler.timesteps)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, from the network's config.
-
-        Raises:
-            ValueError: the network has no config that says it.
-        """
-        config = getattr(self.unet, "config", None)
-        if config is None or getattr(config, "sample_size", None) is None:
-            raise ValueError(
-                f"{type(self.unet).__name__} has no config with a sample_size; pass image_shape=(C, H, W)"
-            )
-        height, width = np.broadcast_to(config.sample_size, 2).tolist()
-        return config.in_channels, height, width
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is; diffusers would ask it, and only its own models answer."""
-        return self._weight.device
-
-    def to(self, *args: Any, **kwargs: Any) -> "DDPMPipeline":
-        """Move the network, in place: diffusers' `to`, or `nn.Module.to` where the network is not theirs."""
-        if isinstance(self.unet, nn.Module) and not hasattr(self.unet, "dtype"):
-            self.unet.to(*args, **kwargs)
-            return self
-        return super().to(*args, **kwargs)
-
-    @property
-    def _weight(self) -> Tensor:
-        """Any of the network's weights, for its device and dtype."""
-        parameters = self.unet.parameters() if isinstance(self.unet, nn.Module) else iter(())
-        return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
 
 
 def _is_count(value: Any) -> bool:

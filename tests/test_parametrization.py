@@ -15,10 +15,11 @@ from hf_ddpm.parametrization import (
     from_x0_eps,
     learned_range_log_variance,
     to_eps,
+    to_score,
     to_x0,
 )
 from hf_ddpm.process import DiffusionProcess
-from tests.oracles import chain, law, near, random_betas, spaced
+from tests.oracles import betas_by_definition, chain, law, near, random_betas, spaced
 
 LINEAR = chain("linear")
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -89,7 +90,10 @@ def test_values_of_section_8():
         "v_prediction": -0.658459332332,
     }
     for kind, value in expected.items():
-        assert from_x0_eps(LINEAR, kind, x_0, eps, 500).item() == pytest.approx(value, abs=1e-12)
+        output = from_x0_eps(LINEAR, kind, x_0, eps, 500)
+        assert output.item() == pytest.approx(value, abs=1e-12)
+        score = to_score(LINEAR, kind, output, pixel(-1.370741152685), 500)
+        assert score.item() == pytest.approx(expected["score"], abs=1e-9)  # `mean` divides by β = 0.01
 
 
 @pytest.mark.parametrize("t", ENDS)
@@ -191,6 +195,32 @@ def test_tweedie_on_gaussian_data_and_two_points(t):
     assert to_x0(LINEAR, "score", score, pixel(0.2), t).item() == near(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2", "constant"])
+def test_score_of_gaussian_data(kind, name):
+    # x_0 ~ N(μ, v): q(x_t) = N(√ᾱ μ, ᾱ v + 1 − ᾱ), and E[x_0 | x_t] by the product of two Gaussians in x_0.
+    process, mean, variance, x_t = chain(name), 0.3, 0.0625, draw(2, 1, 3, 4)
+    abar = np.cumprod(1 - betas_by_definition(name))
+    for t in (0, 1, len(process) // 2, len(process) - 2, len(process) - 1):
+        score = -(x_t - np.sqrt(abar[t]) * mean) / (abar[t] * variance + 1 - abar[t])
+        precision = 1 / variance + abar[t] / (1 - abar[t])
+        x_0 = (mean / variance + np.sqrt(abar[t]) / (1 - abar[t]) * x_t) / precision
+        eps = (x_t - np.sqrt(abar[t]) * x_0) / np.sqrt(1 - abar[t])
+        output = from_x0_eps(process, kind, x_0, eps, t)
+        # 1 − ᾱ of the oracle has lost 4 digits at t = 0, and the score multiplies them by 100.
+        assert_allclose(to_score(process, kind, output, x_t, t), score, rtol=1e-7, atol=1e-8)
+        assert_allclose(to_x0(process, "score", score, x_t, t), x_0, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_score_is_the_same_on_a_respaced_chain(kind):
+    full, short = LINEAR, spaced("linear", 10)
+    x_t, output = draw(1, 2, 2, 2), draw(1, 2, 2, 2, seed=1)
+    for t in (0, 4, 9):
+        expected = to_score(full, kind, output, x_t, int(short.timesteps[t]))
+        assert_allclose(to_score(short, kind, output, x_t, t), expected, rtol=1e-9)
+
+
 # Borders
 
 
@@ -212,6 +242,11 @@ def test_zero_terminal_snr():
         assert_allclose(
             to_eps(process, kind, from_x0_eps(process, kind, x_0, eps, 2), eps, 2), eps, rtol=1e-14
         )
+        # q(x_t) = N(0, I), whose score is −x_t; three of the five know it without the network.
+        output = from_x0_eps(process, kind, x_0, eps, 2)
+        assert_allclose(to_score(process, kind, output, eps, 2), -eps, rtol=1e-14)
+    for kind in ("sample", "v_prediction", "mean"):
+        assert_allclose(to_score(process, kind, draw(2, 1, 2, 2, seed=5), eps, 2), -eps, rtol=1e-14)
 
 
 # Learned variance (Nichol & Dhariwal 2021, eq. 15)
@@ -250,7 +285,7 @@ EQUATIONS = {  # name -> f(process, images, images, t)
     **{name: getattr(DiffusionProcess, name) for name in CHAIN_EQUATIONS},
     **{
         f"{f.__name__}-{kind}": lambda process, x, y, t, f=f, kind=kind: f(process, kind, x, y, t)
-        for f in (to_x0, to_eps, from_x0_eps)
+        for f in (to_x0, to_eps, to_score, from_x0_eps)
         for kind in PREDICTION_TYPES
     },
 }
@@ -317,7 +352,7 @@ def test_steps_outside_the_chain_are_refused(f, t):
         f(LINEAR, draw(2, 1, 2, 2), draw(2, 1, 2, 2), t)
 
 
-@pytest.mark.parametrize("f", [to_x0, to_eps, from_x0_eps])
+@pytest.mark.parametrize("f", [to_x0, to_eps, to_score, from_x0_eps])
 def test_unknown_prediction_type_is_refused(f):
     with pytest.raises(ValueError, match=r"'eps'; allowed: epsilon, sample, v_prediction, mean, score"):
         f(LINEAR, "eps", pixel(0.0), pixel(0.0), 0)

@@ -1,0 +1,113 @@
+"""What a pipeline's network says of one x_t: E[x_0 | x_t] and the score, whatever its prediction type.
+
+It knows the network and the process that it was trained for. Sampling is pipeline.py's.
+"""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_ddpm.models import as_denoiser
+from hf_ddpm.parametrization import to_score, to_x0
+from hf_ddpm.portable import PortablePipeline
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.samplers import whole_config
+from hf_ddpm.scheduler import DDPMScheduler
+
+Pipeline = TypeVar("Pipeline", bound="PredictingPipeline")
+
+
+class PredictingPipeline(PortablePipeline):
+    """A network and its process, to be asked about noisy images; the base of `DDPMPipeline`."""
+
+    @property
+    def process(self) -> DiffusionProcess:
+        """The process of T steps that the network was trained for, whatever `set_timesteps` chose."""
+        scheduler: Any = self.scheduler  # any of diffusers'
+        if not isinstance(scheduler, DDPMScheduler):
+            scheduler = DDPMScheduler.from_config(whole_config(scheduler))
+        return scheduler.process
+
+    @torch.no_grad()
+    def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The network's estimate of E[x_0 | x_t], for any prediction type.
+
+        Args:
+            x_t (`torch.Tensor`): noisy images, (B, C, H, W), on the network's device.
+            t (`int` or `torch.Tensor`): zero-based step of each image in the training process, shape (B,)
+                int64, or one for all.
+
+        Returns:
+            x̂_0, not clipped, shape and dtype of x_t; of a network that learns variances, its first C
+            channels.
+
+        Raises:
+            ValueError: a step that the process does not have (a tensor on an accelerator is trusted), x_t or
+                t of another shape, "epsilon" or "score" at ᾱ_t = 0.
+        """
+        return to_x0(self.process, self.scheduler.config["prediction_type"], self._answer(x_t, t), x_t, t)
+
+    @torch.no_grad()
+    def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The network's estimate of the marginal score ∇ log q(x_t), for any prediction type.
+
+            E[√ᾱ_t x_0 | x_t] = x_t + (1 − ᾱ_t) ∇ log q(x_t)        (Tweedie)
+
+        It is of the noised data. The *conditional* score ∇ log q(x_t | x_0) = −ε/√(1 − ᾱ_t) needs the x_0
+        that x_t was made of; the marginal one is its mean given x_t. Arguments and errors as in `predict_x0`,
+        but every prediction type has a score at ᾱ_t = 0.
+
+        Returns:
+            The score, shape and dtype of x_t.
+        """
+        return to_score(self.process, self.scheduler.config["prediction_type"], self._answer(x_t, t), x_t, t)
+
+    def _answer(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The network's output, without a learned variance."""
+        if x_t.ndim != 4 or not x_t.is_floating_point():
+            raise ValueError(
+                f"x_t is {x_t.dtype} of shape {tuple(x_t.shape)}; allowed: floating point, (B, C, H, W)"
+            )
+        steps = self.process.timesteps_at(torch.as_tensor(t))
+        if steps.shape not in ((), x_t.shape[:1]):
+            raise ValueError(
+                f"t has shape {tuple(steps.shape)} for {len(x_t)} images; allowed: one step, or one per image"
+            )
+        x = x_t.to(self._weight.dtype) if isinstance(self.unet, nn.Module) else x_t
+        output = as_denoiser(self.unet)(x, steps.to(x_t.device).expand(len(x_t)))
+        return output[:, : x_t.shape[1]]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, from the network's config.
+
+        Raises:
+            ValueError: the network has no config that says it.
+        """
+        config = getattr(self.unet, "config", None)
+        if config is None or getattr(config, "sample_size", None) is None:
+            raise ValueError(
+                f"{type(self.unet).__name__} has no config with a sample_size; pass image_shape=(C, H, W)"
+            )
+        height, width = np.broadcast_to(config.sample_size, 2).tolist()
+        return config.in_channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; diffusers would ask it, and only its own models answer."""
+        return self._weight.device
+
+    def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
+        """Move the network, in place: diffusers' `to`, or `nn.Module.to` where the network is not theirs."""
+        if isinstance(self.unet, nn.Module) and not hasattr(self.unet, "dtype"):
+            self.unet.to(*args, **kwargs)
+            return self
+        return super().to(*args, **kwargs)
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any of the network's weights, for its device and dtype."""
+        parameters = self.unet.parameters() if isinstance(self.unet, nn.Module) else iter(())
+        return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
