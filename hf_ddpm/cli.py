@@ -1,65 +1,29 @@
 """The `hf-ddpm` console command; the scripts in train_scripts/ call the same functions.
 
-It knows words on a command line: it turns them into calls, and a `ValueError` into one line and exit code 2.
+It turns words on a command line into calls; what words are, and how a command ends, is arguments.py's.
 """
 
-import argparse
-import dataclasses
 import difflib
 import math
-import os
-import re
 import shlex
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
+from hf_ddpm.arguments import Parser, add_options, count, run, whole, wholes
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation import evaluate
 from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.generate import sample
+from hf_ddpm.generate import process_state, sample
 from hf_ddpm.hub import finishing_command, send
+from hf_ddpm.interpolation import draw_interpolation
 from hf_ddpm.publication import collect
 from hf_ddpm.redact import redact
 from hf_ddpm.report import JSON, describe
 from hf_ddpm.samplers import SCHEDULERS
-from hf_ddpm.stop import EXIT_CODE, TrainingStopped
 from hf_ddpm.trainer import train
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line that names the nearest flag."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; `-` and `_` inside a flag's name mean the same."""
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-4 and -8x8 are values too, bad ones
-        words = [_dashed(word) for word in argv]
-        values, unknown = self.parse_known_args(words)
-        if unknown:
-            flags = [
-                flag for action in self._actions for flag in action.option_strings if flag.startswith("--")
-            ]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            self.error(
-                f"unknown argument {unknown[0]!r}"
-                + (f"; did you mean {near[0]}?" if near else "; see --help")
-            )
-        return values
-
-
-def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     usage = "usage: hf-ddpm COMMAND [options]; `hf-ddpm COMMAND --help` tells more\n\ncommands:\n"
     usage += "".join(
-        f"  {name:10} {(command.__doc__ or '').splitlines()[0]}\n" for name, command in COMMANDS.items()
+        f"  {name:12} {(command.__doc__ or '').splitlines()[0]}\n" for name, command in COMMANDS.items()
     )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage, end="")
@@ -80,35 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(COMMANDS[argv[0]], argv[1:], f"hf-ddpm {argv[0]}")
 
 
-def run(
-    command: Callable[[Sequence[str], str], None], argv: Sequence[str] | None = None, prog: str = ""
-) -> None:
-    """Call a command; bad input is one line on stderr and exit code 2, a failed run one line and 1.
-
-    A training run that a signal stopped, and that the same command goes on with, has 75.
-    """
-    prog = prog or Path(sys.argv[0]).name
-    try:
-        command(sys.argv[1:] if argv is None else argv, prog)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("HF_DDPM_TRACEBACK"):
-            raise
-        bad_input = isinstance(error, ValueError)
-        words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
-        print(f"{prog}: {words} {redact(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2 if bad_input else 1)
-    except TrainingStopped as stopped:
-        if PartialState().is_main_process:
-            print(f"{prog}: {stopped}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 def train_command(argv: Sequence[str], prog: str) -> None:
     """Train a model on a stream of images, or go on with a run."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s [--config FILE] [--key value ...]",
         description="Train a DDPM. Values come from the defaults, then the file, then the flags; '-' and '_' "
@@ -121,7 +59,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file of the keys below, or a run's train_config.json"
     )
-    _add_options(parser, TrainConfig)
+    add_options(parser, TrainConfig)
     values = vars(parser.parse(argv))
     config = TrainConfig.load(values.pop("config"), **values)
     result = train(config)
@@ -134,7 +72,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
 
 def sample_command(argv: Sequence[str], prog: str) -> None:
     """Draw images from a model: numbered PNG files and a grid."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Draw images from a model. Image i depends on the seed and i only, not on the batch or "
         "the number of processes; start it with `accelerate launch` to use several.",
@@ -142,18 +80,18 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id")
-    parser.add_argument("--num-images", type=_count, default=64, metavar="N", help="how many [64]")
+    parser.add_argument("--num-images", type=count, default=64, metavar="N", help="how many [64]")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for 00000.png, ..., grid.png")
-    parser.add_argument("--steps", type=_count, metavar="K", help="sampling steps, by default all T")
+    parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
     parser.add_argument(
         "--scheduler", metavar="NAME", help=f"sampler, by default the model's ({', '.join(SCHEDULERS)})"
     )
     parser.add_argument(
         "--variance-type", metavar="NAME", help="for the sampler ddpm (fixed_small, fixed_large)"
     )
-    parser.add_argument("--seed", type=_whole, default=0, metavar="S", help="of the noise [0]")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of the noise [0]")
     parser.add_argument(
-        "--batch-size", type=_count, default=64, metavar="N", help="images at once in each process [64]"
+        "--batch-size", type=count, default=64, metavar="N", help="images at once in each process [64]"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the samples that DIR holds, and nothing else in it"
@@ -164,7 +102,7 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:
     """Measure a model's bits/dim on a data set, and its samples if asked."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Measure the variational bound of images under a model in bits/dim, with its standard "
         "error and plots, and optionally the quality of its samples. Killed, the same command goes on. An "
@@ -179,7 +117,7 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "dataset", metavar="DATASET", help="Hub id, folder of images or of parquet files, or digits"
     )
-    _add_options(parser, EvaluationConfig, but=("model", "dataset"))
+    add_options(parser, EvaluationConfig, but=("model", "dataset"))
     config = EvaluationConfig(**vars(parser.parse(argv)))
     report = evaluate(config, redact(shlex.join([*prog.split(), *argv])))
     if PartialState().is_main_process:
@@ -187,9 +125,45 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         print(f"written: {Path(config.out or config.model).expanduser() / JSON}")
 
 
+def interpolate_command(argv: Sequence[str], prog: str) -> None:
+    """Interpolate two images in a model's noise: a grid."""
+    parser = Parser(
+        prog=prog,
+        description="Interpolate two images in a model's noise, Ho et al. 2020, section 4.4: they are noised "
+        "to step t, mixed, and denoised. The PNG file has a row for each t: A, the mixtures from A to B, and "
+        "B. Small t cross-fades pixels, large t forgets A and B. It uses one process.",
+        epilog="example: %(prog)s runs/digits digits:test:17 digits:test:4 --t 100,200,300 --out mixed.png",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id, with the sampler ddpm")
+    for name in "ab":
+        parser.add_argument(
+            f"image_{name}",
+            metavar=name.upper(),
+            help="image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels",
+        )
+    parser.add_argument(
+        "--t", type=wholes, dest="timesteps", metavar="T,T", help="steps, a row each [T/4,T/2,3T/4]"
+    )
+    parser.add_argument("--num-images", type=count, default=9, metavar="N", help="mixtures in a row [9]")
+    parser.add_argument("--out", required=True, metavar="FILE", help="PNG file")
+    parser.add_argument(
+        "--steps",
+        type=count,
+        metavar="K",
+        help="sampling steps from noise on, of which those below t are taken",
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of all noise [0]")
+    parser.add_argument("--image-column", metavar="NAME", help="of DATASET, by default the only one")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    args = parser.parse(argv)
+    if process_state().is_main_process:
+        print(f"picture: {draw_interpolation(**vars(args))}")
+
+
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Send a model's folder to the Hugging Face Hub: the pipeline, a card filled from its "
         "files, pictures, its evaluation and config; no checkpoints, optimizer states or logs. Sending the "
@@ -238,42 +212,11 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
     print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
 
 
-def _add_options(parser: argparse.ArgumentParser, options: type, but: Sequence[str] = ()) -> None:
-    """A flag for every field of a dataclass of options, `but` for some; none has a value unless typed."""
-    for option in dataclasses.fields(options):
-        if option.name in but:
-            continue
-        rules, kind = option.metadata, option.type
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        text = rules["help"] + (f" ({', '.join(map(str, rules['choices']))})" if "choices" in rules else "")
-        default = "" if option.default in (None, "") else f" [{option.default}]"
-        if bool in kinds:
-            default = default.lower()  # as it is typed
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
-            help=(text + default).replace("%", "%%"),
-            nargs="?" if bool in kinds else None,  # a bare flag means true
-            const="true" if bool in kinds else None,
-        )
-
-
-def _count(word: str) -> int:
-    """A flag's value as a positive whole number."""
-    return _whole(word, 1)
-
-
-def _whole(word: str, least: int = 0) -> int:
-    if not word.isdecimal() or int(word) < least:
-        raise argparse.ArgumentTypeError(f"{word!r}; allowed: whole numbers >= {least}")
-    return int(word)
-
-
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
+    "interpolate": interpolate_command,
     "publish": publish_command,
 }
 

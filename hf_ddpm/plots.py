@@ -11,6 +11,7 @@ from hf_ddpm.likelihood import RateDistortion
 
 TARGET = 96  # pixels an image's longer side should at least have in a grid
 GAP = 4  # pixels between images
+LETTER = 10  # pixels of a grid that a label's letter takes
 
 
 def image_grid(
@@ -99,22 +100,32 @@ def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_reconstructions(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], path: Path) -> Path:
-    """Rows of pictures of one size under column labels; returns the path.
+def plot_reconstructions(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    path: Path,
+    row_labels: Sequence[str] = (),
+) -> Path:
+    """Rows of pictures of one size under column labels, and beside row labels if given; returns the path.
 
     Args:
         rows: PIL images, row by row.
-        labels: one per column.
+        labels: one per column; upright where an image is too narrow for its label.
         path: a PNG file.
+        row_labels: one per row.
     """
     pictures = [image for row in rows for image in row]
     grid = image_grid(pictures, columns=len(labels))
-    figure = Figure(figsize=(grid.width / 110, grid.height / 110 + 0.4), layout="constrained")
+    cell, height = (grid.width - GAP) / len(labels), (grid.height - GAP) / len(rows)
+    beside, upright = max(map(len, row_labels), default=0), cell < LETTER * max(map(len, labels))
+    above = max(map(len, labels)) if upright else 3
+    size = (grid.width + LETTER * beside, grid.height + LETTER * above)
+    figure = Figure(figsize=(size[0] / 110, size[1] / 110 + 0.1), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(grid, interpolation="nearest")
-    cell = (grid.width - GAP) / len(labels)
-    axes.set_xticks([GAP / 2 + cell * (i + 0.5) for i in range(len(labels))], labels)
-    axes.set_yticks([])
+    centers = [GAP / 2 + cell * (i + 0.5) for i in range(len(labels))]
+    axes.set_xticks(centers, labels, rotation=90 if upright else 0)
+    axes.set_yticks([GAP / 2 + height * (i + 0.5) for i in range(len(row_labels))], row_labels)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -122,6 +133,9 @@ def plot_reconstructions(rows: Sequence[Sequence[Image.Image]], labels: Sequence
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    """Write a PNG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    partial = path.with_name(f".{path.name}.tmp")
+    figure.savefig(partial, dpi=130, format="png")
+    partial.replace(path)
     return path

@@ -13,10 +13,13 @@ from PIL import Image
 
 from hf_ddpm.cli import main, run
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data import load_stream
 from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.models import create_model
+from hf_ddpm.pictures import interpolate
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.samplers import SCHEDULERS
+from hf_ddpm.pixels import to_float
+from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.launching import forked
 
@@ -48,6 +51,7 @@ PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
     --custom-pipeline --commit-message
 """.split()
+INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
 SAMPLE_FLAGS = (
     "--num-images --out --steps --scheduler --variance-type --seed --batch-size --overwrite".split()
 )
@@ -80,7 +84,8 @@ def test_top_level_help(argv, capsys):
     main(argv)
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("usage: hf-ddpm COMMAND [options]")
-    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == ["train", "sample", "evaluate", "publish"]
+    commands = ["train", "sample", "evaluate", "interpolate", "publish"]
+    assert re.findall(r"^  (\w+) +\w.*\.$", out, re.MULTILINE) == commands
 
 
 @pytest.mark.parametrize(
@@ -89,9 +94,10 @@ def test_top_level_help(argv, capsys):
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
+        ("interpolate", INTERPOLATE_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
-    ids=["train", "sample", "evaluate", "publish"],
+    ids=["train", "sample", "evaluate", "interpolate", "publish"],
 )
 def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -252,7 +258,10 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
     ("argv", "words"),
     [
         (["tarin"], "hf-ddpm: error: unknown command 'tarin'; did you mean 'train'?"),
-        (["xyz"], "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, publish"),
+        (
+            ["xyz"],
+            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, interpolate, publish",
+        ),
     ],
     ids=str,
 )
@@ -395,6 +404,89 @@ def test_sample_refuses_models_and_folders(tiny_folder, tmp_path, capfd, no_hub,
         assert words in line
     assert refused(capfd, "sample").endswith("the following arguments are required: MODEL, --out")
     assert not Path("out").exists()
+
+
+# interpolate
+
+
+def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
+    rows = list(load_stream("digits", "test").select([4, 17]))
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for row, file in zip(rows, files, strict=True):
+        Image.fromarray(row[0].numpy()).save(file)
+    out = tmp_path / "deep" / "mixed.png"
+    command = ["interpolate", tiny_folder, "digits:test:4", "digits:test:17", "--num-images", 3, "--seed", 2]
+    main([str(word) for word in (*command, "--t", "3,7", "--out", out)])
+    assert capfd.readouterr().out == f"picture: {out}\n"
+    drawn = pixels(out.parent)["mixed.png"]
+
+    # By hand, from Python.
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    sheet = interpolate(pipeline, *(to_float(row) for row in rows), [3, 7], 3, 2)
+    np.testing.assert_array_equal(
+        drawn, pixels(sheet.save(tmp_path / "hand" / "mixed.png").parent)["mixed.png"]
+    )
+
+    same = ["interpolate", tiny_folder, *files, "--num-images", 3, "--seed", 2, "--t", "3,7", "--out", out]
+    line = refused(capfd, *same)
+    assert line.endswith(f"out '{out}' is there already; allowed: another file, or --overwrite")
+    main([str(word) for word in (*same, "--overwrite")])
+    np.testing.assert_array_equal(pixels(out.parent)["mixed.png"], drawn)
+    main([str(word) for word in (*same, "--overwrite", "--steps", 5)])
+    assert not np.array_equal(pixels(out.parent)["mixed.png"], drawn)
+
+    # T/4, T/2 and 3T/4 of 20 steps
+    main([str(word) for word in (*command, "--out", tmp_path / "default.png")])
+    main([str(word) for word in (*command, "--out", tmp_path / "named.png", "--t", "5,10,15")])
+    written = pixels(tmp_path)
+    np.testing.assert_array_equal(written["default.png"], written["named.png"])
+
+
+@pytest.mark.parametrize(
+    ("a", "flags", "words"),
+    [
+        ("digits:test:4", "--t 20", "t is 20; allowed: steps in 0..19"),
+        ("digits:test:4", "--t 3,x", "argument --t: '3,x'; allowed: whole numbers >= 0 between commas"),
+        ("digits:test:4", "--t -1", "argument --t: '-1'; allowed: whole numbers >= 0 between commas"),
+        ("digits:test:4", "--steps 21", "steps is 21; allowed: whole numbers in 1..20"),
+        ("digits:test:4", "--num-images 1", "num_images is 1; allowed: whole numbers >= 2"),
+        ("digits:test:4", "--out mixed.jpg", "out is 'mixed.jpg'; allowed: a file name that ends in .png"),
+        ("digits:test:4", "--out file/mixed.png", "out 'file/mixed.png' can't be written: Not a directory"),
+        ("digits:test:4", "--image-column pixels", "no column 'pixels'; there are: image"),
+        ("digits:test:9999", "", "no row 9999 in "),
+        ("digits:tset:4", "", "no split 'tset' in digits; it has train, test"),
+        ("digits:4", "", "image 'digits:4' is no file; allowed: an image file, or DATASET:SPLIT:ROW such"),
+        ("nowhere.png", "", "image 'nowhere.png' is no file; allowed: an image file, or DATASET:SPLIT:ROW"),
+        ("file", "", "file: corrupt image: cannot identify image file"),
+        ("large.png", "", "image 'large.png' is (1, 9, 8) (C, H, W); allowed: the model's (1, 8, 8)"),
+        ("color.png", "", "image 'color.png' is (3, 8, 8) (C, H, W); allowed: the model's (1, 8, 8)"),
+    ],
+)
+def test_interpolate_refuses(a, flags, words, tiny_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no image")
+    Image.new("L", (8, 9)).save("large.png")
+    Image.new("RGB", (8, 8)).save("color.png")
+    line = refused(
+        capfd, "interpolate", tiny_folder, a, "digits:test:17", "--out", "mixed.png", *flags.split()
+    )
+    assert line.startswith("hf-ddpm interpolate: error: ") and words in line
+    assert not Path("mixed.png").exists()
+
+
+def test_interpolate_refuses_models(tiny_folder, tmp_path, capfd):
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    swap_scheduler(pipeline, "ddim")
+    pipeline.save_pretrained(tmp_path / "ddim")
+    capfd.readouterr()
+    command = ["digits:test:4", "digits:test:17", "--out", tmp_path / "mixed.png"]
+    line = refused(capfd, "interpolate", tmp_path / "ddim", *command)
+    assert line.endswith("the scheduler is 'DDIMScheduler'; allowed: DDPMScheduler (ddpm)")
+    line = refused(capfd, "interpolate", "/nowhere/model", *command)
+    assert line.endswith("model folder '/nowhere/model' does not exist")
+    line = refused(capfd, "interpolate", tiny_folder)
+    assert line.endswith("the following arguments are required: A, B, --out")
 
 
 # What else ends a command

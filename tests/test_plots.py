@@ -135,6 +135,27 @@ def test_reconstructions(mode, tmp_path):
         assert shown.sum() > 2000  # two pictures of this colour, not smoothed into the others
 
 
+def test_labels_of_rows_and_of_narrow_columns(tmp_path):
+    def picture(size, columns, rows=()):
+        count = max(len(rows), 1)
+        images = [[Image.new("L", size, 0)] * len(columns)] * count
+        return opened(plot_reconstructions(images, columns, tmp_path / "labels.png", rows), least=40)
+
+    def ground(array):
+        """Rows and columns of pixels above and left of the pictures' grey ground."""
+        grey = (array == GROUND[0]).all(2)
+        return (grey.sum(1) > 40).argmax(), (grey.sum(0) > 40).argmax()  # a label has single grey pixels
+
+    above, left = ground(picture((8, 8), ["a", "b"]))
+    assert left < 20
+    assert ground(picture((8, 8), ["a", "b"], ["decoded", "x_t"]))[1] > left + 40  # room for the words
+    narrow = picture((4, 16), ["t = 1000", "image"])
+    assert ground(narrow)[0] > above + 30  # upright
+    ink = (narrow < 100).any(2)[: ground(narrow)[0]]
+    middle = narrow.shape[1] // 2
+    assert ink[:, :middle].any() and ink[:, middle:].any() and not ink[:, [0, -1]].any()  # none cut off
+
+
 def test_to_pil():
     for mode, image in (("L", pictures(1)[0]), ("RGB", pictures(1, mode="RGB")[0])):
         array = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)

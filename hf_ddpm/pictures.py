@@ -1,0 +1,223 @@
+"""Pictures of a process and its model: interpolation, encode → decode, generation, the way to noise.
+
+One function each, which returns a `Sheet`: images in rows and columns with labels, and a PNG file if asked
+for. An image's noise depends on the seed and its place alone. The file knows no formula.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.generate import image_generators
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.pixels import to_uint8
+from hf_ddpm.plots import plot_reconstructions, to_pil
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.seeds import derive_seed
+
+NOISE, SAMPLING = 12, 13  # uses of a seed: the noise in x_t, the noise of the steps back
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Images in rows and columns, with labels.
+
+    Attributes:
+        images: about in [−1, 1], (rows, columns, C, H, W), float32, on the CPU.
+        columns: a label for each column.
+        rows: a label for each row.
+    """
+
+    images: Tensor
+    columns: list[str]
+    rows: list[str]
+
+    def save(self, path: Path) -> Path:
+        """Write it as a PNG file; returns the path."""
+        pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
+        return plot_reconstructions(pictures, self.columns, path, self.rows)
+
+
+def interpolate(
+    pipeline: DDPMPipeline,
+    x_0_a: Tensor,
+    x_0_b: Tensor,
+    t: int | Sequence[int],
+    num_images: int = 9,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+) -> Sheet:
+    """Latent interpolation of two images, Ho et al. 2020, section 4.4.
+
+        x̄_t = (1 − λ) x_t^a + λ x_t^b,   x_t^a, x_t^b ~ q(x_t | x_0) with one ε;   x̄_0 ~ p_θ(x_0 | x̄_t)
+
+    With the shared ε the noise in x̄_t has its right variance, 1 − ᾱ_t, for every λ. The steps back share
+    their noise too, over all λ. λ = 0 and 1 are reconstructions of the two images, not the images.
+
+    Args:
+        pipeline: the model, with the sampler `DDPMScheduler`.
+        x_0_a: an image in [−1, 1], (C, H, W).
+        x_0_b: another one.
+        t: zero-based step of the training process to interpolate at, or several, a row each.
+        num_images: λ = 0, ..., 1 in even steps, at least 2.
+        seed: of all noise.
+        num_inference_steps: as in `DDPMPipeline.denoise`.
+
+    Returns:
+        A row for each t: image a, the interpolations, image b.
+
+    Raises:
+        ValueError: fewer than 2 images, images of two shapes, or what `denoise` refuses.
+    """
+    if num_images < 2:
+        raise ValueError(f"num_images is {num_images}; allowed: whole numbers >= 2")
+    if x_0_a.shape != x_0_b.shape or x_0_a.ndim != 3:
+        shapes = f"{tuple(x_0_a.shape)} and {tuple(x_0_b.shape)}"
+        raise ValueError(f"the images have shapes {shapes}; allowed: one (C, H, W)")
+    steps = _steps(t, pipeline.process)
+    noise = _noise(seed, [0], x_0_a)[0].to(pipeline.device)
+    weights = torch.linspace(0, 1, num_images).view(-1, 1, 1, 1).to(noise)
+    rows = []
+    for step in steps:
+        a, b = (pipeline.process.q_sample(x_0.to(noise), noise, step) for x_0 in (x_0_a, x_0_b))
+        decoded = _denoise(
+            pipeline, torch.lerp(a, b, weights), step, seed, [0] * num_images, num_inference_steps
+        )
+        rows.append(torch.cat([x_0_a[None].cpu().float(), decoded, x_0_b[None].cpu().float()]))
+    columns = ["A", *(f"λ = {weight:.3g}" for weight in weights.flatten().tolist()), "B"]
+    return Sheet(torch.stack(rows), columns, [f"t = {step}" for step in steps])
+
+
+def encode_decode(
+    pipeline: DDPMPipeline,
+    images: Tensor,
+    timesteps: Sequence[int],
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+) -> Sheet:
+    """Images noised to some steps, what the network sees in them, and a draw of p_θ(x_0 | x_t).
+
+    x̂_0 blurs what x_t doesn't tell, the decoded image invents it. x_t tells at most D/2 · log2(1 + SNR_t)
+    bits of pixels of variance 1: at t = T − 1 the decoded image must not resemble the first.
+
+    Args:
+        pipeline: the model, with the sampler `DDPMScheduler`.
+        images: in [−1, 1], (B, C, H, W).
+        timesteps: zero-based steps of the training process, a column each.
+        seed: of all noise; image i's depends on (seed, i), and is the same at every step.
+        num_inference_steps: as in `DDPMPipeline.denoise`.
+
+    Returns:
+        Three rows for each image, x_t, x̂_0 (not clipped) and the decoded image, each after the image itself.
+
+    Raises:
+        ValueError: a step or images that the model doesn't have.
+    """
+    steps, places = _steps(timesteps, pipeline.process), range(len(images))
+    noise = _noise(seed, places, images[0]).to(pipeline.device)
+    x_0 = images.to(noise)
+    columns = [x_0.cpu().float().expand(3, *x_0.shape)]
+    for step in steps:
+        x_t = pipeline.process.q_sample(x_0, noise, step)
+        predicted = pipeline.predict_x0(x_t, step)
+        decoded = _denoise(pipeline, x_t, step, seed, places, num_inference_steps)
+        columns.append(torch.stack([x_t.cpu(), predicted.cpu(), decoded]))
+    rows = torch.stack(columns, 2).transpose(0, 1).flatten(0, 1)  # (3, B, columns, ...) before
+    return Sheet(rows, ["image", *(f"t = {step}" for step in steps)], ["x_t", "x̂_0", "decoded"] * len(images))
+
+
+def progressive_generation(
+    pipeline: DDPMPipeline,
+    num_images: int = 4,
+    num_columns: int = 8,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+) -> Sheet:
+    """Images as they come to be: x_t and the predicted x̂_0 while t falls, Ho et al. 2020, section 4.3.
+
+    Args:
+        pipeline: the model, with the sampler `DDPMScheduler`.
+        num_images: how many, two rows each.
+        num_columns: of executed steps, evenly spread over them; the image comes after these.
+        seed: of all noise; image i is that of (seed, i) of `hf-ddpm sample`.
+        num_inference_steps: as in a call of the pipeline.
+
+    Returns:
+        Two rows for each image, x_t and x̂_0 (not clipped); the last column is the image.
+
+    Raises:
+        ValueError: a number out of range, or another sampler.
+    """
+    shape, _, total = pipeline.check_inputs(num_images, None, num_inference_steps, "pt")
+    visited = [int(step) for step in pipeline.scheduler.timesteps]  # type: ignore[attr-defined]
+    shown = [visited[place] for place in _spread(num_columns, total)]
+    generators = image_generators(seed, range(num_images))
+    x_t = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    x_t = x_t.to(pipeline.device)
+    seen = {visited[0]: x_t}
+
+    def watch(owner: Any, step: int, t: Tensor, kept: dict[str, Tensor]) -> None:
+        if step + 1 < total and visited[step + 1] in shown:
+            seen[visited[step + 1]] = kept["sample"]
+
+    images = pipeline.denoise(x_t, visited[0], generators, num_inference_steps, callback_on_step_end=watch)
+    columns = [torch.stack([seen[t], pipeline.predict_x0(seen[t], t)]).cpu().float() for t in shown]
+    columns.append(images.cpu().float().expand(2, *images.shape))
+    rows = torch.stack(columns, 2).transpose(0, 1).flatten(0, 1)  # (2, B, columns, ...) before
+    return Sheet(rows, [*(f"t = {t}" for t in shown), "image"], ["x_t", "x̂_0"] * num_images)
+
+
+def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int = 8, seed: int = 0) -> Sheet:
+    """Images on their way to noise: x_t ~ q(x_t | x_0) with one ε for all t, Ho et al. 2020, eq. 4.
+
+    Args:
+        process: such as `pipeline.process`.
+        images: in [−1, 1], (B, C, H, W).
+        num_columns: steps shown, evenly spread from 0 to T − 1.
+        seed: of the noise; image i's depends on (seed, i).
+
+    Returns:
+        A row for each image, the image first.
+
+    Raises:
+        ValueError: a number of columns that the process doesn't have.
+    """
+    steps, noise = _spread(num_columns, len(process)), _noise(seed, range(len(images)), images[0])
+    x_0 = images.cpu().float()
+    columns = [x_0, *(process.q_sample(x_0, noise, t) for t in steps)]
+    labels = ["image", *(f"t = {process.timesteps[t]}" for t in steps)]
+    return Sheet(torch.stack(columns, 1), labels, [""] * len(images))
+
+
+def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:
+    """The steps as a list, each one checked before any work."""
+    steps = [t] if isinstance(t, int) else list(t)
+    wrong = [step for step in steps if step not in range(len(process))]
+    if wrong or not steps:
+        raise ValueError(f"t is {wrong[0] if steps else 'empty'}; allowed: steps in 0..{len(process) - 1}")
+    return [int(step) for step in steps]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` places of `total`, evenly, with the first and the last."""
+    if not 1 <= count <= total:
+        raise ValueError(f"num_columns is {count}; allowed: whole numbers in 1..{total}")
+    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().int().tolist()
+
+
+def _noise(seed: int, places: Sequence[int], like: Tensor) -> Tensor:
+    """ε for each place, (B, C, H, W), float32, the same on every device."""
+    generators = [torch.Generator().manual_seed(derive_seed(NOISE, seed, place)) for place in places]
+    return torch.stack([torch.randn(like.shape, generator=generator) for generator in generators])
+
+
+def _denoise(
+    pipeline: DDPMPipeline, x_t: Tensor, t: int, seed: int, places: Sequence[int], steps: int | None
+) -> Tensor:
+    """Algorithm 2 from step t on, with the noise of each place, float32 on the CPU."""
+    generators = [torch.Generator().manual_seed(derive_seed(SAMPLING, seed, place)) for place in places]
+    return pipeline.denoise(x_t, t, generators, steps).cpu().float()

@@ -1,0 +1,207 @@
+"""pictures.py: of Gaussian data, where every picture is known in closed form; layout, seeds, files."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm.generate import image_generators
+from hf_ddpm.pictures import encode_decode, forward_process, interpolate, progressive_generation
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.samplers import swap_scheduler
+from hf_ddpm.scheduler import DDPMScheduler
+
+ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # the default schedule by its definition
+MEAN, VARIANCE = 0.2, 0.25
+STEPS = 25  # that are executed of the thousand
+SHAPES = pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)], ids=str)
+
+
+def posterior_mean(x_t, t):
+    """E[x_0 | x_t] of x_0 ~ N(MEAN, VARIANCE), a line."""
+    return MEAN + slope(t) * (x_t - ABAR[t] ** 0.5 * MEAN)
+
+
+def slope(t):
+    return ABAR[t] ** 0.5 * VARIANCE / (ABAR[t] * VARIANCE + 1 - ABAR[t])
+
+
+def model(seen=None, **config):
+    """A pipeline with the exact network; what it is asked goes to `seen`."""
+
+    def network(x_t, t):
+        if seen is not None:
+            seen.append((int(t[0]), x_t))
+        return posterior_mean(x_t, int(t[0]))
+
+    config = {"prediction_type": "sample", "clip_sample": False, **config}
+    pipeline = DDPMPipeline(network, DDPMScheduler(**config))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images(count, *shape):
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def near(found, expected, atol=2e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+# Interpolation
+
+
+@SHAPES
+@pytest.mark.parametrize("t", [0, 250, 500, 999])
+def test_interpolations_of_a_linear_network(shape, t):
+    # Noise is shared, and each step is linear with the exact mean, so images differ as E[x_0 | x_t] does:
+    # by slope · √ᾱ · (b − a) from λ = 0 to λ = 1, evenly; nothing of it at t = 999, all at t = 0.
+    a, b = images(2, *shape)
+    sheet = interpolate(model(), a, b, t, 5, seed=3, num_inference_steps=STEPS)
+    assert sheet.images.shape == (1, 7, *shape) and sheet.rows == [f"t = {t}"]
+    assert sheet.columns == ["A", "λ = 0", "λ = 0.25", "λ = 0.5", "λ = 0.75", "λ = 1", "B"]
+    assert torch.equal(sheet.images[0, 0], a) and torch.equal(sheet.images[0, -1], b)
+    row = sheet.images[0, 1:-1]
+    kept = slope(t) * ABAR[t] ** 0.5
+    assert {0: kept > 0.999, 999: kept < 2e-5}.get(t, 0.01 < kept < 0.9)
+    for i in range(5):
+        near(row[i] - row[0], kept * i / 4 * (b - a))
+
+
+def test_the_ends_are_reconstructions_and_rows_are_their_own():
+    a, b = images(2, 1, 8, 8)
+    pipeline = model()
+    nine = interpolate(pipeline, a, b, [500, 250], 9, 7, STEPS).images
+    two = interpolate(pipeline, a, b, 250, 2, 7, STEPS).images
+    near(nine[1, [1, -2]], two[0, 1:-1], 1e-6)
+    for end, image in ((1, a), (-2, b)):
+        near(encode_decode(pipeline, image[None], [500, 250], 7, STEPS).images[2, 1:], nine[:, end], 1e-6)
+    other = interpolate(pipeline, a, b, 250, 2, 8, STEPS).images
+    assert (other[0, 1] - two[0, 1]).std() > 0.05
+    assert torch.equal(interpolate(pipeline, a, b, 250, 2, 7, STEPS).images, two)
+
+
+def test_mixtures_have_the_variance_of_their_step():
+    a, b = images(2, 1, 64, 64)
+    seen = []
+    interpolate(model(seen), a, b, 500, 3, 0, 1)
+    t, x_t = seen[0]
+    assert t == 500
+    noise = [x - ABAR[500] ** 0.5 * mix for x, mix in zip(x_t, (a, (a + b) / 2, b), strict=True)]
+    for each in noise:
+        near(each, noise[0], 1e-5)  # one ε
+        # The standard error of a variance from n normal draws is σ² √(2/n).
+        assert abs(each.var() - (1 - ABAR[500])) < 5 * (1 - ABAR[500]) * (2 / each.numel()) ** 0.5
+    assert len({int(t) for t, _ in seen}) == 2  # 500, and 0 of the grid of one
+
+
+# Encode, decode
+
+
+@SHAPES
+def test_encode_decode(shape):
+    x_0, steps = images(2, *shape), [0, 300, 999]
+    sheet = encode_decode(model(), x_0, steps, 5, STEPS)
+    assert sheet.columns == ["image", "t = 0", "t = 300", "t = 999"]
+    assert sheet.rows == ["x_t", "x̂_0", "decoded"] * 2
+    assert sheet.images.shape == (6, 4, *shape)
+    for i in range(2):
+        rows = sheet.images[3 * i : 3 * i + 3]
+        assert all(torch.equal(row[0], x_0[i]) for row in rows)
+        noise = [
+            (rows[0, 1 + j] - ABAR[t] ** 0.5 * x_0[i]) / (1 - ABAR[t]) ** 0.5 for j, t in enumerate(steps)
+        ]
+        near(noise[0], noise[2], 1e-4)  # at t = 0 divided by 0.01
+        for j, t in enumerate(steps):
+            near(rows[1, 1 + j], posterior_mean(rows[0, 1 + j], t).float())
+        near(rows[2, 1], rows[1, 1], 1e-6)  # one step from t = 0: x̂_0 itself
+    assert (sheet.images[0, 3] - sheet.images[3, 3]).std() > 0.5  # each image has noise of its own
+
+    # At the end nothing is left of the image: another one gives the same.
+    other = encode_decode(model(), images(4, *shape)[2:], steps, 5, STEPS)
+    near(other.images[2::3, 3], sheet.images[2::3, 3], 1e-4)
+    near(encode_decode(model(), x_0[:1], [300], 5, STEPS).images[2, 1], sheet.images[2, 2], 1e-6)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("kind", ["sample", "epsilon"])
+def test_progressive_generation(kind, tiny_folder):
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    pipeline.scheduler.register_to_config(prediction_type=kind)
+    pipeline.set_progress_bar_config(disable=True)
+    sheet = progressive_generation(pipeline, 3, 4, 6)
+    assert sheet.columns == ["t = 19", "t = 13", "t = 6", "t = 0", "image"]
+    assert sheet.rows == ["x_t", "x̂_0"] * 3 and sheet.images.shape == (6, 5, 1, 8, 8)
+    # The images of `hf-ddpm sample --seed 6`.
+    drawn = pipeline(3, image_generators(6, range(3)), output_type="pt").images
+    near((sheet.images[::2, -1] / 2 + 0.5).clamp(0, 1), drawn, 1e-5)
+    assert torch.equal(sheet.images[::2, -1], sheet.images[1::2, -1])
+    first = torch.stack([torch.randn(1, 8, 8, generator=each) for each in image_generators(6, range(3))])
+    assert torch.equal(sheet.images[::2, 0], first)
+    for column, t in enumerate((19, 13, 6, 0)):
+        near(pipeline.predict_x0(sheet.images[::2, column], t), sheet.images[1::2, column], 1e-4)
+    near(sheet.images[1::2, 3].clamp(-1, 1), sheet.images[::2, 4], 1e-5)  # the last step gives x̂_0
+
+    spaced = progressive_generation(pipeline, 1, 2, 6, 5)
+    assert spaced.columns == ["t = 16", "t = 0", "image"]
+
+
+# To noise
+
+
+def test_forward_process():
+    x_0 = images(2, 3, 5, 7)
+    sheet = forward_process(DDPMScheduler().process, x_0, 4, 1)
+    assert sheet.columns == ["image", "t = 0", "t = 333", "t = 666", "t = 999"]
+    assert torch.equal(sheet.images[:, 0], x_0)
+    noise = (sheet.images[:, 4] - ABAR[999] ** 0.5 * x_0) / (1 - ABAR[999]) ** 0.5
+    assert abs(noise.var() - 1) < 5 * (2 / noise.numel()) ** 0.5
+    for column, t in enumerate((0, 333, 666), 1):
+        near(sheet.images[:, column], (ABAR[t] ** 0.5 * x_0 + (1 - ABAR[t]) ** 0.5 * noise).float(), 1e-5)
+    near(forward_process(DDPMScheduler().process, x_0[:1], 4, 1).images[0], sheet.images[0], 0)
+
+
+# Files and refusals
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (2, 6, 4), (1, 64, 4)], ids=str)
+def test_a_sheet_is_a_png_file(shape, tmp_path):
+    sheet = interpolate(model(), *images(2, *shape), [10, 20], 3, num_inference_steps=2)
+    path = tmp_path / "new" / "sheet.png"
+    assert sheet.save(path) == path
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and all(90 < side < 2000 for side in picture.size)
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p, x: interpolate(p, x[0], x[1], 1000), "t is 1000; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(p, x[0], x[1], [3, -1]), "t is -1; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(p, x[0], x[1], []), "t is empty; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(p, x[0], x[1], 5, 1), "num_images is 1; allowed: whole numbers >= 2"),
+        (lambda p, x: interpolate(p, x[0], x[1][:, 1:], 5), "shapes (1, 8, 8) and (1, 7, 8); allowed: one"),
+        (lambda p, x: encode_decode(p, x, [5, 1000]), "t is 1000; allowed: steps in 0..999"),
+        (lambda p, x: forward_process(p.process, x, 0), "num_columns is 0; allowed: whole numbers in"),
+        (lambda p, x: forward_process(p.process, x, 1001), "num_columns is 1001; allowed: whole numbers"),
+    ],
+)  # fmt: skip
+def test_bad_argument(make, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make(model(), images(2, 1, 8, 8))
+
+
+def test_another_sampler_is_refused(tiny_folder):
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    swap_scheduler(pipeline, "ddim")
+    for make in (
+        lambda: progressive_generation(pipeline),
+        lambda: interpolate(pipeline, *images(2, 1, 8, 8), 5),
+    ):
+        with pytest.raises(ValueError, match="the scheduler is 'DDIMScheduler'; allowed: DDPMScheduler"):
+            make()
