@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import shlex
+import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -81,6 +82,7 @@ def do_together(study: Study, names: Sequence[str], jobs: int) -> None:
     Raises:
         RuntimeError: one ended early; it has said why.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the processes too
     spawn, left, running = multiprocessing.get_context("spawn"), list(names), {}
     while left or running:
         while left and len(running) < jobs:

@@ -33,7 +33,8 @@ def figure(results: Mapping[str, Any], path: Path) -> Path:
                 left.barh(y, total["value"] - rate, 0.36, left=rate, color=color, alpha=0.4)
                 left.errorbar(total["value"], y, xerr=total["stderr"], color="black", capsize=2, lw=1)
                 end = min(total["value"] + 0.02 * limit, 0.9 * limit)
-                left.text(end, y, f" {total['value']:.2f}", va="center", fontsize=8)
+                inside = "white" if total["value"] > limit else "black"  # a bar that is cut off
+                left.text(end, y, f" {total['value']:.2f}", va="center", fontsize=8, color=inside)
             if (distance := fd_of(entry, variance)) is not None:
                 right.plot(distance, y, "o", color=color)
                 right.annotate(
