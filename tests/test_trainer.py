@@ -281,13 +281,13 @@ def test_the_environment_does_not_overrule_the_config(tmp_path, monkeypatch):
 class ReadBacks(TorchDispatchMode):
     """Counts the times that a tensor's value is read by Python, as `.item()`, `float()` and `if` do.
 
-    Left out are three that only ever read tensors of the CPU: AdamW's step counters, the check of t, which
-    trusts other devices, and the epoch that `datasets` keeps in shared memory.
+    Left out are those that only ever read tensors of the CPU: AdamW's step counters, the checks of t, which
+    trust other devices, and the epoch that `datasets` keeps in shared memory.
     """
 
     IGNORED = (
         *(f"{os.sep}torch{os.sep}optim{os.sep}", f"hf_ddpm{os.sep}tables.py"),
-        f"datasets{os.sep}iterable_dataset.py",
+        *(f"datasets{os.sep}iterable_dataset.py", f"hf_ddpm{os.sep}bound.py"),
     )
     count = 0
 
@@ -298,7 +298,16 @@ class ReadBacks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "bound", "t_sampler": "importance", "variance_type": "learned_range"},
+        {"objective": "sddpm", "prediction_type": "mean"},
+    ],
+    ids=["simple", "bound", "sddpm"],
+)
+def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch, changes):
     mode, (advance, write) = ReadBacks(), (Record.advance, Record.log)
 
     def entering(self, step):
@@ -315,7 +324,7 @@ def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Record, "advance", entering)
     monkeypatch.setattr(Record, "log", leaving)
-    train(small(tmp_path, max_steps=3, log_every=3, gradient_accumulation_steps=2, batch_size=2))
+    train(small(tmp_path, max_steps=3, log_every=3, gradient_accumulation_steps=2, batch_size=2, **changes))
     assert seen == [0] and mode.count >= 2  # and the logging itself is seen to read loss and norm
 
 
