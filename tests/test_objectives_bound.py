@@ -276,6 +276,7 @@ def test_what_doesnt_fit_is_refused():
         ("hybrid", "fixed_small", "variance_type is 'fixed_small', but objective 'hybrid' trains one"),
         ("simple", "learned_range", "which objective 'simple' doesn't train"),
         ("min-snr", "learned_range", "which objective 'min-snr' doesn't train"),
+        ("bound", "learned", "variance_type is 'learned'; allowed: fixed_small, fixed_large, learned_range"),
     ]:
         with pytest.raises(ValueError, match=words):
             make_objective(name, "epsilon", variance)
