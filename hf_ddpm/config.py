@@ -74,7 +74,7 @@ class TrainConfig:
     # The network and the process
     model: str = option(
         "digits",
-        "preset (cifar10, 256, fashion-mnist, digits, tiny; shallow-, deep- and conv-autoencoder, which know t "
+        "preset (cifar10, 256, fashion-mnist, digits, tiny; shallow-, deep-, conv-autoencoder, which know t "
         "as ...-t), or a pipeline to go on from",
     )
     dropout: float | None = option(None, "by default the preset's", least=0.0, below=1.0)
