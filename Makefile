@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/digits
+STUDY ?= runs/study
 
-.PHONY: install demo cards format lint types test test-slow bench check clean
+.PHONY: install demo study cards format lint types test test-slow bench check clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python train_scripts/demo.py --out $(DEMO)
+
+study: install
+	$(BIN)/python train_scripts/study.py --out $(STUDY) --page model_cards/study-digits
 
 cards: install
 	$(BIN)/python train_scripts/make_cards.py

@@ -73,7 +73,9 @@ class TrainConfig:
 
     # The network and the process
     model: str = option(
-        "digits", "preset (cifar10, 256, fashion-mnist, digits, tiny), or a pipeline to go on from"
+        "digits",
+        "preset (cifar10, 256, fashion-mnist, digits, tiny; shallow-, deep-, conv-autoencoder, which know t "
+        "as ...-t), or a pipeline to go on from",
     )
     dropout: float | None = option(None, "by default the preset's", least=0.0, below=1.0)
     num_train_timesteps: int = option(1000, "T", least=2)

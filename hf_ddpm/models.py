@@ -1,6 +1,7 @@
-"""Networks: what a denoiser is, how any model becomes one, which classes load, the U-Nets of Ho et al. 2020.
+"""Networks: what a denoiser is, how any model becomes one, which classes load, the presets by name.
 
-The file knows shapes and layouts. It deliberately does not know what the output means (parametrization.py),
+The presets are the U-Nets of Ho et al. 2020 and the autoencoders of the SDDPM article (autoencoders.py). The
+file knows shapes and layouts. It deliberately does not know what the output means (parametrization.py),
 nor how a network is trained or saved.
 """
 
@@ -15,9 +16,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
+from hf_ddpm.autoencoders import ConvAutoencoder, DenseAutoencoder
+
 # The network classes that a pipeline's folder may name: nothing else is looked up, imported or run.
 NETWORKS: dict[str, type[ModelMixin]] = {
     "UNet2DModel": UNet2DModel,
+    "DenseAutoencoder": DenseAutoencoder,
+    "ConvAutoencoder": ConvAutoencoder,
 }
 
 
@@ -128,6 +133,7 @@ def _layout(
     """
     attends = [size >> level == attention_at for level in range(len(widths))]
     return {
+        "_class_name": "UNet2DModel",
         "sample_size": size,
         "in_channels": channels,
         "out_channels": channels,
@@ -144,8 +150,15 @@ def _layout(
     } | others
 
 
-# `dropout` acts as in the paper: before the second convolution of every residual block, the middle's too, and
-# nowhere in attention (read in diffusers 0.42.1, kept true by tests/test_models.py).
+def _autoencoders(name: str, network: str, **layers: Any) -> dict[str, dict[str, Any]]:
+    """An autoencoder's preset for 8x8 grey images, and under NAME-t its variant that is told t."""
+    config = {"_class_name": network, "sample_size": 8, "in_channels": 1, "out_channels": 1, **layers}
+    return {name: config, f"{name}-t": config | {"time_conditioned": True}}
+
+
+# Configs by name, with diffusers' key for the class. `dropout` acts as in the paper: before the second
+# convolution of every residual block, the middle's too, and nowhere in attention (read in diffusers 0.42.1,
+# kept true by tests/test_models.py).
 PRESETS: dict[str, dict[str, Any]] = {
     # Ho et al. 2020, appendix B: CIFAR-10, and LSUN and CelebA-HQ.
     "cifar10": _layout(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M
@@ -154,6 +167,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": _layout(28, 1, (32, 64, 64), attention_at=7),  # 1.6M
     "digits": _layout(8, 1, (32, 32), attention_at=4, layers_per_block=1, norm_num_groups=8),  # 0.3M
     "tiny": _layout(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
+    # The SDDPM article's: 30 units at the narrowest, and without -t the network doesn't see the step.
+    **_autoencoders("shallow-autoencoder", "DenseAutoencoder", hidden_sizes=(30,)),
+    **_autoencoders("deep-autoencoder", "DenseAutoencoder", hidden_sizes=(128, 64, 30, 64, 128)),
+    **_autoencoders("conv-autoencoder", "ConvAutoencoder", conv_channels=(16, 32), hidden_size=30),
 }
 
 
@@ -168,15 +185,16 @@ def create_model(
     channels: int | None = None,
     out_channels: int | None = None,
     dropout: float | None = None,
-) -> UNet2DModel:
-    """A freshly initialised U-Net; what is None is the preset's.
+) -> ModelMixin:
+    """A freshly initialised network of `NETWORKS`; what is None is the preset's.
 
     Args:
         preset: a name in `PRESETS`.
-        image_size: side, or (height, width), each a multiple of 2^(levels − 1); the same levels attend.
+        image_size: side, or (height, width); of a U-Net multiples of 2^(levels − 1), and the same levels
+            attend.
         channels: C of the images.
         out_channels: channels of the output, C (the default) or 2C for learned variances.
-        dropout: probability in [0, 1).
+        dropout: probability in [0, 1); autoencoders have none.
 
     Raises:
         ValueError: an argument is not as above; the message names it and what is allowed.
@@ -186,10 +204,11 @@ def create_model(
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"preset {preset!r} is unknown{hint}; allowed: {', '.join(PRESETS)}")
     config = dict(PRESETS[preset])
+    network = NETWORKS[config.pop("_class_name")]
 
     if image_size is not None:
         sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-        multiple = 2 ** (len(config["block_out_channels"]) - 1)
+        multiple = 2 ** (len(config["block_out_channels"]) - 1) if network is UNet2DModel else 1
         if len(sides) != 2 or not all(_is_positive_int(side) and side % multiple == 0 for side in sides):
             raise ValueError(
                 f"image_size is {image_size!r}; allowed for {preset!r}: a positive multiple of {multiple}, "
@@ -206,7 +225,9 @@ def create_model(
             raise ValueError(f"out_channels is {out_channels!r}; allowed: one of {allowed} (C or 2C)")
         config["out_channels"] = out_channels
     if dropout is not None:
+        if "dropout" not in config:
+            raise ValueError(f"dropout is {dropout!r}, but {preset!r} has none; allowed: none")
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; allowed: a probability in [0, 1)")
         config["dropout"] = float(dropout)
-    return UNet2DModel(**config)
+    return network(**config)

@@ -93,6 +93,8 @@ def score_matching_loss(
     Args and errors as in `simple_loss`, and:
         variance_type: σ_t², "fixed_small" or "fixed_large".
     """
+    if variance_type not in FIXED:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
     beta, root_alpha, log_variance = process.at(t, x_0, "betas", "sqrt_alphas", FIXED[variance_type])
     weight = (beta / root_alpha) ** 2 * torch.exp(-log_variance) / 2
     weight = weight * output_scale(process, "score", t, x_0) / output_scale(process, prediction_type, t, x_0)
@@ -238,6 +240,8 @@ def make_objective(
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective is {name!r}; allowed: {', '.join(OBJECTIVES)}")
+    if variance_type not in (*FIXED, "learned_range"):
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}, learned_range")
     learned = variance_type == "learned_range"
     if name == "hybrid" and not learned:
         raise ValueError(

@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from hf_ddpm.autoencoders import Autoencoder
 from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.pixels import one_line
@@ -257,6 +258,9 @@ class DDPMPipeline(PredictingPipeline):
             fits = shape[0] == channels and not any(side % multiple for side in shape[1:])
             allowed = f"({channels}, H, W) with H and W multiples of {multiple}, which the UNet halves"
             _require(fits, "image_shape", shape, allowed)
+        if isinstance(self.unet, Autoencoder):
+            own = self.unet.image_shape
+            _require(tuple(shape) == own, "image_shape", shape, f"{own}, which the network was made for")
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
 

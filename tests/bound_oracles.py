@@ -96,6 +96,7 @@ class LinearModel:
         cov: joint covariance of one pixel's (x_0, x_1, ..., x_K), x_0 ~ N(0, 1).
         a, s: x_t = a x_0 + s ε.
         c0, ct, small: mean and variance of x_prev given x_0 and x_t; 1, 0 and 0 at t = 0.
+        own_c0, own_ct: the mean's, where x_prev is one step of the full chain before: a network's `mean`.
         large: variance of x_t given x_prev.
     """
 
@@ -105,6 +106,8 @@ class LinearModel:
         noise = np.eye(len(betas) + 1)
         for t, beta in enumerate(betas):
             noise[t + 1] = np.sqrt(1 - beta) * noise[t] + np.sqrt(beta) * noise[t + 1]
+        full = [given(noise @ noise.T, [t], [0, t + 1])[0][0] if t else (1, 0) for t in kept]
+        self.own_c0, self.own_ct = np.array(full).T
         rows = noise[[0, *(t + 1 for t in kept)]]
         self.cov = rows @ rows.T
         forward = [given(self.cov, [t + 1], [0]) for t in range(count)]
@@ -162,7 +165,7 @@ class LinearModel:
             t = np.searchsorted(self.kept, steps.numpy())
             x = x_t.flatten(1).numpy()
             x_0 = self.denoise(x, t)
-            a, s, c0, ct = (z[t][:, None] for z in (self.a, self.s, self.c0, self.ct))
+            a, s, c0, ct = (z[t][:, None] for z in (self.a, self.s, self.own_c0, self.own_ct))
             eps = (x - a * x_0) / s
             out = {
                 "epsilon": eps,

@@ -34,7 +34,8 @@ TRAIN_FLAGS = """
     --config --dataset --split --image-column --image-size --channels --fit --horizontal-flip
     --shuffle-buffer --skip-corrupt --num-workers --model --dropout --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
-    --variance-type --clip-sample --max-steps --batch-size --gradient-accumulation-steps
+    --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
+    --max-steps --batch-size --gradient-accumulation-steps
     --learning-rate --lr-scheduler --lr-warmup-steps --adam-beta1 --adam-beta2 --adam-epsilon
     --weight-decay --max-grad-norm --ema-decay --seed --mixed-precision --gradient-checkpointing
     --compile --channels-last --output-dir --resume --checkpoint-every --keep-checkpoints

@@ -159,6 +159,8 @@ def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
         ("adam_epsilon", [0.0], "> 0"),
         ("weight_decay", [-0.1], ">= 0"),
         ("max_grad_norm", [-1.0], ">= 0"),
+        ("snr_gamma", [0.0], "> 0"),
+        ("hybrid_weight", [0.0], "> 0"),
         ("seed", [-1, 2**63], ">= 0 and < 9.22337e+18"),
         ("checkpoint_every", [0], ">= 1"),
         ("keep_checkpoints", [0], ">= 1"),
@@ -211,7 +213,13 @@ def test_the_nearest_choice_is_named():
 def test_values_that_contradict_each_other():
     assert refused(sample_steps=51, num_train_timesteps=50) == "sample_steps is 51; allowed: <= 50 (T)"
     assert "allowed with it: sample, v_prediction" in refused(rescale_betas_zero_snr=True)
+    assert "prediction_type is 'score'" in refused(rescale_betas_zero_snr=True, prediction_type="score")
     assert TrainConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction").rescale_betas_zero_snr
+    assert TrainConfig(rescale_betas_zero_snr=True, prediction_type="mean").rescale_betas_zero_snr
+    assert refused(objective="hybrid").endswith("trains one; allowed with it: learned_range")
+    assert refused(variance_type="learned_range").endswith("allowed with it: fixed_small, fixed_large")
+    for objective in ("bound", "hybrid", "sddpm"):
+        assert TrainConfig(objective=objective, variance_type="learned_range").objective == objective
 
 
 @pytest.mark.parametrize(
@@ -222,10 +230,14 @@ def test_values_that_contradict_each_other():
         ({"beta_schedule": "laplace", "beta_end": 0.01}, "beta_end"),
         ({"beta_schedule": "constant", "beta_end": 0.01}, "beta_end"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 10}, "lr_warmup_steps"),
+        ({"objective": "simple", "snr_gamma": 3.0}, "snr_gamma"),
+        ({"objective": "min-snr", "hybrid_weight": 0.1}, "hybrid_weight"),
+        ({"objective": "sddpm", "t_sampler": "importance"}, "t_sampler"),
     ],
 )
 def test_a_key_without_effect_is_refused(changes, key):
-    assert refused(**changes).startswith(f"{key} is {changes[key]}, but ")
+    shown = repr(changes[key])
+    assert refused(**changes).startswith(f"{key} is {shown}, but ")
 
 
 def test_a_warm_up_of_zero_goes_with_a_constant_rate():

@@ -96,6 +96,21 @@ def assert_close(folder: Path, other: Path) -> None:
         torch.testing.assert_close(*({k: w[k] for k in moved} for w in (ours, theirs)), rtol=1e-3, atol=2e-5)
 
 
+def test_importance_sampled_steps_are_the_same_on_any_number_of_processes(tmp_path, shards):
+    changes = {"objective": "bound", "t_sampler": "importance", "num_train_timesteps": 4, "max_steps": 16}
+    changes |= {"beta_schedule": "constant", "beta_start": 0.6, "sample_every": 0, "learning_rate": 1e-4}
+    for name, processes, batch in (("one", 1, 8), ("two", 2, 2)):
+        more = {"batch_size": batch, "gradient_accumulation_steps": 2 if processes == 2 else 1}
+        go(tmp_path / name, config(shards, **changes, **more), processes)
+    states = [
+        load_checkpoint(list_checkpoints(tmp_path / name / "run")[-1][1]).optimizer["t_sampler"]
+        for name in ("one", "two")
+    ]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+    assert states[0]["counts"].sum() == 16 * 8 and states[0]["counts"].min() >= 10
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
+
+
 def test_each_epoch_has_each_image_once(pair):
     found = seen(pair)
     assert [p for p, *_ in found] == list(range(26 * 8))

@@ -14,6 +14,7 @@ from hf_ddpm.parametrization import (
     PREDICTION_TYPES,
     from_x0_eps,
     learned_range_log_variance,
+    output_scale,
     to_eps,
     to_score,
     to_x0,
@@ -131,6 +132,29 @@ def test_mean_squared_error_in_units_of_x0(t):
     for kind, square in expected.items():
         a, b = (from_x0_eps(LINEAR, kind, x, LINEAR.predict_eps(x_t, x, t), t) for x in (x_0, x_0 + 1))
         assert (b - a).item() ** 2 == near(square, rel=1e-9)
+        assert output_scale(LINEAR, kind, t, x_0) == near(square, rel=1e-9)
+        assert output_scale(LINEAR, kind, torch.tensor([t]), x_0).item() == near(square, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_a_respaced_chain_reads_what_the_full_one_taught(kind):
+    # A network learns its output on the full chain; a shorter one must read the same x̂_0 from it.
+    kept = spaced("linear", 50)
+    for process in (kept, kept.respaced(kept.timesteps[::7])):
+        for index, step in enumerate(process.timesteps.tolist()):
+            x_t, output = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1)
+            for t, s in ((index, step), (torch.tensor([index] * 2), torch.tensor([step] * 2))):
+                assert_allclose(
+                    to_x0(process, kind, output, x_t, t), to_x0(LINEAR, kind, output, x_t, s), rtol=1e-12
+                )
+                assert_allclose(
+                    to_eps(process, kind, output, x_t, t), to_eps(LINEAR, kind, output, x_t, s), rtol=1e-12
+                )
+                assert_allclose(
+                    from_x0_eps(process, kind, x_t, output, t), from_x0_eps(LINEAR, kind, x_t, output, s)
+                )
+                scales = (output_scale(p, kind, i, x_t) for p, i in ((process, t), (LINEAR, s)))
+                assert_allclose(*scales, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,26 @@ def test_the_network_gets_the_original_steps():
 # Equations on images
 
 
+@law
+@given(st.data(), random_betas(terminal=True))
+def test_a_step_after_the_state_before_it_is_the_state(data, betas):
+    # x_t = √α_t (√ᾱ_prev x_0 + √(1 − ᾱ_prev) z) + √β_t z': the mean and the variance of q(x_t | x_0).
+    process = DiffusionProcess.from_betas(betas)
+    t = data.draw(st.integers(0, len(betas) - 1))
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    mean = process.q_step(process.q_sample_prev(one, 0 * one, t), 0 * one, t)
+    by_first = process.q_step(process.q_sample_prev(0 * one, one, t), 0 * one, t)
+    by_second = process.q_step(0 * one, one, t)
+    abar = np.prod(1 - betas[: t + 1])
+    assert_allclose(mean.item(), np.sqrt(abar), rtol=1e-9, atol=1e-12)
+    assert_allclose(by_first.item() ** 2 + by_second.item() ** 2, 1 - abar, rtol=1e-9)
+    assert_allclose(by_second.item() ** 2, betas[t], rtol=1e-12)
+    if t == 0:
+        assert process.q_sample_prev(one, one, torch.tensor([0])).item() == 1
+    else:
+        assert torch.equal(process.q_sample_prev(one, one, t), process.q_sample(one, one, t - 1))
+
+
 def test_q_sample_and_mean_of_section_8():
     process = chain("linear")
     x_0, eps = torch.full((1, 1, 1, 1), 0.25, dtype=torch.float64), torch.full((1, 1, 1, 1), -1.5).double()

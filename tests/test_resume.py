@@ -152,7 +152,14 @@ TEXTS = {
     **{"model": "tiny", "dropout": 0.5, "beta_schedule": "sigmoid", "prediction_type": "sample"},
     **{"variance_type": "fixed_small", "lr_scheduler": "linear", "ema_decay": "0.5", "trackers": "wandb"},
     **{"mixed_precision": "bf16", "output_dir": "x", "resume": "auto", "sample_steps": 5},
-    **{"evaluate_split": "x", "weight_decay": 0.1, "push_to_hub": "tester/x", "dataset_id": "tester/x"},
+    **{
+        "objective": "bound",
+        "t_sampler": "importance",
+        "evaluate_split": "x",
+        "weight_decay": 0.1,
+        "push_to_hub": "tester/x",
+        "dataset_id": "tester/x",
+    },
     **dict.fromkeys(("license", "dataset_license"), "mit"),
 }
 

@@ -25,6 +25,7 @@ import hf_ddpm.exports
 import hf_ddpm.trainer
 from hf_ddpm import DDPMPipeline, TrainConfig, create_model, load_stream, train
 from hf_ddpm.checkpoint import load_checkpoint
+from hf_ddpm.models import as_denoiser
 from hf_ddpm.record import Record
 from tests.launching import forked
 
@@ -92,23 +93,26 @@ def kill_at(monkeypatch, step: int) -> None:
 # Algorithm 1
 
 
-def drawn(seed: int, position: int, shape: tuple[int, ...]) -> tuple[int, torch.Tensor]:
-    """What the run draws for the image at a position: t and ε."""
+def drawn(seed: int, position: int, shape: tuple[int, ...]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """What the run draws for the image at a position: t, ε, and another ε for objectives that take two."""
     block, place = divmod(position, 1024)
-    uniform, number = (np.random.default_rng((word, seed, block)).random(1024)[place] for word in (6, 7))
-    generator = torch.Generator().manual_seed(int(number * 2**53))
-    return int(uniform * 1000), torch.randn(shape, generator=generator)
+    uniform, *words = (np.random.default_rng((use, seed, block)).random(1024)[place] for use in (6, 7, 8))
+    generators = (torch.Generator().manual_seed(int(word * 2**53)) for word in words)
+    return int(uniform * 1000), *(torch.randn(shape, generator=generator) for generator in generators)
 
 
-def by_hand(config: TrainConfig, target: str = "epsilon", images_per_step: int | None = None):
+def by_hand(
+    config: TrainConfig, target: str = "epsilon", images_per_step: int | None = None, loss=None, outputs=1
+):
     """Ho et al. 2020, algorithm 1, written out in PyTorch; (losses, network, averaged weights, optimizer).
 
     It gives each step's losses; `images_per_step` are split into micro-steps of the config's batch size.
+    `loss` is another objective, a function of (model, x_0, t, ε, ε'), for a network of so many `outputs`.
     """
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     a, s = (torch.from_numpy(np.sqrt(table)).float() for table in (alpha_bar, 1 - alpha_bar))
     torch.manual_seed(config.seed)
-    model = create_model("tiny", dropout=config.dropout).train()
+    model = create_model("tiny", dropout=config.dropout, out_channels=outputs).train()
     average = [weight.detach().clone() for weight in model.parameters()]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -131,13 +135,17 @@ def by_hand(config: TrainConfig, target: str = "epsilon", images_per_step: int |
             x_0 = next(stream).float() / 127.5 - 1
             draws = [drawn(config.seed, position + i, (1, 8, 8)) for i in range(len(x_0))]
             position += len(x_0)
-            t, eps = torch.tensor([t for t, _ in draws]), torch.stack([eps for _, eps in draws])
+            t, eps, more = (torch.stack([*map(torch.as_tensor, z)]) for z in zip(*draws, strict=True))
             words = (config.seed, n, micro, 0)
             torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1)
             at, st = a[t].view(-1, 1, 1, 1), s[t].view(-1, 1, 1, 1)
-            output = model(at * x_0 + st * eps, t).sample
-            wanted = {"epsilon": eps, "sample": x_0, "v_prediction": at * eps - st * x_0}[target]
-            each = (output - wanted).square().mean((1, 2, 3))
+            if loss is None:
+                output = model(at * x_0 + st * eps, t).sample
+                wanted = {"epsilon": eps, "sample": x_0, "v_prediction": at * eps - st * x_0}
+                wanted |= {"score": -eps / st, "mean": posterior_mean(x_0, at * x_0 + st * eps, t)}
+                each = (output - wanted[target]).square().mean((1, 2, 3))
+            else:
+                each = loss(as_denoiser(model), x_0, t, eps, more)
             (each.sum() * (1 / per_step)).backward()
             losses[-1] += each.tolist()
         if config.max_grad_norm:
@@ -183,7 +191,18 @@ def test_three_steps_are_those_of_a_bare_loop(tmp_path, changes):
     assert log(tmp_path, "images") == [per_step * (n + 1) for n in range(step)]
 
 
-@pytest.mark.parametrize("target", ["sample", "v_prediction"])
+def posterior_mean(x_0, x_t, t):
+    """μ̃_t by the precisions of its two factors, in numpy."""
+    beta = np.linspace(1e-4, 0.02, 1000)[t].reshape(-1, 1, 1, 1)
+    before = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t].reshape(-1, 1, 1, 1) / (1 - beta)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        one, two = (1 - beta) / beta, 1 / (1 - before)
+        mean = (one * x_t.numpy() / np.sqrt(1 - beta) + two * np.sqrt(before) * x_0.numpy()) / (one + two)
+    first = t.numpy().reshape(-1, 1, 1, 1) == 0
+    return torch.from_numpy(np.where(first, x_0.numpy(), mean)).float()
+
+
+@pytest.mark.parametrize("target", ["sample", "v_prediction", "mean", "score"])
 def test_other_targets(tmp_path, target):
     config = small(tmp_path, prediction_type=target, max_steps=2)
     train(config)
@@ -262,13 +281,13 @@ def test_the_environment_does_not_overrule_the_config(tmp_path, monkeypatch):
 class ReadBacks(TorchDispatchMode):
     """Counts the times that a tensor's value is read by Python, as `.item()`, `float()` and `if` do.
 
-    Left out are three that only ever read tensors of the CPU: AdamW's step counters, the check of t, which
-    trusts other devices, and the epoch that `datasets` keeps in shared memory.
+    Left out are those that only ever read tensors of the CPU: AdamW's step counters, the checks of t, which
+    trust other devices, and the epoch that `datasets` keeps in shared memory.
     """
 
     IGNORED = (
         *(f"{os.sep}torch{os.sep}optim{os.sep}", f"hf_ddpm{os.sep}tables.py"),
-        f"datasets{os.sep}iterable_dataset.py",
+        *(f"datasets{os.sep}iterable_dataset.py", f"hf_ddpm{os.sep}bound.py"),
     )
     count = 0
 
@@ -279,7 +298,16 @@ class ReadBacks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "bound", "t_sampler": "importance", "variance_type": "learned_range"},
+        {"objective": "sddpm", "prediction_type": "mean"},
+    ],
+    ids=["simple", "bound", "sddpm"],
+)
+def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch, changes):
     mode, (advance, write) = ReadBacks(), (Record.advance, Record.log)
 
     def entering(self, step):
@@ -296,7 +324,7 @@ def test_nothing_is_read_back_between_logs(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Record, "advance", entering)
     monkeypatch.setattr(Record, "log", leaving)
-    train(small(tmp_path, max_steps=3, log_every=3, gradient_accumulation_steps=2, batch_size=2))
+    train(small(tmp_path, max_steps=3, log_every=3, gradient_accumulation_steps=2, batch_size=2, **changes))
     assert seen == [0] and mode.count >= 2  # and the logging itself is seen to read loss and norm
 
 
@@ -673,9 +701,9 @@ def test_noise_near_t_0_in_bfloat16(tmp_path):
     stream = load_stream("digits").batches(64)
     x_0 = torch.cat([next(stream) for _ in range(20)]).double() / 127.5 - 1
     draws = [drawn(config.seed, position, (1, 8, 8)) for position in range(len(x_0))]
-    assert t.tolist() == [step for step, _ in draws] and (t < 10).sum() > 5
+    assert t.tolist() == [step for step, *_ in draws] and (t < 10).sum() > 5
     alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[t].view(-1, 1, 1, 1)
-    eps = torch.stack([noise for _, noise in draws]).double()
+    eps = torch.stack([noise for _, noise, _ in draws]).double()
     wanted = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
     torch.testing.assert_close(x_t, wanted, rtol=0, atol=1e-6)
 
@@ -897,7 +925,8 @@ def test_a_half_precision_network_is_trained_in_float32(finished, tmp_path):
 def test_networks_that_do_not_fit(finished, tmp_path):
     text = refused(small(tmp_path, model=str(finished), channels=3))
     assert text == "the network is for images (1, 8, 8) (C, H, W), these are (3, 8, 8)"
-    assert "answers 2 channels; allowed: 1" in refused(small(tmp_path), create_model("tiny", out_channels=2))
+    words = "answers 2 channels; allowed with variance_type 'fixed_large': 1"
+    assert words in refused(small(tmp_path), create_model("tiny", out_channels=2))
     assert "has its own; allowed: none" in refused(small(tmp_path, model=str(finished), dropout=0.1))
     assert "did you mean 'tiny'" in refused(small(tmp_path, model="tinny"))
     assert "nowhere" in refused(small(tmp_path, dataset=str(tmp_path / "nowhere")))

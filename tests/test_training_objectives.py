@@ -1,0 +1,83 @@
+"""Objectives and importance-sampled steps in real runs, against algorithm 1 written out (test_trainer.py)."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, train
+from hf_ddpm.checkpoint import load_checkpoint
+from hf_ddpm.importance import LossSecondMoment
+from hf_ddpm.objectives import bound_loss, hybrid_loss, min_snr_loss, score_matching_loss, sddpm_loss
+from tests.test_trainer import assert_same, by_hand, checkpoint, kill_at, log, refused, small, weights
+
+OBJECTIVE_RUNS = {
+    "bound": {"objective": "bound"},
+    "bound of a learned variance": {"objective": "bound", "variance_type": "learned_range"},
+    "hybrid": {"objective": "hybrid", "variance_type": "learned_range", "hybrid_weight": 0.01},
+    "min-snr": {"objective": "min-snr", "prediction_type": "v_prediction", "snr_gamma": 2.0},
+    "score-matching": {"objective": "score-matching", "prediction_type": "score"},
+    "sddpm": {"objective": "sddpm", "prediction_type": "mean", "variance_type": "fixed_small"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_RUNS)
+def test_objectives_get_what_they_need(tmp_path, name):
+    config = small(tmp_path, max_steps=2, **OBJECTIVE_RUNS[name])
+    train(config)
+    process = DDPMScheduler().process
+    how = (config.prediction_type, config.variance_type)
+    loss = {
+        "bound": lambda m, x, t, e, more: bound_loss(process, m, x, t, e, *how),
+        "hybrid": lambda m, x, t, e, more: hybrid_loss(process, m, x, t, e, how[0], 0.01),
+        "min-snr": lambda m, x, t, e, more: min_snr_loss(process, m, x, t, e, how[0], 2.0),
+        "score-matching": lambda m, x, t, e, more: score_matching_loss(process, m, x, t, e, *how),
+        "sddpm": lambda m, x, t, e, more: sddpm_loss(process, m, x, t, e, more, *how),
+    }[config.objective]
+    losses, model, *_ = by_hand(config, loss=loss, outputs=2 if "learned" in how[1] else 1)
+    np.testing.assert_allclose(log(tmp_path), np.array(losses).mean(1), rtol=1e-5)
+    torch.testing.assert_close(weights(tmp_path, 2), dict(model.state_dict()), rtol=1e-4, atol=1e-6)
+    saved = DDPMPipeline.from_pretrained(tmp_path).scheduler.config
+    assert (saved["prediction_type"], saved["variance_type"]) == how
+
+
+IMPORTANCE = {
+    **{"objective": "bound", "t_sampler": "importance", "num_train_timesteps": 4, "batch_size": 16},
+    **{"beta_schedule": "constant", "beta_start": 0.6},
+}
+
+
+def test_importance_sampled_steps(tmp_path, monkeypatch):
+    seen, weigh = [], LossSecondMoment.weights
+    monkeypatch.setattr(
+        LossSecondMoment, "weights", lambda self, t: seen.append(self.probabilities) or weigh(self, t)
+    )
+    train(small(tmp_path, max_steps=8, gradient_accumulation_steps=2, **IMPORTANCE))
+    assert len(seen) == 16 and all(torch.equal(*seen[i : i + 2]) for i in range(0, 16, 2))  # fixed in a step
+    assert torch.equal(seen[0], torch.full((4,), 0.25).double()) and seen[-1].std() > 0.05
+    state = load_checkpoint(checkpoint(tmp_path, 8)).optimizer["t_sampler"]
+    assert state["counts"].sum() == 8 * 32
+
+
+def test_importance_sampling_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    train(small(tmp_path / "whole", max_steps=8, checkpoint_every=3, **IMPORTANCE))
+    with monkeypatch.context() as context:
+        kill_at(context, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(tmp_path / "cut", max_steps=8, checkpoint_every=3, **IMPORTANCE))
+    train(small(tmp_path / "cut", max_steps=8, checkpoint_every=3, **IMPORTANCE))
+    assert_same(weights(tmp_path / "cut", 8), weights(tmp_path / "whole", 8))
+    states = (
+        load_checkpoint(checkpoint(tmp_path / run, 8)).optimizer["t_sampler"] for run in ("cut", "whole")
+    )
+    assert_same(*states)
+
+
+def test_a_run_that_costs_more_than_guessing_by_nature_is_no_explosion(tmp_path):
+    # ⟨s²⟩ of the score's target is about 50 in the mean, 10,000 at t = 0; it is counted in such units.
+    config = small(tmp_path, max_steps=8, prediction_type="score", max_loss=10.0, batch_size=32)
+    train(config)
+    assert max(log(tmp_path)) > 12
+    words = refused(
+        small(tmp_path / "low", max_steps=8, prediction_type="score", max_loss=1e-3), kind=RuntimeError
+    )
+    assert "above max_loss 0.001 times the " in words and "of guessing zero" in words
