@@ -21,7 +21,7 @@ from hf_ddpm.guard import make_empty
 from hf_ddpm.loading import INDEX, needs_us
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.redact import redact
-from hf_ddpm.report import JSON
+from hf_ddpm.report import JSON, describe_memorisation
 
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
@@ -99,6 +99,8 @@ def make_card(files: Files, facts: CardFacts) -> str:
     heldout = _heldout(facts.training) if facts.training and not evaluation else None
     same = evaluation.get("data", {}).get("dataset") in (dataset, facts.dataset_id)
     evaluated_id = facts.dataset_id if same else None
+    memory = evaluation.get("memorisation")
+    searched_id = facts.dataset_id if memory and memory["dataset"] in (dataset, facts.dataset_id) else None
     name = facts.repo_id.split("/")[-1]
     portable = not needs_us(index)
     data = ModelCardData(
@@ -128,6 +130,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "evaluated": _dataset_words(evaluation["data"]["dataset"], evaluated_id) if evaluation else None,
         "bits": _bits(evaluation) if evaluation else None,
         "samples": _samples(evaluation) if evaluation else None,
+        "memory": memory and describe_memorisation(memory, _dataset_words(memory["dataset"], searched_id)),
         "heldout": heldout,
         "training": _rounded(facts.training),
         "dataset": _dataset_words(dataset, facts.dataset_id),

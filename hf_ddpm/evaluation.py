@@ -14,6 +14,7 @@ import torch
 
 from hf_ddpm.bound import FIXED, bound_term
 from hf_ddpm.data import ImageStream
+from hf_ddpm.drawing import Drawing
 from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.generate import process_state
 from hf_ddpm.likelihood import (
@@ -22,6 +23,7 @@ from hf_ddpm.likelihood import (
     rate_distortion,
     with_variance,
 )
+from hf_ddpm.memorisation import PICTURE, Memorisation
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.parts import Parts, why_not_writable
 from hf_ddpm.pixels import to_float, to_uint8
@@ -55,7 +57,8 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         The content of `evaluation.json`, on every process.
 
     Raises:
-        ValueError: bad input: model, data set, folder, or an extractor; nothing has been written then.
+        ValueError: bad input: model, data set, folder, or an extractor; nothing has been written then. Only
+            an image of `nearest_dataset` that can't be read shows when it is looked at.
         RuntimeError: the bound is not finite.
     """
     # What is scored, on what, how, and whether the results have a place: all looked at before work begins
@@ -85,18 +88,32 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         "fit": config.fit,
         "shape": list(stream.shape),
     }
-    quality = None
+    drawing = quality = memory = None
+    if config.extractor is not None or config.nearest_dataset is not None:
+        drawing = Drawing(
+            subject.pipeline, config.num_samples, config.sampling_steps, config.seed, config.batch_size
+        )
     if config.extractor is not None:
         how = QualityConfig(
             config.extractor,
             config.num_samples,
-            config.sampling_steps,
             config.num_reference,
             config.reference,
             config.seed,
             config.batch_size,
         )
-        quality = SampleQuality(how, subject.pipeline, stream, total, source)
+        quality = SampleQuality(how, stream, total, source)
+    if config.nearest_dataset is not None:
+        memory = Memorisation(
+            config.nearest_dataset,
+            config.nearest_split,
+            config.image_column,
+            config.fit,
+            stream,
+            (config.dataset, config.split),
+            config.num_samples,
+            config.seed,
+        )
     state.wait_for_everyone()
 
     # The bound, image by image
@@ -127,8 +144,17 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         report["comparison"] = paired(numbers["bpd"], subject.variance_type, other)
 
     # The samples
-    if quality is not None:
-        report["sample_metrics"] = quality.run(weights, out)
+    if drawing is not None:
+        extractor = None if quality is None else quality.extractor
+        samples = drawing.run(weights, out, extractor, keep=memory is not None)
+        images = samples.pop("images", torch.empty(0))
+        if quality is not None:
+            report["sample_metrics"] = quality.run(samples) | drawing.facts
+        if memory is not None:
+            found, nearest = memory.run(images, out)
+            trained_on = subject.trained_on(found["dataset"], found["split"])
+            report["memorisation"] = found | drawing.facts | {"trained_on": trained_on}
+            tensors |= nearest
 
     # The files
     report |= {
@@ -144,6 +170,8 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         plot_bits_per_step(curve, out / "bits-per-step.png")
         plot_rate_distortion(curve, out / "rate-distortion.png")
         _reconstruct(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
+        if memory is None:  # an older evaluation's picture
+            (out / PICTURE).unlink(missing_ok=True)
         write_evaluation(out, report, tensors | numbers)
         Parts.clear(out)
     state.wait_for_everyone()

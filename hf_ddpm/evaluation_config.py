@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from hf_ddpm.options import check_options, option
 from hf_ddpm.pixels import FITS
 
-# Keys of an evaluation that act only together with another one.
+# Keys of an evaluation that act only together with another one, or with one of several.
 NEEDS = {
-    "num_samples": "extractor",
-    "sampling_steps": "extractor",
-    "num_reference": "extractor",
-    "reference": "extractor",
-    "first_variance": "steps",
+    "num_samples": ("extractor", "nearest_dataset"),
+    "sampling_steps": ("extractor", "nearest_dataset"),
+    "num_reference": ("extractor",),
+    "reference": ("extractor",),
+    "nearest_split": ("nearest_dataset",),
+    "first_variance": ("steps",),
 }
 
 
@@ -51,10 +52,14 @@ class EvaluationConfig:
     extractor: str | None = option(
         None, "feature network for sample metrics: inception, or a folder or Hub id of a vision model"
     )
-    num_samples: int = option(1000, "samples drawn for them", least=2)
+    nearest_dataset: str | None = option(
+        None, "look for each sample's nearest image in this data set: Hub id, folder, or 'digits'"
+    )
+    nearest_split: str = option("train", "split of that data set")
+    num_samples: int = option(1000, "samples drawn for these two, and held-out images beside them", least=2)
     sampling_steps: int | None = option(None, "steps of drawing them, by default all T", least=1)
     num_reference: int | None = option(
-        None, "real images they are compared with, by default as many", least=2
+        None, "real images that the extractor compares them with, by default as many", least=2
     )
     reference: str | None = option(None, "file of the reference's features, written or reused")
 
@@ -70,8 +75,11 @@ class EvaluationConfig:
         check_options(self)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, needed in NEEDS.items():
-            if getattr(self, name) != defaults[name] and getattr(self, needed) == defaults[needed]:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but has no use without {needed}")
+            idle = all(getattr(self, other) == defaults[other] for other in needed)
+            if getattr(self, name) != defaults[name] and idle:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but has no use without {' or '.join(needed)}"
+                )
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")

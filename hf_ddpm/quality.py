@@ -1,10 +1,11 @@
 """Sample quality of a model: its samples and real images in the eyes of a feature network.
 
-Samples are drawn in parts that processes share and a killed run finds again. Beside every number stands its
-floor: what other real images reach against the same reference.
+Beside every number stands its floor: what other real images reach against the same reference. How the samples
+come about is drawing.py's.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from hf_ddpm.data import ImageStream
-from hf_ddpm.generate import image_generators
 from hf_ddpm.metrics import (
     Features,
     load_extractor,
@@ -22,10 +23,8 @@ from hf_ddpm.metrics import (
     sample_metrics,
     save_reference,
 )
-from hf_ddpm.parts import Parts, why_not_writable
-from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.parts import why_not_writable
 from hf_ddpm.progress import progress
-from hf_ddpm.samplers import whole_config
 from hf_ddpm.seeds import derive_seed
 from hf_ddpm.subject import digest_rows, fingerprint
 
@@ -39,7 +38,6 @@ class QualityConfig:
     Attributes:
         extractor: "inception", or a folder or Hub id of a vision model.
         num_samples: images drawn.
-        sampling_steps: steps of drawing them, None for all T.
         num_reference: real images they are compared with; None for as many, or half of the split.
         reference: file of the reference's features, written or reused; None for none.
         seed: of the samples and of which real images are taken.
@@ -48,7 +46,6 @@ class QualityConfig:
 
     extractor: str
     num_samples: int
-    sampling_steps: int | None
     num_reference: int | None
     reference: str | None
     seed: int
@@ -84,101 +81,58 @@ class SampleQuality:
 
     Args:
         config: how.
-        pipeline: draws the samples, with its own scheduler.
         stream: real images, in the order of their source.
         num_rows: how many they are.
         facts: where they come from, for the reference's file.
 
     Raises:
-        ValueError: a bad extractor, one that doesn't take such images, too few real images, an impossible
-            number of sampling steps, or a reference file of something else.
+        ValueError: a bad extractor, one that doesn't take such images, too few real images, or a reference
+            file of something else.
+
+    Attributes:
+        extractor: the feature network.
     """
 
     def __init__(
         self,
         config: QualityConfig,
-        pipeline: DDPMPipeline,
         stream: ImageStream,
         num_rows: int,
         facts: dict[str, Any],
     ):
-        self._config, self._pipeline, self._stream, self._state = config, pipeline, stream, PartialState()
+        self._config, self._stream, self._state = config, stream, PartialState()
         self._reference_rows, self._floor_rows = choose_real(config, num_rows)
-        try:
-            _, self._num_steps, _ = pipeline.check_inputs(num_inference_steps=config.sampling_steps)
-        except ValueError as error:
-            raise ValueError(str(error).replace("num_inference_steps", "sampling_steps")) from error
-        self._extractor = load_extractor(config.extractor, self._state.device or "cpu")
-        self._extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))  # images that don't fit show
+        self.extractor = load_extractor(config.extractor, self._state.device or "cpu")
+        self.extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))  # images that don't fit show
         self._file = None if config.reference is None else Path(config.reference).expanduser()
         self._facts, self._reference = facts, None
         if self._file is not None:
             chosen = fingerprint(digest_rows(stream, self._reference_rows))
             self._facts = facts | {"num_images": len(self._reference_rows), "images": chosen}
             if self._file.exists():
-                self._reference = load_reference(self._file, self._extractor.name, self._facts)
+                self._reference = load_reference(self._file, self.extractor.name, self._facts)
             elif reason := why_not_writable(self._file.parent):
                 raise ValueError(f"reference {str(self._file)!r} can't be written: {reason}")
 
-    def run(self, weights: str, out: Path) -> dict[str, Any]:
-        """Draw the samples and measure them: section "sample_metrics" of the report, on every process.
+    def run(self, features: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Measure the samples: section "sample_metrics" of the report, on every process.
 
         Args:
-            weights: digest of the network's weights, which parts on disk depend on.
-            out: folder of the parts.
+            features: the tensors of the samples' `Features`.
         """
-        samples, seed = self._draw(weights, out), self._config.seed
+        samples, seed = Features(self.extractor.name, **features), self._config.seed
         reference = self._reference or self._real(self._reference_rows)
         if self._file is not None and self._reference is None and self._state.is_main_process:
             save_reference(self._file, reference, self._facts)
         floor = self._real(self._floor_rows)
-        scheduler: Any = self._pipeline.scheduler
         return {
-            "extractor": self._extractor.name,
+            "extractor": self.extractor.name,
             "samples": sample_metrics(samples, reference, seed).labelled(),
             "floor": sample_metrics(floor, reference, seed).labelled(),
             "num_samples": len(samples),
             "num_reference": len(reference),
             "num_floor": len(floor),
-            "sampling_steps": self._num_steps,
-            "scheduler": type(scheduler).__name__,
-            "variance_type": scheduler.config.get("variance_type"),
         }
-
-    def _draw(self, weights: str, out: Path) -> Features:
-        """Features of the samples; sample i depends on the seed and i alone, as in `hf-ddpm sample`."""
-        config, state, scheduler = self._config, self._state, self._pipeline.scheduler
-        settings = {
-            "samples": [config.num_samples, self._num_steps, config.seed, config.batch_size],
-            "model": [weights, type(scheduler).__name__, whole_config(scheduler)],
-            "extractor": self._extractor.name,
-        }
-        parts = Parts(out, settings)
-        state.wait_for_everyone()
-        starts = range(0, config.num_samples, config.batch_size)
-        chunks = [range(i, min(i + config.batch_size, config.num_samples)) for i in starts]
-        mine = range(state.process_index, len(chunks), state.num_processes)
-        mine = [i for i in mine if i not in parts]
-        self._pipeline.set_progress_bar_config(disable=True)
-        with progress("sample", self._num_steps * len(mine), "step", state.is_main_process) as bar:
-
-            def advance(*_: Any) -> None:
-                bar.update()
-
-            for i in mine:
-                images: Any = self._pipeline(
-                    len(chunks[i]),
-                    image_generators(config.seed, chunks[i]),
-                    config.sampling_steps,
-                    output_type="pt",
-                    return_dict=False,
-                    callback_on_step_end=advance,
-                )[0]
-                parts.save(i, self._extractor((images * 255).round().to(torch.uint8)).tensors())
-        state.wait_for_everyone()
-        found = Features(self._extractor.name, **parts.load(len(chunks)))
-        state.wait_for_everyone()
-        return found
 
     def _real(self, rows: np.ndarray) -> Features:
         """Features of real images."""
@@ -187,6 +141,6 @@ class SampleQuality:
         with progress("features", len(rows), "image", self._state.is_main_process, leave=False) as bar:
             for start in range(0, len(rows), size):
                 batch = torch.stack([next(images) for _ in rows[start : start + size]])
-                found.append(self._extractor(batch))
+                found.append(self.extractor(batch))
                 bar.update(len(batch))
         return Features.cat(found)

@@ -73,7 +73,21 @@ def describe(report: Mapping[str, Any]) -> str:
                 f"{name}: {value:.4g} of {found['num_samples']} samples, {found['floor'][name]:.4g} of "
                 f"{found['num_floor']} real images"
             )
+    if "memorisation" in report:
+        lines.append(describe_memorisation(report["memorisation"]))
     return "\n".join(lines)
+
+
+def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:
+    """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
+    ours, floor = found["samples"], found["heldout"]
+    where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
+    return (
+        f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "
+        f"levels (RMSE) of {where}, against {floor['share_near']:.1%} of {floor['num_images']} held-out "
+        f"images; median distance {ours['median_distance']:.1f} against {floor['median_distance']:.1f}, "
+        f"exact copies {ours['exact_copies']} against {floor['exact_copies']}"
+    )
 
 
 def _number(value: Mapping[str, Any]) -> str:

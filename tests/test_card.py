@@ -258,3 +258,20 @@ def test_a_published_runs_card_is_made_again_from_its_folder(run_folder, tmp_pat
     (tmp_path / "tiny-run" / "card.json").write_text('{"colour": "red"}')
     with pytest.raises(ValueError, match="is no folder of a card"):
         card_of(tmp_path / "tiny-run")
+
+
+def test_memorisation_is_told(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    report = json.loads((run / "evaluation.json").read_text())
+    assert "repeat images" not in card(run)
+    of = {"num_images": 12, "share_near": 0.25, "median_distance": 20.04, "exact_copies": 2}
+    floor = {"num_images": 300, "share_near": 0.01, "median_distance": 31.0, "exact_copies": 0}
+    found = {"dataset": "/home/me/images", "split": "train", "num_rows": 99, "near": 12.34}
+    report["memorisation"] = found | {"samples": of, "heldout": floor}
+    (run / "evaluation.json").write_text(json.dumps(report))
+    text = " ".join(card(run).split())
+    assert (
+        "25.0% of 12 samples lie within 12.3 grey levels (RMSE) of one of the 99 images of images, train"
+        in text
+    )
+    assert "median distance 20.0 against 31.0, exact copies 2 against 0." in text and "/home/me" not in text

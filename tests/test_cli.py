@@ -45,8 +45,8 @@ TRAIN_FLAGS = """
 """.split()
 EVALUATE_FLAGS = """
     --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --first-variance --extractor --num-samples --sampling-steps --num-reference
-    --reference --compare-with --out --overwrite --seed --batch-size
+    --clip-x0 --decoder --steps --first-variance --extractor --nearest-dataset --nearest-split --num-samples
+    --sampling-steps --num-reference --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
 PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture

@@ -513,10 +513,11 @@ def test_parts_of_other_images_are_not_taken(tiny_folder, tmp_path, evaluations)
         ("--num-images 301", "num_images is 301, but the split has 300; allowed: 1 to 300"),
         ("--num-images 0", "num_images is 0; allowed: >= 1"),
         ("--num-imges 3", "unknown argument '--num-imges'; did you mean --num-images?"),
-        ("--num-samples 8", "num_samples is 8, but has no use without extractor"),
-        ("--sampling-steps 8", "sampling_steps is 8, but has no use without extractor"),
+        ("--num-samples 8", "num_samples is 8, but has no use without extractor or nearest_dataset"),
+        ("--sampling-steps 8", "sampling_steps is 8, but has no use without extractor or nearest_dataset"),
         ("--num-reference 8", "num_reference is 8, but has no use without extractor"),
         ("--reference file", "reference is 'file', but has no use without extractor"),
+        ("--nearest-split a", "nearest_split is 'a', but has no use without nearest_dataset"),
         ("--first-variance full", "first_variance is 'full', but has no use without steps"),
         ("--exact --num-evals-per-image 4", "num_evals_per_image is 4, but exact evaluates every step"),
         ("--exact --pilot-images 4", "pilot_images is 4, but exact evaluates every step"),
@@ -819,7 +820,7 @@ def test_killed_while_sampling(tiny_folder, tmp_path, extracted, evaluations):
 
 def test_real_images_are_disjoint(caplog):
     def config(num_samples, num_reference=None, seed=0):
-        return QualityConfig("", num_samples, None, num_reference, None, seed, 1)
+        return QualityConfig("", num_samples, num_reference, None, seed, 1)
 
     reference, floor = choose_real(config(10), 40)
     assert len(reference) == len(floor) == 10 and not set(reference) & set(floor)
