@@ -182,7 +182,7 @@ class Memorisation:
             [to_pil(training[int(rows[i])]) for i in chosen],
         ]
         labels = [f"{distance[i]:.1f}\nrow {rows[i]}" for i in chosen]
-        plot_reconstructions(pictures, labels, path)
+        plot_reconstructions(pictures, labels, path, ["sample", "training"])
 
 
 def _summary(distance: Tensor, near: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, TrainConfig, train
 from hf_ddpm.bound import FIXED
 from hf_ddpm.data import load_stream
+from hf_ddpm.drawing import Drawing
 from hf_ddpm.evaluation import evaluate
 from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
@@ -188,10 +189,12 @@ def sample_run(study: Study, folder: Path, variance_type: str) -> dict[str, Any]
     pipeline = subject.pipeline
     pipeline.scheduler.variance_type = variance_type
     steps = min(study.sampling_steps or len(subject.process), len(subject.process))
-    how = QualityConfig(str(CLASSIFIER), study.num_samples, steps, NUM_REFERENCE, None, 0, BATCH_SIZE)
-    quality = SampleQuality(how, pipeline, stream, stream.num_rows(), {})
+    how = QualityConfig(str(CLASSIFIER), study.num_samples, NUM_REFERENCE, None, 0, BATCH_SIZE)
+    quality = SampleQuality(how, stream, stream.num_rows(), {})
+    drawing = Drawing(pipeline, study.num_samples, steps, 0, BATCH_SIZE)
     try:
-        found = quality.run(subject.weights_digest(), folder)
+        features = drawing.run(subject.weights_digest(), folder, quality.extractor, keep=False)
+        found = quality.run(features) | drawing.facts
         pictures: Any = pipeline(
             NUM_PICTURES, image_generators(0, range(NUM_PICTURES)), steps, return_dict=False
         )[0]
