@@ -131,11 +131,28 @@ def bound_term(
         zero = x_0.new_zeros(())
         nats = normal_kl(zero, log_posterior, c0 * (mean_x0 - x_0), log_variance).flatten(1).sum(1)
     if first:
-        decoded = -discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance, decoder).flatten(1).sum(1)
-        nats = torch.where(torch.as_tensor(t, device=x_0.device) == 0, decoded, nats) if later else decoded
+        at_0 = torch.as_tensor(t, device=x_0.device) == 0
+        decoded = decoder_nats(x_0, mean_x0, log_variance, at_0 if later else None, decoder)
+        nats = torch.where(at_0, decoded, nats) if later else decoded
     x0_mse = (mean_x0 - x_0).square().flatten(1).mean(1)
     snr = process.at(t, x0_mse, "snr")[0]
     return BoundTerm(nats, x0_mse.detach(), (snr * x0_mse).detach())
+
+
+def decoder_nats(
+    x_0: Tensor,
+    mean_x0: Tensor,
+    log_variance: Tensor,
+    at_0: Tensor | None = None,
+    decoder: Literal["exact", "tanh"] = "exact",
+) -> Tensor:
+    """−log p_θ(x_0 | x_{t=0}) per example, (B,), where `at_0` (B,), by default everywhere.
+
+    Elsewhere x̂_0 may be so far off that the decoder's gradient is infinite; there it is kept out.
+    """
+    if at_0 is not None:
+        mean_x0 = torch.where(at_0.view(-1, *[1] * (x_0.ndim - 1)), mean_x0, x_0)
+    return -discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance, decoder).flatten(1).sum(1)
 
 
 def predicted(

@@ -66,7 +66,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
     if accelerator.device.type == "mps" and config.objective in ("bound", "hybrid", "sddpm"):
         raise ValueError(
-            f"objective is {config.objective!r}, which wants float64; allowed on MPS: simple, min-snr"
+            f"objective is {config.objective!r}, which wants float64; allowed on MPS: simple, min-snr, "
+            "score-matching"
         )
     _check_launch(accelerator)
     return accelerator
@@ -252,7 +253,7 @@ def prepare_model(
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:
-        if not hasattr(model, "enable_gradient_checkpointing"):
+        if not getattr(model, "_supports_gradient_checkpointing", False):
             raise ValueError(f"gradient_checkpointing is True, which {type(model).__name__} doesn't have")
         model.enable_gradient_checkpointing()  # type: ignore[operator,call-arg]
     return model

@@ -18,7 +18,7 @@ from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.progress import REFRESH
 from hf_ddpm.samplers import swap_scheduler
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import LEARNED, DDPMScheduler
 from hf_ddpm.seeds import derive_seed
 
 GRID_IMAGES = 100  # a grid shows at most so many of the samples
@@ -71,6 +71,10 @@ def sample(
     if variance_type is not None:
         if not isinstance(pipeline.scheduler, DDPMScheduler):
             raise ValueError(f"variance_type is {variance_type!r}; allowed: only with the sampler ddpm")
+        if (own := pipeline.scheduler.variance_type) in LEARNED:
+            raise ValueError(
+                f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none"
+            )
         pipeline.scheduler.variance_type = variance_type
     if (channels := pipeline.image_shape[0]) not in PIL_CHANNELS:
         raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1, 3, 4")

@@ -71,7 +71,7 @@ class LossSecondMoment:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that it remembers."""
-        return {"losses": self._losses[:-1].cpu(), "counts": self._counts[:-1].cpu()}
+        return {"losses": self._losses[:-1].cpu().clone(), "counts": self._counts[:-1].cpu().clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember what another one did.

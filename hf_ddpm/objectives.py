@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import FIXED, bound_term, predicted
-from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
+from hf_ddpm.bound import FIXED, bound_term, decoder_nats, predicted
+from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.parametrization import from_x0_eps, output_scale
 from hf_ddpm.precision import wide
 from hf_ddpm.process import DiffusionProcess
@@ -49,8 +49,9 @@ def simple_loss(
         Mean square over dimensions, shape (B,), float32 or wider.
 
     Raises:
-        ValueError: the model's answer has another shape than the images.
+        ValueError: the noise or the model's answer has another shape than the images.
     """
+    _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     return _square(process, output, x_0, t, noise, prediction_type)
 
@@ -70,8 +71,9 @@ def min_snr_loss(
 
     Arguments and errors as in `simple_loss`.
     """
-    weight = process.at(t, x_0, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, x_0)
-    return weight.view(-1) * simple_loss(process, model, x_0, t, noise, prediction_type)
+    like = _doubles(x_0)
+    weight = process.at(t, like, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, like)
+    return weight * simple_loss(process, model, x_0, t, noise, prediction_type)
 
 
 def score_matching_loss(
@@ -95,10 +97,11 @@ def score_matching_loss(
     """
     if variance_type not in FIXED:
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
-    beta, root_alpha, log_variance = process.at(t, x_0, "betas", "sqrt_alphas", FIXED[variance_type])
-    weight = (beta / root_alpha) ** 2 * torch.exp(-log_variance) / 2
-    weight = weight * output_scale(process, "score", t, x_0) / output_scale(process, prediction_type, t, x_0)
-    loss = weight.view(-1) * simple_loss(process, model, x_0, t, noise, prediction_type)
+    # As a weight on the error of x_0 it is c0² / (2σ_t²), which is finite where α_t = 0 too
+    like = _doubles(x_0)
+    c0, log_variance = process.at(t, like, "posterior_mean_coef_x0", FIXED[variance_type])
+    weight = c0**2 * torch.exp(-log_variance) / 2 / output_scale(process, prediction_type, t, like)
+    loss = weight * simple_loss(process, model, x_0, t, noise, prediction_type)
     return len(process) * bits_per_dim(loss, 1)
 
 
@@ -149,6 +152,7 @@ def hybrid_loss(
 
     The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`.
     """
+    _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     m, v = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
     held = torch.cat([m.detach(), v], 1)
@@ -179,6 +183,7 @@ def sddpm_loss(
         noise: ε of x_prev, shape (B, C, H, W); at t = 0, where x_prev is x_0, it is not used.
         step_noise: ε of the step from x_prev to x_t, shape (B, C, H, W).
     """
+    _check_noise(x_0, noise, step_noise)
     x_prev = process.q_sample_prev(x_0, noise, t)
     x_t = process.q_step(x_prev, step_noise, t)
     output = model(x_t, process.timesteps_at(t))
@@ -187,8 +192,8 @@ def sddpm_loss(
     error = x_prev - process.q_posterior_mean(mean_x0, x_t, t)
     (log_posterior,) = process.at(t, x_t, "log_fixed_small")
     kernel = 0.5 * (error.square() * torch.exp(-log_variance) + log_variance - log_posterior - 1)
-    decoder = -discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance)
-    nats = torch.where(t.view(-1, *[1] * (x_0.ndim - 1)) == 0, decoder, kernel).flatten(1).sum(1)
+    decoder = decoder_nats(x_0, mean_x0, log_variance, t == 0)
+    nats = torch.where(t == 0, decoder, kernel.flatten(1).sum(1))
     return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))
 
 
@@ -207,16 +212,14 @@ class Objective:
     outputs: int
 
     @torch.no_grad()
-    def cost_of_zero(self, process: DiffusionProcess) -> float:
-        """Mean loss over all t of a network that answers zero to white images; 1 for `simple` on ε."""
+    def cost_of_zero(self, process: DiffusionProcess) -> Tensor:
+        """About what answering zero to white images costs at each t, (T,), float64; 1 for `simple` on ε."""
         generator = torch.Generator().manual_seed(0)
         shape = (len(process), 1, 8, 8)
         noises = [torch.randn(shape, generator=generator) for _ in range(self.noises)]
         zero = torch.zeros(shape).repeat(1, self.outputs, 1, 1)
         t = torch.arange(len(process))
-        return (
-            self.loss(process, lambda x_t, steps: zero, torch.ones(shape), t, *noises).double().mean().item()
-        )
+        return self.loss(process, lambda x_t, steps: zero, torch.ones(shape), t, *noises).double()
 
 
 def make_objective(
@@ -274,6 +277,20 @@ def _square(
     if output.shape != target.shape:  # a difference would broadcast without a word
         raise ValueError(f"the model answered shape {tuple(output.shape)}; allowed: {tuple(target.shape)}")
     return (wide(output) - wide(target)).square().flatten(1).mean(1)
+
+
+def _check_noise(x_0: Tensor, *noises: Tensor) -> None:
+    for noise in noises:
+        if noise.shape != x_0.shape:  # it would broadcast without a word
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}"
+            )
+
+
+def _doubles(x_0: Tensor) -> Tensor:
+    """What asks for coefficients (B,) in float64, where a late SNR doesn't underflow; MPS has none."""
+    dtype = torch.float32 if x_0.device.type == "mps" else torch.float64
+    return torch.empty(len(x_0), device=x_0.device, dtype=dtype)
 
 
 def _bound(

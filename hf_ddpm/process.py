@@ -335,5 +335,5 @@ class DiffusionProcess(Tables):
             step = self.timesteps[t][silent].view(-1)[0]
             raise ValueError(
                 f"alphas_cumprod is 0 at step {step}: the noise there says nothing about x_0; "
-                "allowed prediction types for zero terminal SNR: 'v_prediction', 'sample'"
+                "allowed prediction types for zero terminal SNR: 'v_prediction', 'sample', 'mean'"
             )

@@ -30,13 +30,14 @@ from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
 
 QUARTILES = 4
+SUMS = ("loss", "images", "weight", "cost of answering zero")
 
 
 class Record:
     """The run's progress from the step it starts at, a context that leaves no bar or tracker open.
 
-    A step is noted as the sums of the loss and of the images by quartile of t, over all processes, so that a
-    line of the log is the same however often the run was stopped inside its interval.
+    A step is noted as sums by quartile of t over all processes (`SUMS`), so that a line of the log is the
+    same however often the run was stopped inside its interval.
 
     Args:
         run: the run's folder.
@@ -46,7 +47,6 @@ class Record:
         per_step: images of a step, over all processes.
         per_epoch: images of the data set.
         state: what `state` gave at that step; empty for a new run.
-        cost_of_zero: mean loss of a network that answers zero.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
@@ -64,19 +64,19 @@ class Record:
         per_step: int,
         per_epoch: int,
         state: Mapping[str, Any],
-        cost_of_zero: float = 1.0,
     ):
         self.run, self.accelerator, self.config = run, accelerator, config
         self.loss = self.images_per_second = math.nan
         self.grad_norm: Tensor | None = None
         self.skipped: int = state.get("skipped", 0)
         self._per_step, self._step, self._first = per_step, first, first
-        self._cost_of_zero = cost_of_zero
         self._per_epoch, self._in_vain = per_epoch, 0  # positions in a row without an image
-        self._sums = torch.zeros(2, QUARTILES, device=accelerator.device)  # loss, images: of this step
+        self._sums = torch.zeros(len(SUMS), QUARTILES, device=accelerator.device)  # of this step
         self._steps: list[Tensor] = []  # of this process's steps since the last log, still on the device
         pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
-        self._table = pending.reshape(-1, 2, QUARTILES)  # of all processes' steps since the last log
+        if pending.ndim == 3 and pending.shape[1] == 2:  # of a checkpoint that had no weights and costs
+            pending = torch.cat([pending, pending[:, 1:], pending[:, 1:]], 1)
+        self._table = pending.reshape(-1, len(SUMS), QUARTILES)  # of all processes' steps since the last log
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
         self._logged_step = first
         self._file = run / "log.jsonl"
@@ -107,16 +107,19 @@ class Record:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    def add(self, loss: Tensor, quartiles: Tensor) -> None:
+    def add(self, loss: Tensor, weight: Tensor, cost: Tensor, quartiles: Tensor) -> None:
         """Note a micro-step.
 
         Args:
-            loss: of each image, (B,), on its device, where it stays.
+            loss: of each image, with its weight, (B,), on its device, where it stays.
+            weight: 1 / (T p_t), (B,): 1 for uniform t.
+            cost: what answering zero would cost at its t, (B,).
             quartiles: of each image's t, (B,), int64, 0 … 3; −1 for an empty slot.
         """
         chosen = quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]
-        losses = torch.where(chosen, loss.detach().float(), 0.0)  # a product would make nan of 0 · inf
-        self._sums += torch.stack([losses, chosen.float()]).sum(-1)
+        columns = [z.detach().float() for z in (loss, torch.ones_like(weight), weight, weight * cost)]
+        # A product with `chosen` would make nan of 0 · inf
+        self._sums += torch.stack([torch.where(chosen, z, 0.0) for z in columns]).sum(-1)
 
     def advance(self, step: int) -> None:
         """An optimizer step is done."""
@@ -136,7 +139,7 @@ class Record:
             RuntimeError: the loss is not finite or exploded; the message names the step.
         """
         self._settle()
-        loss, images = self._table.sum(0)
+        loss, images, weight, _ = self._table.sum(0)
         now = self._worked + time.perf_counter() - self._since
         speed = (self._step - self._logged_step) * self._per_step / max(now - self._logged_worked, 1e-9)
         self.images_per_second = (self._step - self._first) * self._per_step / max(now, 1e-9)
@@ -147,9 +150,9 @@ class Record:
 
         line: dict[str, float] = {"step": self._step, "images": self._step * self._per_step}
         line |= {"loss": self.loss} if images.any() else {}
-        for number, (sum_, count) in enumerate(zip(loss.tolist(), images.tolist(), strict=True), 1):
-            if count:
-                line[f"loss_quartile_{number}"] = sum_ / count
+        for number, (sum_, total) in enumerate(zip(loss.tolist(), weight.tolist(), strict=True), 1):
+            if total:
+                line[f"loss_quartile_{number}"] = sum_ / total
         line |= {"lr": lr, "ema_decay": ema_decay, "images_per_second": round(speed, 1)}
         norm = math.inf if self.grad_norm is None else float(self.grad_norm)
         if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
@@ -186,12 +189,12 @@ class Record:
                 f"the loss is {losses[bad].item()} at step {first_new + bad}; checkpoints from before stand"
             )
         self._table = torch.cat([self._table, new])
-        loss, images = self._table.sum(0).sum(-1).tolist()
-        if loss > self.config.max_loss * self._cost_of_zero * images:
+        loss, images, _, cost = self._table.sum(0).sum(-1).tolist()
+        if loss > self.config.max_loss * cost:
             raise RuntimeError(
                 f"the mean loss of steps {self._step - len(self._table) + 1} to {self._step} is "
-                f"{loss / images:.4g}, above max_loss {self.config.max_loss:g} times the "
-                f"{self._cost_of_zero:.3g} of guessing zero; checkpoints from before stand"
+                f"{loss / images:.4g}, above max_loss {self.config.max_loss:g} times the {cost / images:.3g} "
+                "of guessing zero; checkpoints from before stand"
             )
         for count in new[:, 1].sum(-1).tolist():
             self._in_vain = 0 if count else self._in_vain + self._per_step

@@ -168,8 +168,13 @@ def restore(
     """Put a checkpoint into the objects of a run; all processes call it together.
 
     Raises:
-        ValueError: it is of another network.
+        ValueError: it is of another network, or lacks the losses that steps are drawn by.
     """
+    if t_sampler is not None and "t_sampler" not in start.optimizer:
+        raise ValueError(
+            f"the checkpoint at step {start.step} has no losses to draw steps by; allowed: one of a run with "
+            "t_sampler 'importance'"
+        )
     try:
         restore_model(unet, start.model)
         for name, average in averages.items():

@@ -74,8 +74,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         sample_max_value (`float`, defaults to 1.0): the upper limit of dynamic thresholding.
         timestep_spacing (`str`, defaults to `"leading"`): "leading", "trailing" or "linspace".
         steps_offset (`int`, defaults to 0): added to every step of "leading".
-        rescale_betas_zero_snr (`bool`, defaults to `False`): end at ᾱ = 0 (Lin et al. 2023); "epsilon" can't
-            start there.
+        rescale_betas_zero_snr (`bool`, defaults to `False`): end at ᾱ = 0 (Lin et al. 2023); "epsilon" and
+            "score" can't start there.
     """
 
     @register_to_config

@@ -50,6 +50,7 @@ from hf_ddpm.record import QUARTILES, Record
 from hf_ddpm.resume import check_rows, find_checkpoint, restore, share_steps
 from hf_ddpm.scheduler import PRIOR_WARNING
 from hf_ddpm.seeds import derive_seed
+from hf_ddpm.share import EMPTY
 from hf_ddpm.states import (
     all_finite,
     gather_model,
@@ -187,8 +188,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
     push = start_pushing(config, unet, accelerator)
     batches = make_batches(stream, config, share, device, first)
-    cost = objective.cost_of_zero(process)
-    record = Record(run, accelerator, config, first, share.per_step, stream.num_rows(), state, cost)
+    cost = objective.cost_of_zero(process).float().to(device)
+    record = Record(run, accelerator, config, first, share.per_step, stream.num_rows(), state)
     stop, stopped, done = StopSignals(world), False, False
     with stop, record, contextlib.suppress(TrainingStopped):
         with record.paused():
@@ -213,12 +214,16 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
                 last = micro == share.micro_steps - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(network):
                     losses = objective.loss(process, denoiser, x_0, t, *noises)
+                    weights = torch.ones_like(losses)
                     if t_sampler is not None:
-                        seen.append((torch.tensor(positions, device=device), t, losses.detach()))
-                        losses = losses * t_sampler.weights(t)
+                        places = torch.tensor(positions).to(device, non_blocking=True)
+                        seen.append((torch.where(present, places, EMPTY), t, losses.detach()))
+                        weights = t_sampler.weights(t)
+                    losses = losses * weights
                     # The mean over the step's images, once the processes' gradients are averaged
                     accelerator.backward((losses * present).sum() * (world / share.per_step))
-                record.add(losses, torch.where(present, t * QUARTILES // len(process), -1))
+                quartiles = torch.where(present, t * QUARTILES // len(process), -1)
+                record.add(losses, weights, cost[t], quartiles)
             if t_sampler is not None:
                 t_sampler.add(*accelerator.gather([torch.cat(column) for column in zip(*seen, strict=True)]))
             norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm or math.inf)

@@ -34,12 +34,17 @@ def drawn(step):
     return losses, torch.randint(4, losses.shape, generator=generator)
 
 
+def note(record, losses, quartiles):
+    """A micro-step of uniform t, at which answering zero would cost 1."""
+    record.add(losses, torch.ones_like(losses), torch.ones_like(losses), quartiles)
+
+
 def do(record, *steps, change=lambda step, losses, quartiles: None):
     for step in steps:
         losses, quartiles = drawn(step)
         change(step, losses, quartiles)
         for micro in zip(losses, quartiles, strict=True):
-            record.add(*micro)
+            note(record, *micro)
         record.advance(step)
 
 
@@ -133,6 +138,19 @@ def test_the_step_of_a_loss_that_is_not_finite_is_named(tmp_path, alone, bad, as
     assert lines(tmp_path) == []
 
 
+def test_a_checkpoint_of_before_weights_and_costs(tmp_path, alone):
+    with record(tmp_path / "whole", alone) as it:
+        do(it, 1, 2)
+        state = through_json(it.state())
+        do(it, 3)
+        it.log(1e-3, 0.9)
+    old = state | {"pending": [step[:2] for step in state["pending"]]}
+    with record(tmp_path / "old", alone, first=2, state=old) as it:
+        do(it, 3)
+        it.log(1e-3, 0.9)
+    assert untimed(lines(tmp_path / "old")[0]) == untimed(lines(tmp_path / "whole")[0])
+
+
 def test_the_step_is_named_after_pending_ones(tmp_path, alone):
     with record(tmp_path, alone) as it:
         do(it, 1, 2)
@@ -157,7 +175,8 @@ def test_max_loss(tmp_path, alone):
         with pytest.raises(RuntimeError) as error:
             it.log(1.0, 0.0)
     assert str(error.value) == (
-        "the mean loss of steps 4 to 5 is 2.25, above max_loss 2; checkpoints from before stand"
+        "the mean loss of steps 4 to 5 is 2.25, above max_loss 2 times the 1 of guessing zero; "
+        "checkpoints from before stand"
     )
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
 
@@ -256,7 +275,7 @@ def half_of_each(run):
     with record(run, accelerator) as it:
         for step in (1, 2):
             losses, quartiles = drawn(step)
-            it.add(losses[accelerator.process_index], quartiles[accelerator.process_index])
+            note(it, losses[accelerator.process_index], quartiles[accelerator.process_index])
             it.advance(step)
         state = it.state()
         it.log(1.0, 0.0)

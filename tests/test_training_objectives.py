@@ -1,14 +1,37 @@
 """Objectives and importance-sampled steps in real runs, against algorithm 1 written out (test_trainer.py)."""
 
+import io
+import json
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from datasets import Dataset, Image
 
+import hf_ddpm.resume
 from hf_ddpm import DDPMPipeline, DDPMScheduler, train
 from hf_ddpm.checkpoint import load_checkpoint
+from hf_ddpm.draws import draw_t
 from hf_ddpm.importance import LossSecondMoment
-from hf_ddpm.objectives import bound_loss, hybrid_loss, min_snr_loss, score_matching_loss, sddpm_loss
+from hf_ddpm.objectives import (
+    bound_loss,
+    hybrid_loss,
+    make_objective,
+    min_snr_loss,
+    score_matching_loss,
+    sddpm_loss,
+)
 from tests.test_trainer import assert_same, by_hand, checkpoint, kill_at, log, refused, small, weights
+
+
+def png(seed: int) -> bytes:
+    """A grey image of noise, encoded."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
 
 OBJECTIVE_RUNS = {
     "bound": {"objective": "bound"},
@@ -70,6 +93,57 @@ def test_importance_sampling_goes_on_to_the_same_result(tmp_path, monkeypatch):
         load_checkpoint(checkpoint(tmp_path / run, 8)).optimizer["t_sampler"] for run in ("cut", "whole")
     )
     assert_same(*states)
+
+
+def test_quartiles_of_importance_sampled_steps_are_of_the_losses(tmp_path, monkeypatch):
+    # T = 4: a quartile is a step, and its mean loss does not depend on how often it is drawn.
+    noted, add = [], LossSecondMoment.add
+
+    def noting(self, positions, t, losses):
+        noted.append((t, losses))
+        add(self, positions, t, losses)
+
+    monkeypatch.setattr(LossSecondMoment, "add", noting)
+    train(small(tmp_path, max_steps=6, **IMPORTANCE | {"batch_size": 64}))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for line, (t, losses) in zip(lines, noted, strict=True):
+        for step in range(4):
+            assert line[f"loss_quartile_{step + 1}"] == pytest.approx(
+                losses[t == step].mean().item(), rel=1e-5
+            )
+    assert max(noted[-1][0].bincount()) > 24  # one step was drawn far more often than a quarter of the time
+
+
+def test_images_that_cannot_be_read_are_no_losses(tmp_path):
+    images = [{"bytes": b"broken" if i % 4 == 1 else png(i), "path": None} for i in range(16)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Dataset.from_dict({"image": images}).cast_column("image", Image(decode=False)).to_parquet(
+        folder / "train.parquet"
+    )
+    train(small(tmp_path / "run", dataset=str(folder), skip_corrupt=True, max_steps=2, **IMPORTANCE))
+    state = load_checkpoint(checkpoint(tmp_path / "run", 2)).optimizer["t_sampler"]
+    assert state["counts"].sum() == 2 * 12
+
+
+def test_one_image_at_the_dear_end_is_no_explosion(tmp_path):
+    # L_0 counts T times: an image at t = 0 costs over a hundred times what answering zero costs in the mean.
+    seed = next(seed for seed in range(10_000) if (draw_t(seed, range(6), 1000) == 0).any())
+    train(small(tmp_path, objective="bound", batch_size=1, max_steps=6, seed=seed))
+    assert max(log(tmp_path)) > 100 * make_objective("bound").cost_of_zero(DDPMScheduler().process).mean()
+
+
+def test_a_checkpoint_without_losses_to_draw_by(tmp_path, monkeypatch):
+    train(small(tmp_path, max_steps=2, **IMPORTANCE))
+    whole = hf_ddpm.resume.load_checkpoint
+
+    def lacking(folder):
+        checkpoint = whole(folder)
+        del checkpoint.optimizer["t_sampler"]
+        return checkpoint
+
+    monkeypatch.setattr(hf_ddpm.resume, "load_checkpoint", lacking)
+    assert "has no losses to draw steps by" in refused(small(tmp_path, max_steps=4, **IMPORTANCE))
 
 
 def test_a_run_that_costs_more_than_guessing_by_nature_is_no_explosion(tmp_path):
