@@ -253,7 +253,8 @@ def prepare_model(
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:
-        if not getattr(model, "_supports_gradient_checkpointing", False):
+        able = hasattr(model, "enable_gradient_checkpointing")  # which all of diffusers' have
+        if not getattr(model, "_supports_gradient_checkpointing", able):
             raise ValueError(f"gradient_checkpointing is True, which {type(model).__name__} doesn't have")
         model.enable_gradient_checkpointing()  # type: ignore[operator,call-arg]
     return model

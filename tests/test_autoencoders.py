@@ -277,3 +277,13 @@ def test_three_steps_of_training(name, tmp_path):
     # And a run that goes on from the folder
     more = TrainConfig(model=str(tmp_path / "run"), output_dir=str(tmp_path / "more"), **facts)
     assert train(more).step == 3
+
+
+def test_what_it_cannot_do_is_one_line(tmp_path):
+    config = TrainConfig(
+        model="shallow-autoencoder", gradient_checkpointing=True, output_dir=str(tmp_path), max_steps=1
+    )
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing is True, which DenseAutoencoder doesn't have"
+    ):
+        train(config)
