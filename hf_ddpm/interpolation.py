@@ -14,7 +14,7 @@ from hf_ddpm.generate import process_state
 from hf_ddpm.parts import why_not_writable
 from hf_ddpm.pictures import interpolate
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.pixels import decode_pixels, to_float
+from hf_ddpm.pixels import decode_pixels, one_line, to_float
 from hf_ddpm.progress import REFRESH
 
 
@@ -47,7 +47,7 @@ def draw_interpolation(
     Raises:
         ValueError: a bad argument, model or image, or a file that can't be written or is there already.
     """
-    path = Path(out).expanduser()
+    path = _path("out", out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out is {out!r}; allowed: a file name that ends in .png")
     place = path.parent if path.exists() else path
@@ -55,6 +55,9 @@ def draw_interpolation(
         raise ValueError(f"out {out!r} can't be written: {reason}")
     if path.exists() and not overwrite:
         raise ValueError(f"out {out!r} is there already; allowed: another file, or --overwrite")
+    for name in (image_a, image_b):
+        if path.exists() and _is_file(name) and path.samefile(_path("image", name)):
+            raise ValueError(f"out {out!r} is the image {name!r}; allowed: another file")
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     a, b = (open_image(name, pipeline.image_shape, image_column) for name in (image_a, image_b))
     pipeline.set_progress_bar_config(desc="interpolate", leave=False, mininterval=REFRESH)
@@ -80,8 +83,8 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
     """
     dataset, _, row = name.rpartition(":")
     dataset, _, split = dataset.rpartition(":")
-    path = Path(name).expanduser()
-    if path.is_file():
+    if _is_file(name):
+        path = _path("image", name)
         try:
             image = torch.from_numpy(decode_pixels(path.read_bytes(), None).copy()).permute(2, 0, 1)
         except ValueError as error:
@@ -95,3 +98,16 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
     if image.shape != shape:
         raise ValueError(f"image {name!r} is {tuple(image.shape)} (C, H, W); allowed: the model's {shape}")
     return image
+
+
+def _path(what: str, name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # which a name that is too long can't be asked
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{what} {name!r} is no path: {one_line(error)}") from error
+    return path
+
+
+def _is_file(name: str) -> bool:
+    return _path("image", name).is_file()

@@ -90,11 +90,12 @@ class Memorisation:
         num_heldout: int,
         seed: int,
     ):
+        same = (
+            f"nearest_split {split!r} of {dataset!r} has the images that are evaluated; allowed: the model's "
+            "training images, and others to evaluate"
+        )
         if (dataset, split) == heldout_name:
-            raise ValueError(
-                f"nearest_split is {split!r} of {dataset!r}, the images that are evaluated; allowed: the "
-                "model's training images, and others to evaluate"
-            )
+            raise ValueError(same)
         sides = None if fit == "exact" else heldout.shape[1:]
         self._stream = load_stream(dataset, split, sides, column=image_column, fit=fit)
         if self._stream.shape != heldout.shape:
@@ -107,7 +108,10 @@ class Memorisation:
         self._source = {"dataset": dataset, "split": split, "num_rows": self._stream.num_rows()}
         self._how = {"image_column": image_column, "fit": fit}
         self._state = PartialState()
-        digest_rows(heldout, self._rows)  # images that can't be read show
+        found = digest_rows(heldout, self._rows)  # images that can't be read show
+        if self._stream.num_rows() == heldout.num_rows():  # maybe the same by another name
+            if torch.equal(found[:4], digest_rows(self._stream, self._rows[:4])):
+                raise ValueError(same)
 
     def run(self, samples: Tensor, out: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Search all training images for the nearest of every sample and held-out image.
@@ -126,6 +130,11 @@ class Memorisation:
         rows, square, digests = self._search(torch.cat([samples, heldout]), out)
         distance = (square.double() / samples[0].numel()).sqrt()
         ours, floor = distance.split([len(samples), len(heldout)])
+        if not floor.any():
+            raise ValueError(
+                f"all {len(floor)} held-out images are among those of nearest_dataset "
+                f"{self._source['dataset']!r}, so they say nothing; allowed: the training images alone"
+            )
         near = float(floor.quantile(QUANTILE))
         section = self._source | {
             "fingerprint": fingerprint(digests),
@@ -149,7 +158,7 @@ class Memorisation:
         """Row of each query's nearest training image, ‖a − b‖², and a digest of every training image."""
         state, stream, total = self._state, self._stream, self._stream.num_rows()
         size = block_size(queries[0].numel())
-        looked_for = hashlib.sha256(queries.numpy().tobytes()).hexdigest()
+        looked_for = hashlib.sha256(queries.contiguous().numpy().data).hexdigest()
         parts = Parts(out, {"nearest": self._source | self._how, "block": size, "queries": looked_for})
         state.wait_for_everyone()
         chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]

@@ -78,6 +78,7 @@ def interpolate(
     if x_0_a.shape != x_0_b.shape or x_0_a.ndim != 3:
         shapes = f"{tuple(x_0_a.shape)} and {tuple(x_0_b.shape)}"
         raise ValueError(f"the images have shapes {shapes}; allowed: one (C, H, W)")
+    _check(torch.stack([x_0_a, x_0_b]))
     steps = _steps(t, pipeline.process)
     noise = _noise(seed, [0], x_0_a)[0].to(pipeline.device)
     weights = torch.linspace(0, 1, num_images).view(-1, 1, 1, 1).to(noise)
@@ -101,8 +102,9 @@ def encode_decode(
 ) -> Sheet:
     """Images noised to some steps, what the network sees in them, and a draw of p_θ(x_0 | x_t).
 
-    x̂_0 blurs what x_t doesn't tell, the decoded image invents it. x_t tells at most D/2 · log2(1 + SNR_t)
-    bits of pixels of variance 1: at t = T − 1 the decoded image must not resemble the first.
+    x̂_0 blurs what x_t doesn't tell, the decoded image invents it (unless so few steps are asked for
+    that t is the only one). x_t tells at most D/2 · log2(1 + SNR_t) bits of pixels of variance 1: at
+    t = T − 1 the decoded image must not resemble the first.
 
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
@@ -117,6 +119,7 @@ def encode_decode(
     Raises:
         ValueError: a step or images that the model doesn't have.
     """
+    _check(images)
     steps, places = _steps(timesteps, pipeline.process), range(len(images))
     noise = _noise(seed, places, images[0]).to(pipeline.device)
     x_0 = images.to(noise)
@@ -184,13 +187,22 @@ def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int 
         A row for each image, the image first.
 
     Raises:
-        ValueError: a number of columns that the process doesn't have.
+        ValueError: a number of columns that the process doesn't have, or no such images.
     """
+    _check(images)
     steps, noise = _spread(num_columns, len(process)), _noise(seed, range(len(images)), images[0])
     x_0 = images.cpu().float()
     columns = [x_0, *(process.q_sample(x_0, noise, t) for t in steps)]
     labels = ["image", *(f"t = {process.timesteps[t]}" for t in steps)]
     return Sheet(torch.stack(columns, 1), labels, [""] * len(images))
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point in [-1, 1], "
+            "(B, C, H, W), at least one"
+        )
 
 
 def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:

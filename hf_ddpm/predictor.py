@@ -13,8 +13,7 @@ from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_score, to_x0
 from hf_ddpm.portable import PortablePipeline
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.samplers import whole_config
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.samplers import training_scheduler
 
 Pipeline = TypeVar("Pipeline", bound="PredictingPipeline")
 
@@ -24,11 +23,12 @@ class PredictingPipeline(PortablePipeline):
 
     @property
     def process(self) -> DiffusionProcess:
-        """The process of T steps that the network was trained for, whatever `set_timesteps` chose."""
-        scheduler: Any = self.scheduler  # any of diffusers'
-        if not isinstance(scheduler, DDPMScheduler):
-            scheduler = DDPMScheduler.from_config(whole_config(scheduler))
-        return scheduler.process
+        """The process of T steps that the network was trained for, whatever `set_timesteps` chose.
+
+        Raises:
+            ValueError: the scheduler is not one of a DDPM, so that its config doesn't say it.
+        """
+        return training_scheduler(self.scheduler).process
 
     @torch.no_grad()
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from hf_ddpm.pixels import one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
+# What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.
+NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
@@ -51,6 +53,22 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     if name == "pndm":
         config["set_alpha_to_one"] = True  # end at x_0, not at step 0's noise level
     pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+
+
+def training_scheduler(scheduler: Any) -> DDPMScheduler:
+    """Ours, of the process that a sampler's config says the network was trained for.
+
+    Raises:
+        ValueError: the config lacks what says it, which `from_config` would fill in with a default.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        return scheduler
+    for key in NEEDED:
+        if key not in scheduler.config:
+            raise ValueError(
+                f"the scheduler, {type(scheduler).__name__}, has no {key}; allowed: one of a DDPM"
+            )
+    return DDPMScheduler.from_config(whole_config(scheduler))  # type: ignore[return-value]
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:

@@ -26,14 +26,12 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.pixels import image_digest
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.progress import progress
-from hf_ddpm.samplers import whole_config
+from hf_ddpm.samplers import NEEDED, training_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 
 logger = logging.getLogger(__name__)
 
 RECORD = "train_config.json"
-# What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.
-NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
 
 
@@ -106,13 +104,10 @@ def load_subject(
     pipeline = DDPMPipeline.from_pretrained(model).to(device)
     if isinstance(pipeline.unet, nn.Module):
         pipeline.unet.eval()
-    for key in NEEDED:
-        if key not in pipeline.scheduler.config:  # from_config would fill in a default
-            raise ValueError(
-                f"the scheduler of {model!r}, {type(pipeline.scheduler).__name__}, has no {key}; allowed: "
-                "one of a DDPM"
-            )
-    scheduler: Any = DDPMScheduler.from_config(whole_config(pipeline.scheduler))
+    try:
+        scheduler: Any = training_scheduler(pipeline.scheduler)
+    except ValueError as error:
+        raise ValueError(f"model {model!r}: {error}") from error
     prediction_type = scheduler.config["prediction_type"]
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(

@@ -476,6 +476,17 @@ def test_interpolate_refuses(a, flags, words, tiny_folder, tmp_path, capfd, monk
     assert not Path("mixed.png").exists()
 
 
+def test_interpolate_spares_its_images(tiny_folder, tmp_path, capfd):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(image)
+    content = image.read_bytes()
+    words = ["interpolate", tiny_folder, image, "digits:test:17", "--overwrite"]
+    assert f"is the image '{image}'; allowed: another file" in refused(capfd, *words, "--out", image)
+    assert image.read_bytes() == content
+    assert "is no path: " in refused(capfd, *words, "--out", "~nobody-here/x.png")
+    assert "is no path: " in refused(capfd, *words[:2], "a" * 300, *words[3:], "--out", tmp_path / "x.png")
+
+
 def test_interpolate_refuses_models(tiny_folder, tmp_path, capfd):
     pipeline = DDPMPipeline.from_pretrained(tiny_folder)
     swap_scheduler(pipeline, "ddim")

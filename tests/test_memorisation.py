@@ -38,7 +38,7 @@ def pairs(monkeypatch):
     """What is plotted as nearest.png, instead of plotting."""
     seen = []
     monkeypatch.setattr(
-        hf_ddpm.memorisation, "plot_reconstructions", lambda *what: (seen.append(what), what[-1].touch())
+        hf_ddpm.memorisation, "plot_reconstructions", lambda *what: (seen.append(what), what[2].touch())
     )
     for name in ("_reconstruct", "plot_bits_per_step", "plot_rate_distortion"):
         monkeypatch.setattr(hf_ddpm.evaluation, name, lambda *_: None)
@@ -106,7 +106,8 @@ def test_one_grey_level_in_a_large_image():
 # What the command finds
 
 
-def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys):
+def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys, monkeypatch):
+    monkeypatch.setattr(hf_ddpm.memorisation, "MOST", 16)  # they lie in three blocks
     drawn = samples_of(tiny_folder, tmp_path / "samples")
     planted = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     planted[5], planted[20] = drawn[3], drawn[7]
@@ -140,7 +141,8 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys):
     assert "of 12 samples" in line and "exact copies 2 against 0" in line
 
     # The picture: the nearest eight above what they are near to
-    ((above, below), labels, path), *more = pairs
+    ((above, below), labels, path, kinds), *more = pairs
+    assert kinds == ["sample", "training"]
     assert not more and path == tmp_path / "out" / "nearest.png" and len(above) == len(below) == 8
     assert [np.asarray(image).tolist() for image in above[:3]] == drawn[[3, 7, 9]].tolist()
     assert [np.asarray(image).tolist() for image in below[:3]] == planted[[5, 20, 33]].tolist()
@@ -149,6 +151,36 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys):
     # An evaluation without it leaves no picture of another one
     run(tiny_folder, tmp_path / "out", "--overwrite", "--extractor", CLASSIFIER)
     assert not (tmp_path / "out" / "nearest.png").exists()
+
+
+def test_the_held_out_images_by_another_name(tiny_folder, tmp_path, capfd):
+    embedded = Path(hf_ddpm.memorisation.__file__).parent / "digits"
+    words = [
+        "evaluate",
+        tiny_folder,
+        "digits",
+        "--out",
+        tmp_path / "out",
+        *FEW,
+        "--nearest-dataset",
+        embedded,
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, words), "--nearest-split", "test"])
+    assert stop.value.code == 2 and "has the images that are evaluated" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_training_images_that_hold_the_held_out_ones_say_nothing(tiny_folder, tmp_path, capfd):
+    images = torch.cat([digits("test", range(300)), digits("train", range(4))])
+    both = write(tmp_path / "both", images[:, 0].numpy())
+    words = ["evaluate", tiny_folder, "digits", "--out", tmp_path / "out", *FEW, "--nearest-dataset", both]
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, words)])
+    assert (
+        stop.value.code == 2
+        and "held-out images are among those of nearest_dataset" in capfd.readouterr().err
+    )
 
 
 def test_one_drawing_serves_both(tiny_folder, tmp_path, monkeypatch):
@@ -251,9 +283,9 @@ def test_what_is_refused(tiny_folder, tmp_path, capfd):
     for flags, words in (
         (
             ["digits", "--nearest-split", "test"],
-            "nearest_split is 'test' of 'digits', the images that are evaluated",
+            "nearest_split 'test' of 'digits' has the images that are evaluated",
         ),
-        (["digits", "--nearest-split", "none"], "none"),
+        (["digits", "--nearest-split", "none"], "split 'none'"),
         ([large], "allowed: (1, 8, 8), as those that are evaluated"),
         ([tmp_path / "nowhere"], "nowhere"),
     ):

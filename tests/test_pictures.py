@@ -205,3 +205,18 @@ def test_another_sampler_is_refused(tiny_folder):
     ):
         with pytest.raises(ValueError, match="the scheduler is 'DDIMScheduler'; allowed: DDPMScheduler"):
             make()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 8, 8)],
+    ids=str,
+)
+def test_what_are_no_images_is_refused(images):
+    pipeline = DDPMPipeline(lambda x_t, t: 0 * x_t, DDPMScheduler())
+    for draw_it in (
+        lambda: encode_decode(pipeline, images, [0]),
+        lambda: forward_process(pipeline.process, images),
+    ):
+        with pytest.raises(ValueError, match=r"allowed: floating point in \[-1, 1\], \(B, C, H, W\)"):
+            draw_it()

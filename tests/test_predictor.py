@@ -145,3 +145,11 @@ def test_bad_argument(x_t, t, words):
         with pytest.raises(ValueError, match=re.escape(words)) as error:
             asked(x_t, t)
         assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_that_says_no_process_is_refused():
+    # `from_config` would fill in a schedule that the network was not trained with.
+    pipeline = DDPMPipeline(lambda x_t, t: x_t, diffusers.EDMEulerScheduler())
+    for ask in (pipeline.score, pipeline.predict_x0):
+        with pytest.raises(ValueError, match="the scheduler, EDMEulerScheduler, has no beta_schedule"):
+            ask(torch.zeros(1, 1, 2, 2), 500)

@@ -5,7 +5,6 @@ not done again, so a killed study goes on with the same command. Whatever fails 
 explodes or its samples are not finite, is a line in the table. `study_page.py` makes the page.
 """
 
-import argparse
 import json
 import multiprocessing
 import shlex
@@ -21,7 +20,7 @@ from study_page import write_page
 from study_results import gather
 from study_stages import CLASSIFIER, Study, do_run, write_json
 
-from hf_ddpm.cli import run
+from hf_ddpm.arguments import Parser, run
 from hf_ddpm.evaluation_config import EvaluationConfig
 
 # The runs: what each changes in configs/digits.toml.
@@ -110,7 +109,7 @@ def do_alone(study: Study, name: str) -> None:
 
 def study_command(argv: Sequence[str], prog: str) -> None:
     """Do the study, or go on with one that was interrupted."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default="runs/study", type=Path, metavar="DIR", help="[runs/study]")
     parser.add_argument("--page", type=Path, metavar="DIR", help="where README.md and pictures go, too")
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, metavar="N", help=f"[{MAX_STEPS}]")
@@ -120,8 +119,8 @@ def study_command(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="runs at a time, with a thread each; 1: no processes"
     )
-    args = parser.parse_args(argv)
-    names = list(RUNS) if args.only is None else args.only.split(",")
+    args = parser.parse(argv)
+    names = list(RUNS) if args.only is None else list(dict.fromkeys(args.only.split(",")))
     study = Study(args.out, args.max_steps, args.num_samples, args.sampling_steps, RUNS, time.time())
     if args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}; allowed: whole numbers >= 1")

@@ -11,6 +11,7 @@ from typing import Any
 
 from study_pictures import figure, samples_picture
 from study_results import BASE, OWN, SIDES, fd_of, words
+from study_stages import NUM_REFERENCE
 
 from hf_ddpm.bound import FIXED
 
@@ -124,8 +125,8 @@ def explanation(results: Mapping[str, Any]) -> str:
 standard error over images. "Least L_0" is what a network that knew x_0 exactly would pay for the first step:
 where that step is wide, no network with a fixed variance goes below. The difference to `{BASE}` is paired,
 image by image, each with the variance of its training. FD is the Fréchet distance by the features of
-`train_scripts/classifiers/digits` (not FID) of
-{settings["num_samples"]} samples, drawn in {steps} steps, to 749 training digits.{floor} The score is the
+`train_scripts/classifiers/digits` (not FID) of {settings["num_samples"]} samples, drawn in {steps} steps, to
+{NUM_REFERENCE} training digits.{floor} The score is the
 classifier's (higher is better). Training time leaves out starting and saving."""
 
 
