@@ -220,3 +220,15 @@ def test_what_are_no_images_is_refused(images):
     ):
         with pytest.raises(ValueError, match=r"allowed: floating point in \[-1, 1\], \(B, C, H, W\)"):
             draw_it()
+
+
+def test_the_noise_of_the_steps_is_not_that_in_x_t():
+    # T = 2 and x̂_0 = 0, then x̂_0 = x: the decoded image is c_t x_t + σ z, with z independent of ε.
+    settings = {"num_train_timesteps": 2, "beta_start": 0.5, "beta_end": 0.5, "clip_sample": False}
+    scheduler = DDPMScheduler(**settings, prediction_type="sample")
+    pipeline = DDPMPipeline(lambda x_t, t: x_t * (t == 0).view(-1, 1, 1, 1), scheduler)
+    sheet = encode_decode(pipeline, torch.zeros(1, 1, 100, 100), [1])
+    x_t, decoded = (sheet.images[row, 1].double().flatten() for row in (0, 2))
+    z = decoded - pipeline.process.posterior_mean_coef_xt[1] * x_t
+    assert z.std() > 0.1
+    assert abs(torch.corrcoef(torch.stack([x_t, z]))[0, 1]) < 5 / 100
