@@ -82,6 +82,7 @@ def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) 
     """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
     ours, floor = found["samples"], found["heldout"]
     where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
+    where += "" if found.get("trained_on", True) else " (on which no record says that it was trained)"
     return (
         f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "
         f"levels (RMSE) of {where}, against {floor['share_near']:.1%} of {floor['num_images']} held-out "

@@ -139,6 +139,7 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys, monkeypa
     assert found["trained_on"] is False and "sample_metrics" not in report
     line = next(line for line in capsys.readouterr().out.splitlines() if " samples lie within " in line)
     assert "of 12 samples" in line and "exact copies 2 against 0" in line
+    assert "train (on which no record says that it was trained)" in line
 
     # The picture: the nearest eight above what they are near to
     ((above, below), labels, path, kinds), *more = pairs
