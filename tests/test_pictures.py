@@ -210,7 +210,7 @@ def test_another_sampler_is_refused(tiny_folder):
 @pytest.mark.parametrize(
     "images",
     [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 8, 8)],
-    ids=str,
+    ids=["uint8", "none", "one"],
 )
 def test_what_are_no_images_is_refused(images):
     pipeline = DDPMPipeline(lambda x_t, t: 0 * x_t, DDPMScheduler())

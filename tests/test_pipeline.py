@@ -359,7 +359,7 @@ def test_equal_seeds_are_equal_noise():
         ({"generator": seeds(3)}, "3 generators for 2 images; allowed: one, or one per image"),
         ({"num_inference_steps": 21}, "num_inference_steps is 21; allowed: whole numbers in 1..20"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else ", ".join(part),
 )
 def test_denoise_refuses(arguments, words):
     pipeline = quiet(DDPMPipeline(tiny(), short()))
