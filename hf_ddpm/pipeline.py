@@ -22,7 +22,7 @@ from hf_ddpm.models import as_denoiser
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.pixels import one_line
 from hf_ddpm.predictor import PredictingPipeline
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import OURS_ALONE, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
@@ -266,6 +266,9 @@ class DDPMPipeline(PredictingPipeline):
 
         scheduler: Any = self.scheduler
         sampler, total = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
+        kind = scheduler.config.get("prediction_type")
+        if kind in OURS_ALONE["prediction_type"] and not isinstance(scheduler, DDPMScheduler):
+            raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
         num_steps = total if num_inference_steps is None else num_inference_steps
         in_range = _is_count(num_steps) and num_steps <= total
         _require(in_range, "num_inference_steps", num_steps, f"whole numbers in 1..{total}")

@@ -117,8 +117,9 @@ def plot_reconstructions(
     pictures = [image for row in rows for image in row]
     grid = image_grid(pictures, columns=len(labels))
     cell, height = (grid.width - GAP) / len(labels), (grid.height - GAP) / len(rows)
-    beside, upright = max(map(len, row_labels), default=0), cell < LETTER * max(map(len, labels))
-    above = max(map(len, labels)) if upright else 3
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    beside, upright = max(map(len, row_labels), default=0), cell < LETTER * longest
+    above = longest if upright else 5
     size = (grid.width + LETTER * beside, grid.height + LETTER * above)
     figure = Figure(figsize=(size[0] / 110, size[1] / 110 + 0.1), layout="constrained")
     axes = figure.add_subplot()

@@ -795,3 +795,16 @@ def test_output_folder_that_cannot_be_written(tiny_folder, tmp_path):
         with pytest.raises(ValueError, match=rf"folder '{folder}' can't be written: {reason}"):
             pipeline.save_pretrained(folder)
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["mean", "score"])
+@pytest.mark.parametrize(
+    "sampler", [diffusers.DDIMScheduler, diffusers.IPNDMScheduler, diffusers.DDPMScheduler]
+)
+def test_no_other_sampler_reads_what_it_has_no_word_for(sampler, kind):
+    # IPNDM looks at no prediction type: its pictures would be wrong without a word.
+    network, config = create_model("tiny"), DDPMScheduler(prediction_type=kind).config
+    pipeline = DDPMPipeline(network, DDPMScheduler.from_config(config))
+    pipeline.scheduler = sampler.from_config(config)
+    with pytest.raises(ValueError, match=f"can't read a network of prediction_type '{kind}'; allowed: ddpm"):
+        pipeline(2, num_inference_steps=3)

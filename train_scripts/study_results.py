@@ -28,6 +28,7 @@ def gather(
             base, (report, tensors) = read_evaluation(out / BASE), read_evaluation(out / name)
             check_comparable(report["method"], tensors, base, BASE)
             entry["difference"] = paired(tensors["bpd"], report["bits_per_dim"]["variance_type"], base)
+            entry["difference"]["with"] |= {"name": BASE}  # it is a folder of this machine
     sittings = [json.loads(file.read_text(encoding="utf-8")) for file in (out / "sittings").glob("*.json")]
     return {
         "runs": dict(entries),
