@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell gives it to its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, to themselves and to processes
 
 import pytest
 import torch
