@@ -26,10 +26,15 @@ from hf_ddpm.report import JSON, describe_memorisation
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
 CARD, PICTURE, RECORD = "README.md", "samples.png", "train_config.json"
+CURVE, NOTES, COMMANDS = "training.png", "notes.md", "commands.sh"
 PLOTS = {
     "bits-per-step.png": "Bits of each step",
     "rate-distortion.png": "Progressive rate and distortion",
     "reconstructions.png": "Reconstructions from each noise level",
+}
+SHOWN = {  # pictures beside the samples
+    "progressive.png": "Progressive generation: predicted x₀ on the way from noise to a sample, a row each",
+    "interpolation.png": "Interpolation of two held-out images in the noise of step t, a row for each t",
 }
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
 TASK = "unconditional-image-generation"
@@ -125,6 +130,10 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "schedule": schedule,
         "portable": portable,
         "picture": PICTURE if PICTURE in files else None,
+        "shown": [(caption, file) for file, caption in SHOWN.items() if file in files],
+        "notes": _text(files, NOTES),
+        "curve": CURVE if CURVE in files else None,
+        "commands": _text(files, COMMANDS),
         "plots": [(caption, file) for file, caption in PLOTS.items() if file in files],
         "evaluation": evaluation,
         "evaluated": _dataset_words(evaluation["data"]["dataset"], evaluated_id) if evaluation else None,
@@ -133,6 +142,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "memory": memory and describe_memorisation(memory, _dataset_words(memory["dataset"], searched_id)),
         "heldout": heldout,
         "training": _rounded(facts.training),
+        "seed": config.get("seed"),
         "dataset": _dataset_words(dataset, facts.dataset_id),
         "split": config.get("split"),
         "dataset_license": dataset_license,
@@ -181,6 +191,15 @@ def _read(files: Files, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; allowed: keys and values")
     return value
+
+
+def _text(files: Files, path: str) -> str | None:
+    """A text file's content, None if it is not there."""
+    found = files.get(path)
+    if found is None:
+        return None
+    data = found if isinstance(found, bytes) else found.read_bytes()
+    return data.decode(errors="replace").strip()
 
 
 def _schedule(files: Files) -> dict[str, Any]:
@@ -296,7 +315,8 @@ def _rounded(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if training is None:
         return None
     loss = {"loss": f"{training['loss']:.4f}"} if "loss" in training else {}
-    return {**training, **loss}
+    time = {"minutes": f"{training['seconds'] / 60:,.0f}"} if "seconds" in training else {}
+    return {**training, **loss, **time}
 
 
 def _command(config: Mapping[str, Any]) -> str:

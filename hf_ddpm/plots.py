@@ -133,6 +133,33 @@ def plot_reconstructions(
     return _save(figure, path)
 
 
+def plot_training(
+    losses: Sequence[tuple[int, float]], heldout: Sequence[tuple[int, float, float]], path: Path
+) -> Path:
+    """The loss over the optimizer steps, and beside it the bound of held-out images; returns the path.
+
+    Args:
+        losses: step and mean loss since the entry before.
+        heldout: step, bits/dim and its standard error; may be empty.
+        path: a PNG file.
+    """
+    figure = Figure(figsize=(10 if heldout else 7, 4.2), layout="constrained")
+    axes = figure.add_subplot(1, 2 if heldout else 1, 1)
+    steps, values = zip(*losses, strict=True)
+    axes.plot(steps, values, linewidth=1)
+    axes.set(xlabel="optimizer steps", title="Loss")
+    if min(values) > 0:  # a log density may be below
+        axes.set(yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if heldout:
+        axes = figure.add_subplot(1, 2, 2)
+        steps, values, errors = zip(*heldout, strict=True)
+        axes.errorbar(steps, values, errors, marker=".", capsize=2)
+        axes.set(xlabel="optimizer steps", title="Bits/dim of held-out images (averaged weights)")
+        axes.grid(alpha=0.3)
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> Path:
     """Write a PNG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,21 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load, save
 
-from hf_ddpm.card import CARD, MARK, PICTURE, PLOTS, RECORD, CardFacts, make_card
+from hf_ddpm.card import (
+    CARD,
+    COMMANDS,
+    CURVE,
+    MARK,
+    NOTES,
+    PICTURE,
+    PLOTS,
+    RECORD,
+    SHOWN,
+    CardFacts,
+    make_card,
+)
 from hf_ddpm.guard import WEIGHTS, make_empty, read_json, weights_files
 from hf_ddpm.loading import INDEX, check_folder, needs_us, part_folder
 from hf_ddpm.models import NETWORKS, weights_digest
@@ -29,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 EMA_WEIGHTS = re.compile(rf"{WEIGHTS}\.ema_(0|0[._]\d+)\.safetensors")
 CUSTOM_PIPELINE, LOG, GRIDS = "pipeline.py", "log.jsonl", "samples"
-LOGGED = ("step", "images", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
+LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,8 @@ def collect(
     ):
         files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
         files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
+    told = (NOTES, COMMANDS, CURVE, PICTURE, *SHOWN) if is_main else ()
+    files |= {name: folder / name for name in told if (folder / name).is_file()}
     if is_main and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
         files[PICTURE] = grids[-1]
     for path in (folder / RECORD, folder / JSON, folder / CARD, *files.values()):
@@ -151,7 +166,8 @@ def collect(
 
 def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
     """What of a model's folder `collect` may read: the files of a snapshot."""
-    names = (INDEX, RECORD, JSON, CARD, LOG, *PLOTS, "scheduler/scheduler_config.json", "unet/config.json")
+    names = (INDEX, RECORD, JSON, CARD, LOG, NOTES, COMMANDS, CURVE, PICTURE, *SHOWN, *PLOTS)
+    names += ("scheduler/scheduler_config.json", "unet/config.json")
     found = [folder / name for name in names if (folder / name).is_file()]
     grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
     config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
@@ -159,12 +175,28 @@ def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
     return [*found, *grids, *weights]
 
 
-def save_card_folder(publication: Publication, folder: Path) -> None:
-    """Write what a card is made of, and the card, without weights: a folder of model_cards/."""
+def save_card_folder(publication: Publication, folder: Path, *, half_weights: bool = False) -> None:
+    """Write what a card is made of, and the card: a folder of model_cards/.
+
+    Args:
+        publication: what `collect` found.
+        folder: where to.
+        half_weights: write the weights too, in float16, so that the folder loads; else none.
+
+    Raises:
+        ValueError: weights that float16 can't hold.
+    """
     for path, content in publication.files.items():
-        if not path.endswith(".safetensors"):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if path.endswith(".safetensors"):
+            if not half_weights:
+                continue
+            tensors = {name: tensor.half() for name, tensor in load(data).items()}
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError(f"{path} has weights beyond 65504, which float16 can't hold")
+            data = save(tensors, {"format": "pt"})
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
     facts = {key: value for key, value in dataclasses.asdict(publication.facts).items() if value is not None}
     (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -224,7 +256,8 @@ def _measured(report: Path, index: Mapping[str, Any], config: Path, weights: lis
     for file in weights:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+                # In float32, as a pipeline has them once it is loaded, whatever the file's precision
+                tensors |= {name: opened.get_tensor(name).float() for name in opened.keys()}
     same = found.get("model", {}).get("weights") == weights_digest(network.config, tensors)  # type: ignore[arg-type]
     if not same:
         logger.warning("%s is of other weights than these: its numbers and plots are left out", report.name)

@@ -21,10 +21,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
+from hf_ddpm.card import CURVE
 from hf_ddpm.checkpoint import named, to_disk
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.plots import image_grid, save_image
+from hf_ddpm.plots import image_grid, plot_training, save_image
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
@@ -86,6 +87,10 @@ class Record:
             _replace(run / "train_config.json", config.to_json())
 
         on_main_process(accelerator, begin)
+        # When it had begun, were it in one piece: what came after the last line that stands is not counted
+        self._began = self._since - max(
+            (json.loads(z).get("seconds", 0.0) for z in _lines(self._file)), default=0.0
+        )
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
             again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
@@ -153,7 +158,8 @@ class Record:
         for number, (sum_, total) in enumerate(zip(loss.tolist(), weight.tolist(), strict=True), 1):
             if total:
                 line[f"loss_quartile_{number}"] = sum_ / total
-        line |= {"lr": lr, "ema_decay": ema_decay, "images_per_second": round(speed, 1)}
+        line |= {"lr": lr, "ema_decay": ema_decay}
+        line |= {"images_per_second": round(speed, 1), "seconds": round(time.perf_counter() - self._began, 1)}
         norm = math.inf if self.grad_norm is None else float(self.grad_norm)
         if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
             line["grad_norm"] = norm
@@ -273,6 +279,20 @@ class Record:
                 partial.replace(path)
 
         on_main_process(accelerator, write)
+
+    def save_curve(self) -> None:
+        """Draw what log.jsonl says of the loss and of held-out images, if it says something."""
+
+        def write() -> None:
+            lines = [json.loads(line) for line in _lines(self._file)]
+            losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+            keys = ("step", "heldout_bpd", "heldout_stderr")
+            heldout = [tuple(line[key] for key in keys) for line in lines if "heldout_bpd" in line]
+            if losses:
+                with named(self.run / CURVE):
+                    plot_training(losses, heldout, self.run / CURVE)
+
+        on_main_process(self.accelerator, write)
 
     def _show(self, grid: Path) -> None:
         """Give a picture to the trackers that take some."""

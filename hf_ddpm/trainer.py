@@ -183,6 +183,8 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
             path = record.grid_path(stream.shape)
             if step > first or not on_main_process(accelerator, path.exists):
                 record.save_grid(averaged, scheduler, stream.shape, stop.check)
+        if due(config.sample_every) or (heldout and due(config.evaluate_every)):
+            record.save_curve()
         reshard(averaged)
 
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
@@ -258,6 +260,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     # The end: the iterator goes before the interpreter does, whose exit a parquet reader can abort, and DDP
     # before its process group, which it would else destroy under Python's lock while a thread waits for that
     if done:
+        record.save_curve()
         accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # a caller's module computes as before
     del batches, network, denoiser

@@ -22,6 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_scripts" / "train.py"
 
+TIMES = {"images_per_second", "seconds"}  # what of a log line tells the time
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["hf_ddpm.cli", "tests.launching"])
 
@@ -149,7 +151,7 @@ def results(run_folder: Path) -> dict[str, object]:
         name = path.relative_to(run_folder).as_posix()
         if path.name == "log.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+            found[name] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
         elif path.is_file():
             found[name] = path.read_bytes()
     return found

@@ -1,16 +1,23 @@
 """card.py: what a card says comes from files; what they don't say, it doesn't."""
 
+import dataclasses
 import importlib.util
 import json
 import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save
 
+from hf_ddpm import DDPMPipeline
 from hf_ddpm.card import CARD, CardFacts, card_folders, card_of, make_card
 from hf_ddpm.cli import run
+from hf_ddpm.evaluation import evaluate
+from hf_ddpm.evaluation_config import EvaluationConfig
 from hf_ddpm.publication import collect, save_card_folder
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +41,7 @@ def test_the_numbers_are_those_of_the_files(run_folder):
     for name, value in report["sample_metrics"]["samples"].items():
         assert (f"| {name} | {value:.4g} |" in text) == (" std " not in name)
     assert "8 images of the UCI optical digits" in text and "hf-ddpm evaluate runs/tiny digits" in text
-    assert "6 optimizer steps, 24 images seen, mean loss 0.7500 at the end" in text
+    assert "6 optimizer steps, 24 images seen, seed 0, mean loss 0.7500 at the end" in text
     assert "44,969 parameters" in text and "8x8 grey" in text and "decay 0.99" in text
     assert "Licence of the data: cc-by-4.0" in text  # hf_ddpm/digits/README.md
     assert "--num_train_timesteps 20 --beta_end 0.5" in text and "--ema_decay 0.99,0.9" in text
@@ -215,6 +222,54 @@ def test_no_token_gets_into_a_card(run_folder, tmp_path, monkeypatch):
         data = content if isinstance(content, bytes) else content.read_bytes()
         assert token.encode() not in data and b"very-secret-value" not in data, path
     assert "***" in publication.files[CARD].decode()
+
+
+def test_what_a_person_saw_and_did_is_told(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    assert "minutes" not in card(run) and "seed 0" in card(run)
+    (run / "notes.md").write_text("Two of five trousers have three legs.\n")
+    (run / "commands.sh").write_text("torchrun --nproc_per_node 2 train.py\n")
+    for name in ("progressive.png", "interpolation.png", "training.png"):
+        shutil.copy(run / "samples" / "step-00000006.png", run / name)
+    with (run / "log.jsonl").open("w") as file:
+        file.write(json.dumps({"step": 6, "images": 24, "loss": 0.5, "seconds": 7261.0}))
+    text = card(run)
+    assert "Two of five trousers have three legs.\n" in text
+    assert "```\ntorchrun --nproc_per_node 2 train.py\n```" in text and "hf-ddpm train --" not in text
+    assert "24 images seen in 121 minutes, seed 0, mean loss 0.5000 at the end" in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures[:3] == ["samples.png", "progressive.png", "interpolation.png"]
+    assert pictures[-1] == "training.png"
+    sent = collect(run, "tester/tiny-run").files
+    assert {*pictures, "notes.md", "commands.sh"} <= set(sent)
+    assert "notes.md" not in collect(run, "tester/tiny-run", ema_decay=0.9).files  # they are of other weights
+
+
+def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
+    run_folder, tmp_path, make_cards, capsys
+):
+    make_cards("--folder", tmp_path, "--add", run_folder, "tester/half", "--half-weights")
+    folder = tmp_path / "half"
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    original = load_file(run_folder / "unet" / file.name)
+    for kind in (DDPMPipeline, diffusers.DDPMPipeline):
+        weights = kind.from_pretrained(folder).unet.state_dict()
+        for name, weight in weights.items():
+            assert weight.dtype == torch.float32 and torch.equal(weight, original[name].half().float()), name
+    config = EvaluationConfig(model=str(folder), dataset="digits", num_images=4, overwrite=True)
+    measured = evaluate(config, "hf-ddpm evaluate")
+    sent = collect(folder, "tester/half").files
+    assert json.loads(sent["evaluation.json"])["model"] == measured["model"]
+
+    with pytest.raises(SystemExit, match="2"):
+        make_cards("--folder", tmp_path, "--half-weights")
+    assert "half-weights has no use without add" in capsys.readouterr().err
+    weights = load_file(file) | {"conv_out.bias": torch.tensor([1e6])}
+    publication = collect(run_folder, "tester/half")
+    bad = publication.files | {"unet/diffusion_pytorch_model.safetensors": save(weights)}
+    with pytest.raises(ValueError, match="weights beyond 65504, which float16 can't hold"):
+        save_card_folder(dataclasses.replace(publication, files=bad), tmp_path / "bad", half_weights=True)
 
 
 # model_cards/

@@ -42,7 +42,7 @@ def attention_sides(model: UNet2DModel, size: int) -> set[int]:
     [
         ("cifar10", 35_746_307),  # "35.7 million", Ho et al. appendix B
         ("256", 113_673_219),  # "114 million"
-        ("fashion-mnist", 1_623_169),
+        ("fashion-mnist", 1_112_801),
         ("digits", 284_513),
         ("tiny", 44_969),
     ],

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from hf_ddpm import TrainConfig
 from hf_ddpm.record import Record
-from tests.launching import together
+from tests.launching import TIMES, together
 
 PER_STEP = 8
 PER_EPOCH = 100
@@ -53,7 +54,7 @@ def lines(run):
 
 
 def untimed(line):
-    return {key: value for key, value in line.items() if key != "images_per_second"}
+    return {key: value for key, value in line.items() if key not in TIMES}
 
 
 def through_json(state):
@@ -267,6 +268,43 @@ def test_pauses_are_no_training(tmp_path, alone, monkeypatch):
                 now[0] += 100
     assert [line["images_per_second"] for line in lines(tmp_path)] == [PER_STEP / 2] * 2
     assert it.images_per_second == PER_STEP / 2
+    assert [line["seconds"] for line in lines(tmp_path)] == [2, 104]  # of the whole, pauses and all
+
+
+def test_the_seconds_of_a_run_go_on_where_its_log_stands(tmp_path, alone, monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr("hf_ddpm.record.time.perf_counter", lambda: now[0])
+    first, state = 0, {}
+    for _ in range(3):  # killed after step 2 of its sitting, whose checkpoint is that of step 1
+        with record(tmp_path, alone, first, state) as it:
+            now[0] += 10
+            do(it, first + 1)
+            it.log(1.0, 0.0)
+            first, state = first + 1, through_json(it.state())
+            now[0] += 10
+            do(it, first + 1)
+            it.log(1.0, 0.0)
+        now[0] += 1000
+    assert [(line["step"], line["seconds"]) for line in lines(tmp_path)] == [
+        (1, 10),
+        (2, 20),
+        (3, 30),
+        (4, 40),
+    ]
+
+
+def test_the_curve(tmp_path, alone):
+    with record(tmp_path, alone) as it:
+        it.save_curve()
+        assert not (tmp_path / "training.png").exists()  # the log says nothing yet
+        do(it, 1, 2)
+        it.log(1.0, 0.0)
+        it.save_curve()
+        narrow = Image.open(tmp_path / "training.png").size
+        it.note({"heldout_bpd": 5.0, "heldout_stderr": 0.1})
+        it.save_curve()
+        wide = Image.open(tmp_path / "training.png").size
+    assert wide[0] > narrow[0] and wide[1] == narrow[1]
 
 
 def half_of_each(run):

@@ -632,7 +632,7 @@ def test_tensorboard(tmp_path):
     )
     events = EventAccumulator(str(folder)).Reload()
     quartiles = {f"loss_quartile_{number}" for number in (1, 2, 3, 4)}
-    names = {"images", "loss", "lr", "ema_decay", "images_per_second", "grad_norm"}
+    names = {"images", "loss", "lr", "ema_decay", "images_per_second", "seconds", "grad_norm"}
     assert set(events.Tags()["scalars"]) == names | quartiles
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     np.testing.assert_allclose([event.value for event in events.Scalars("loss")], log(tmp_path), rtol=1e-6)
@@ -826,6 +826,7 @@ def test_a_network_that_is_not_of_diffusers(tmp_path):
 def test_grids_of_a_network_that_is_not_of_diffusers(tmp_path):
     train(small(tmp_path, sample_every=3, sample_steps=2, sample_num_images=2), Conv())
     assert (tmp_path / "samples" / "step-00000003.png").exists()
+    assert (tmp_path / "training.png").exists()
 
 
 class Breaks(Conv):

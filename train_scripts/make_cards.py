@@ -22,15 +22,21 @@ def make_cards(argv: Sequence[str], prog: str) -> None:
         metavar=("MODEL", "REPO_ID"),
         help="take a published run's files, but for its weights, into a folder of its own first",
     )
+    parser.add_argument(
+        "--half-weights", action="store_true", help="take its weights too, in float16: the folder then loads"
+    )
     parser.add_argument("--license", metavar="ID", help="of the weights of the run that is added")
     parser.add_argument("--dataset-license", metavar="ID", help="of its training images")
     parser.add_argument("--dataset-id", metavar="ID", help="of its training images on the Hub")
     args = parser.parse_args(argv)
+    if args.half_weights and args.add is None:
+        raise ValueError("half-weights has no use without add")
     if args.add is not None:
         model, repo_id = args.add
         licenses = {"license": args.license, "dataset_license": args.dataset_license}
         publication = collect(model, repo_id, dataset_id=args.dataset_id, **licenses)
-        save_card_folder(publication, args.folder / repo_id.split("/")[-1])
+        folder = args.folder / repo_id.split("/")[-1]
+        save_card_folder(publication, folder, half_weights=args.half_weights)
     stale = []
     for folder in card_folders(args.folder):
         card, file = card_of(folder), folder / CARD
