@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from hf_ddpm.card_numbers import (
+    TASK,
+    bits_table,
+    heldout_words,
+    hub_results,
+    samples_table,
+    training_words,
+)
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.guard import make_empty
 from hf_ddpm.loading import INDEX, needs_us
@@ -37,15 +45,6 @@ SHOWN = {  # pictures beside the samples
     "interpolation.png": "Interpolation of two held-out images in the noise of step t, a row for each t",
 }
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
-TASK = "unconditional-image-generation"
-METRICS = {  # first word of a label in evaluation.json: the Hub's name of the metric
-    "FID": "fid",
-    "KID": "kid",
-    "IS": "inception_score",
-    "FD": "frechet_distance",
-    "KD": "kernel_distance",
-    "CS": "classifier_score",
-}
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/digits/README.md
 
@@ -101,7 +100,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if dataset == "digits" and facts.dataset_id is None:
         dataset_license = dataset_license or "cc-by-4.0"
-    heldout = _heldout(facts.training) if facts.training and not evaluation else None
+    heldout = heldout_words(facts.training) if facts.training and not evaluation else None
     same = evaluation.get("data", {}).get("dataset") in (dataset, facts.dataset_id)
     evaluated_id = facts.dataset_id if same else None
     memory = evaluation.get("memorisation")
@@ -115,7 +114,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         license=license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         model_name=name,
-        eval_results=_results(evaluation, evaluated_id) if evaluation else None,
+        eval_results=hub_results(evaluation, evaluated_id) if evaluation else None,
     )
     words = {
         "mark": MARK,
@@ -137,11 +136,11 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "plots": [(caption, file) for file, caption in PLOTS.items() if file in files],
         "evaluation": evaluation,
         "evaluated": _dataset_words(evaluation["data"]["dataset"], evaluated_id) if evaluation else None,
-        "bits": _bits(evaluation) if evaluation else None,
-        "samples": _samples(evaluation) if evaluation else None,
+        "bits": bits_table(evaluation) if evaluation else None,
+        "samples": samples_table(evaluation) if evaluation else None,
         "memory": memory and describe_memorisation(memory, _dataset_words(memory["dataset"], searched_id)),
         "heldout": heldout,
-        "training": _rounded(facts.training),
+        "training": training_words(facts.training),
         "seed": config.get("seed"),
         "dataset": _dataset_words(dataset, facts.dataset_id),
         "split": config.get("split"),
@@ -230,93 +229,6 @@ def _dataset_words(name: str | None, dataset_id: str | None) -> str | None:
     if dataset_id is not None:
         return f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})"
     return DIGITS if name == "digits" else name and Path(name).name
-
-
-def _number(part: Mapping[str, Any], digits: int = 3) -> str:
-    stderr = part["stderr"]
-    return f"{part['value']:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
-
-
-def _bits(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of bits/dim: what it is made of, for each fixed variance."""
-    columns = [report["bits_per_dim"]] + ([report["other_variance"]] if "other_variance" in report else [])
-    rows = [
-        [words, *(_number(column[key]) for column in columns)]
-        for words, key in (
-            ("bits/dim", "bpd"),
-            ("rate", "rate_bpd"),
-            ("distortion (L₀)", "distortion_bpd"),
-        )
-    ]
-    method, data = report["method"], report["data"]
-    clipped = "clipped" if method["clip_x0"] else "unclipped"
-    fitted = (
-        "" if data["fit"] == "exact" else f" The images were changed to the model's size ({data['fit']})."
-    )
-    return {
-        "columns": [f"variance `{column['variance_type']}`" for column in columns],
-        "rows": rows,
-        "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
-        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder.{fitted}",
-    }
-
-
-def _samples(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of sample metrics beside their floor."""
-    found = report.get("sample_metrics")
-    if found is None:
-        return None
-    names = [name for name in found["samples"] if " std " not in name]
-    rows = [[name, *(f"{found[kind][name]:.4g}" for kind in ("samples", "floor"))] for name in names]
-    return {
-        "network": f"`{found['extractor']}`",
-        "num_samples": found["num_samples"],
-        "num_floor": found["num_floor"],
-        "rows": rows,
-        "method": f"Samples of {found['scheduler']} in {found['sampling_steps']} steps, compared with "
-        f"{found['num_reference']} real images.",
-    }
-
-
-def _results(report: Mapping[str, Any], dataset_id: str | None) -> list[EvalResult]:
-    """The numbers as the Hub's metadata, which it shows beside the card."""
-    data = report["data"]
-    kind = dataset_id or Path(data["dataset"]).name
-    on = {"task_type": TASK, "dataset_type": kind, "dataset_name": kind, "dataset_split": data["split"]}
-    results = []
-    for numbers in (report["bits_per_dim"], report.get("other_variance")):
-        for metric, key in (("bits_per_dim", "bpd"), ("rate", "rate_bpd"), ("distortion", "distortion_bpd")):
-            if numbers is None:
-                continue
-            value, stderr = numbers[key]["value"], numbers[key]["stderr"]
-            error = "" if stderr is None else f", ± {stderr:.3f}"
-            words = {"bpd": "bits/dim, upper bound"}.get(key, f"{metric}, bits/dim")
-            name = f"{words} ({numbers['variance_type']}{error})"
-            results.append(
-                EvalResult(**on, metric_type=metric, metric_value=round(value, 4), metric_name=name)
-            )
-    found = report.get("sample_metrics", {"samples": {}})
-    for name, value in found["samples"].items():
-        if (metric := METRICS.get(name.split(" ")[0])) and " std " not in name:
-            name = f"{name}, {found['num_samples']} samples"
-            value = float(f"{value:.4g}")
-            results.append(EvalResult(**on, metric_type=metric, metric_value=value, metric_name=name))
-    return results
-
-
-def _heldout(training: Mapping[str, Any]) -> str | None:
-    """Held-out bits/dim that training noted."""
-    if "heldout_bpd" not in training:
-        return None
-    return _number({"value": training["heldout_bpd"], "stderr": training.get("heldout_stderr")})
-
-
-def _rounded(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if training is None:
-        return None
-    loss = {"loss": f"{training['loss']:.4f}"} if "loss" in training else {}
-    time = {"minutes": f"{training['seconds'] / 60:,.0f}"} if "seconds" in training else {}
-    return {**training, **loss, **time}
 
 
 def _command(config: Mapping[str, Any]) -> str:

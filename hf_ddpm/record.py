@@ -21,11 +21,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_ddpm.card import CURVE
 from hf_ddpm.checkpoint import named, to_disk
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.plots import image_grid, plot_training, save_image
+from hf_ddpm.plots import image_grid, save_image
 from hf_ddpm.processes import on_main_process
 from hf_ddpm.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
@@ -279,20 +278,6 @@ class Record:
                 partial.replace(path)
 
         on_main_process(accelerator, write)
-
-    def save_curve(self) -> None:
-        """Draw what log.jsonl says of the loss and of held-out images, if it says something."""
-
-        def write() -> None:
-            lines = [json.loads(line) for line in _lines(self._file)]
-            losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-            keys = ("step", "heldout_bpd", "heldout_stderr")
-            heldout = [tuple(line[key] for key in keys) for line in lines if "heldout_bpd" in line]
-            if losses:
-                with named(self.run / CURVE):
-                    plot_training(losses, heldout, self.run / CURVE)
-
-        on_main_process(self.accelerator, write)
 
     def _show(self, grid: Path) -> None:
         """Give a picture to the trackers that take some."""

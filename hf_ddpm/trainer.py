@@ -38,6 +38,7 @@ from hf_ddpm.build import (
 )
 from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.curve import draw_curve
 from hf_ddpm.draws import draw_noise, draw_t, draw_uniform
 from hf_ddpm.exports import write_pipeline
 from hf_ddpm.heldout import HeldOut
@@ -183,8 +184,6 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
             path = record.grid_path(stream.shape)
             if step > first or not on_main_process(accelerator, path.exists):
                 record.save_grid(averaged, scheduler, stream.shape, stop.check)
-        if due(config.sample_every) or (heldout and due(config.evaluate_every)):
-            record.save_curve()
         reshard(averaged)
 
     # The loop: each image draws from its own seed, nothing is read back from the device but when logging
@@ -249,10 +248,13 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
                     save()
                 if shows and not stopped:
                     show()
+                if (shows or pushes or step == config.max_steps) and not stopped:
+                    on_main_process(accelerator, lambda: draw_curve(run))
                 if push is not None and pushes and not stopped:
                     push.push(step)
         if step == first:  # the run had ended, but maybe between its last checkpoint and its pipeline
             save_pipeline({name: gather_model(average) for name, average in averages.items()})
+            on_main_process(accelerator, lambda: draw_curve(run))
             if push is not None and not stopped:
                 push.push(step)
         done = not stopped
@@ -260,7 +262,6 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> TrainResult:
     # The end: the iterator goes before the interpreter does, whose exit a parquet reader can abort, and DDP
     # before its process group, which it would else destroy under Python's lock while a thread waits for that
     if done:
-        record.save_curve()
         accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # a caller's module computes as before
     del batches, network, denoiser

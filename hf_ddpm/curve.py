@@ -1,0 +1,20 @@
+"""A run's log.jsonl as a picture: the loss, and the bits/dim of held-out images, over the optimizer steps."""
+
+import json
+from pathlib import Path
+
+from hf_ddpm.card import CURVE
+from hf_ddpm.checkpoint import named
+from hf_ddpm.plots import plot_training
+from hf_ddpm.publication import LOG
+
+
+def draw_curve(run: Path) -> None:
+    """Draw what the log says so far; nothing if it says no loss."""
+    lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    keys = ("step", "heldout_bpd", "heldout_stderr")
+    heldout = [tuple(line[key] for key in keys) for line in lines if "heldout_bpd" in line]
+    if losses:
+        with named(run / CURVE):
+            plot_training(losses, heldout, run / CURVE)
