@@ -24,7 +24,6 @@ from hf_ddpm.upload import PublishError, Retry
 logger = logging.getLogger(__name__)
 
 SCRATCH = ".push"
-KEPT = (".safetensors", ".png")  # replaced, never written in place, so a second name keeps their content
 
 
 @dataclass(frozen=True)
@@ -170,14 +169,14 @@ class BackgroundPush:
 def take_snapshot(run: Path, place: Path, ema_decay: float | None = None) -> None:
     """Keep what of a run's folder is published as it is now, in another folder of the same disk.
 
-    Weights and pictures get a second name, which costs nothing: the run replaces such files, and doesn't
-    write into them. Small files are copied, and so is everything where files can't have two names.
+    Weights get a second name, which costs nothing: the run replaces such files, and doesn't write into them.
+    Small files are copied, and so is everything where files can't have two names.
     """
     shutil.rmtree(place, ignore_errors=True)
     for file in needed_files(run, ema_decay):
         target = place / file.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix in KEPT:
+        if file.suffix == ".safetensors":
             try:
                 os.link(file, target)
                 continue

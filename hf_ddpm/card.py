@@ -41,8 +41,8 @@ PLOTS = {
     "reconstructions.png": "Reconstructions from each noise level",
 }
 SHOWN = {  # pictures beside the samples
-    "progressive.png": "Progressive generation: predicted x₀ on the way from noise to a sample, a row each",
-    "interpolation.png": "Interpolation of two held-out images in the noise of step t, a row for each t",
+    "progressive.png": "Progressive generation: x_t and the x₀ predicted from it, two rows for each",
+    "interpolation.png": "Interpolation of two images, A and B, in their noise at step t",
 }
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -60,7 +60,7 @@ class CardFacts:
         dataset_license: of the training images.
         dataset_id: of the training images on the Hub; None if they are not there.
         ema_decay: of the averaged weights, where others than the run's main ones are meant.
-        training: last numbers of the run's log: step, images, loss.
+        training: last numbers of the run's log: step, images, seconds, loss, bits/dim of held-out images.
 
     Raises:
         ValueError: a licence that is no identifier.
@@ -93,9 +93,9 @@ def make_card(files: Files, facts: CardFacts) -> str:
     Raises:
         ValueError: a file that can't be read as what it should be.
     """
-    index, network_config = _read(files, INDEX), _read(files, "unet/config.json")
-    schedule, config = _schedule(files), _read(files, RECORD)
-    evaluation = _read(files, JSON)
+    index, network_config = read_json_file(files, INDEX), read_json_file(files, "unet/config.json")
+    schedule, config = _schedule(files), read_json_file(files, RECORD)
+    evaluation = read_json_file(files, JSON)
     dataset, license = config.get("dataset"), facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if dataset == "digits" and facts.dataset_id is None:
@@ -160,25 +160,7 @@ def template() -> str:
     return next(place for place in places if place.is_file()).read_text(encoding="utf-8")
 
 
-def card_of(folder: Path) -> str:
-    """The card of a published run's folder in model_cards/, from the files in it.
-
-    Raises:
-        ValueError: its `card.json` is missing or says what `CardFacts` doesn't know.
-    """
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    try:
-        return make_card(files, CardFacts(**_read(files, "card.json")))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{str(folder)!r} is no folder of a card: {error}") from error
-
-
-def card_folders(parent: Path) -> list[Path]:
-    """The folders of published runs."""
-    return sorted(path.parent for path in parent.glob("*/card.json"))
-
-
-def _read(files: Files, path: str) -> dict[str, Any]:
+def read_json_file(files: Files, path: str) -> dict[str, Any]:
     """A JSON file's content, empty if it is not there."""
     found = files.get(path)
     if found is None:
@@ -204,7 +186,7 @@ def _text(files: Files, path: str) -> str | None:
 def _schedule(files: Files) -> dict[str, Any]:
     """The scheduler's config, with diffusers' defaults for what an old one doesn't say."""
     defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
-    config = _read(files, "scheduler/scheduler_config.json")
+    config = read_json_file(files, "scheduler/scheduler_config.json")
     if config.get("_class_name") == "DDPMScheduler":
         defaults["variance_type"] = "fixed_small"
     return defaults | config

@@ -101,5 +101,6 @@ def training_words(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if training is None:
         return None
     loss = {"loss": f"{training['loss']:.4f}"} if "loss" in training else {}
-    time = {"minutes": f"{training['seconds'] / 60:,.0f}"} if "seconds" in training else {}
+    seconds = training.get("seconds", 0)
+    time = {"minutes": f"{seconds / 60:,.0f}"} if seconds > 90 else {}
     return {**training, **loss, **time}

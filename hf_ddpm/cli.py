@@ -166,8 +166,9 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
     parser = Parser(
         prog=prog,
         description="Send a model's folder to the Hugging Face Hub: the pipeline, a card filled from its "
-        "files, pictures, its evaluation and config; no checkpoints, optimizer states or logs. Sending the "
-        "same again makes no second commit. The token is that of `hf auth login` or of HF_TOKEN.",
+        "files, pictures, its evaluation and config, notes.md and commands.sh if you wrote them; no "
+        "checkpoints, optimizer states or logs. Sending the same again makes no second commit. The token is "
+        "that of `hf auth login` or of HF_TOKEN.",
         epilog="example: %(prog)s runs/photos me/photos-ddpm --private --license apache-2.0",
         allow_abbrev=False,
     )
@@ -190,7 +191,7 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
         help="training images on the Hub, by default those of the config",
     )
     parser.add_argument(
-        "--picture", metavar="FILE", help="PNG for the card, by default the newest grid of samples"
+        "--picture", metavar="FILE", help="PNG for the card, by default samples.png, else the newest grid"
     )
     parser.add_argument(
         "--custom-pipeline",

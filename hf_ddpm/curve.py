@@ -13,8 +13,11 @@ def draw_curve(run: Path) -> None:
     """Draw what the log says so far; nothing if it says no loss."""
     lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    keys = ("step", "heldout_bpd", "heldout_stderr")
-    heldout = [tuple(line[key] for key in keys) for line in lines if "heldout_bpd" in line]
+    heldout = [
+        (line["step"], line["heldout_bpd"], line.get("heldout_stderr", 0.0))  # a single image has no error
+        for line in lines
+        if "heldout_bpd" in line
+    ]
     if losses:
         with named(run / CURVE):
             plot_training(losses, heldout, run / CURVE)

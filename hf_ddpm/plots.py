@@ -155,7 +155,7 @@ def plot_training(
         axes = figure.add_subplot(1, 2, 2)
         steps, values, errors = zip(*heldout, strict=True)
         axes.errorbar(steps, values, errors, marker=".", capsize=2)
-        axes.set(xlabel="optimizer steps", title="Bits/dim of held-out images (averaged weights)")
+        axes.set(xlabel="optimizer steps", title="Bits/dim of held-out images ± standard error")
         axes.grid(alpha=0.3)
     return _save(figure, path)
 

@@ -3,12 +3,11 @@
 A list of what goes, not of what stays: whatever else a run's folder holds, no user of the model needs it.
 """
 
-import dataclasses
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load, save
 
 from hf_ddpm.card import (
     CARD,
@@ -42,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 EMA_WEIGHTS = re.compile(rf"{WEIGHTS}\.ema_(0|0[._]\d+)\.safetensors")
 CUSTOM_PIPELINE, LOG, GRIDS = "pipeline.py", "log.jsonl", "samples"
+TOLD = (NOTES, COMMANDS)  # what a person says of a model, and the pictures made of it
+DRAWN = (CURVE, PICTURE, *SHOWN)
 LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
 
@@ -81,8 +81,9 @@ def collect(
     """What of a model's folder goes to the Hub: the pipeline, its card, pictures, evaluation and config.
 
     Checkpoints, optimizer states, logs, held-out numbers and anything else stay. Numbers and plots of an
-    evaluation go only if it measured the weights that are sent. A README.md that hf_ddpm did not write is
-    sent as it is, instead of a card.
+    evaluation go only if it measured the weights that are sent. With the main weights go what a person wrote
+    of them, `notes.md` and `commands.sh`, and the pictures training.png, progressive.png and
+    interpolation.png. A README.md that hf_ddpm did not write is sent as it is, instead of a card.
 
     Args:
         model: folder of a pipeline or of a run.
@@ -92,7 +93,7 @@ def collect(
         license: of the weights, an identifier of the Hub such as "apache-2.0"; by default the config's.
         dataset_license: of the training images; by default the config's.
         dataset_id: of the training images on the Hub; by default what `find_dataset_id` finds.
-        picture: an image file for the card, by default the newest grid of the run's samples.
+        picture: an image file for the card, by default samples.png, else the newest grid of the run.
         custom_pipeline: add `pipeline.py`, by which `diffusers.DiffusionPipeline` makes a pipeline of hf_ddpm
             for those who pass `custom_pipeline` and `trust_remote_code=True`.
 
@@ -128,15 +129,12 @@ def collect(
     ):
         files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
         files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
-    told = (NOTES, COMMANDS, CURVE, PICTURE, *SHOWN) if is_main else ()
-    files |= {name: folder / name for name in told if (folder / name).is_file()}
-    if is_main and (grids := sorted((folder / GRIDS).glob("step-*.png"))):
-        files[PICTURE] = grids[-1]
-    for path in (folder / RECORD, folder / JSON, folder / CARD, *files.values()):
-        if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"{path.relative_to(folder).as_posix()} is a link out of {shown!r}; allowed: its own files"
-            )
+    if is_main:
+        if grids := sorted((folder / GRIDS).glob("step-*.png")):
+            files[PICTURE] = grids[-1]
+        files |= {name: folder / name for name in (*TOLD, *DRAWN) if (folder / name).is_file()}
+    _refuse_links(folder, [folder / RECORD, folder / JSON, folder / CARD, *files.values()])
+    files |= {name: redact(_text(folder / name)).encode() for name in TOLD if name in files}
     if picture is not None:
         files[PICTURE] = _readable_picture(Path(picture).expanduser())
     if custom_pipeline:
@@ -153,7 +151,7 @@ def collect(
         training=_training(folder / LOG),
     )
     own = folder / CARD
-    if own.is_file() and MARK not in (text := own.read_text(encoding="utf-8", errors="replace")):
+    if own.is_file() and MARK not in (text := _text(own)):
         files[CARD] = redact(text).encode()
     else:
         try:
@@ -165,40 +163,19 @@ def collect(
 
 
 def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
-    """What of a model's folder `collect` may read: the files of a snapshot."""
-    names = (INDEX, RECORD, JSON, CARD, LOG, NOTES, COMMANDS, CURVE, PICTURE, *SHOWN, *PLOTS)
+    """What of a model's folder `collect` may read: the files of a snapshot.
+
+    Raises:
+        ValueError: one of them is a link out of the folder.
+    """
+    names = (INDEX, RECORD, JSON, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
     names += ("scheduler/scheduler_config.json", "unet/config.json")
     found = [folder / name for name in names if (folder / name).is_file()]
     grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
     config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     weights = _weights(folder / "unet", ema_decay, main_decay(config)).values()
+    _refuse_links(folder, [*found, *grids, *weights])
     return [*found, *grids, *weights]
-
-
-def save_card_folder(publication: Publication, folder: Path, *, half_weights: bool = False) -> None:
-    """Write what a card is made of, and the card: a folder of model_cards/.
-
-    Args:
-        publication: what `collect` found.
-        folder: where to.
-        half_weights: write the weights too, in float16, so that the folder loads; else none.
-
-    Raises:
-        ValueError: weights that float16 can't hold.
-    """
-    for path, content in publication.files.items():
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if path.endswith(".safetensors"):
-            if not half_weights:
-                continue
-            tensors = {name: tensor.half() for name, tensor in load(data).items()}
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise ValueError(f"{path} has weights beyond 65504, which float16 can't hold")
-            data = save(tensors, {"format": "pt"})
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    facts = {key: value for key, value in dataclasses.asdict(publication.facts).items() if value is not None}
-    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -256,12 +233,24 @@ def _measured(report: Path, index: Mapping[str, Any], config: Path, weights: lis
     for file in weights:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                # In float32, as a pipeline has them once it is loaded, whatever the file's precision
-                tensors |= {name: opened.get_tensor(name).float() for name in opened.keys()}
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+    # In float32, as a pipeline has them once it is loaded, whatever the file's precision
+    tensors = {name: z.float() if z.is_floating_point() else z for name, z in tensors.items()}
     same = found.get("model", {}).get("weights") == weights_digest(network.config, tensors)  # type: ignore[arg-type]
     if not same:
         logger.warning("%s is of other weights than these: its numbers and plots are left out", report.name)
     return same
+
+
+def _refuse_links(folder: Path, files: Iterable[Path | bytes]) -> None:
+    for path in files:
+        if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()):
+            name, shown = path.relative_to(folder).as_posix(), redact(os.fspath(folder))
+            raise ValueError(f"{name} is a link out of {shown!r}; allowed: its own files")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _readable_picture(path: Path) -> Path:

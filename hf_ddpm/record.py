@@ -81,15 +81,15 @@ class Record:
         self._logged_step = first
         self._file = run / "log.jsonl"
 
-        def begin() -> None:
+        def begin() -> float:
             _keep_lines(self._file, first)
             _replace(run / "train_config.json", config.to_json())
+            lines = [json.loads(line) for line in _lines(self._file)]
+            timed = [line["seconds"] for line in lines if "seconds" in line]
+            return max(timed, default=math.nan if lines else 0.0)  # NaN: a log of before they were noted
 
-        on_main_process(accelerator, begin)
         # When it had begun, were it in one piece: what came after the last line that stands is not counted
-        self._began = self._since - max(
-            (json.loads(z).get("seconds", 0.0) for z in _lines(self._file)), default=0.0
-        )
+        self._began = self._since - on_main_process(accelerator, begin)
         if config.trackers:
             facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
             again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
@@ -158,7 +158,9 @@ class Record:
             if total:
                 line[f"loss_quartile_{number}"] = sum_ / total
         line |= {"lr": lr, "ema_decay": ema_decay}
-        line |= {"images_per_second": round(speed, 1), "seconds": round(time.perf_counter() - self._began, 1)}
+        line["images_per_second"] = round(speed, 1)
+        if math.isfinite(seconds := time.perf_counter() - self._began):
+            line["seconds"] = round(seconds, 1)
         norm = math.inf if self.grad_norm is None else float(self.grad_norm)
         if math.isfinite(norm):  # with fp16 it may overflow: that step was left out, and JSON has no infinity
             line["grad_norm"] = norm

@@ -3,7 +3,7 @@
 Which image stands at a position of the run, its t, noise, crop and flip depend on (seed, position) alone, and
 a step has the same positions on any number of processes. So no generator needs saving: a stopped run goes on
 with what the unbroken one would have drawn. The run's folder is its pipeline's folder too (EMA weights),
-beside `checkpoints/`, `samples/`, `heldout/`, `log.jsonl` and `train_config.json`.
+beside `checkpoints/`, `samples/`, `heldout/`, `log.jsonl`, `training.png` and `train_config.json`.
 
 A checkpoint is saved before a step's pictures and held-out bound are made, so a run that is stopped meanwhile
 loses nothing: when it goes on it makes what is missing.

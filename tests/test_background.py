@@ -114,12 +114,16 @@ def test_a_snapshots_weights_are_a_second_name_where_there_can_be_one(links, run
 
     if not links:
         monkeypatch.setattr(os, "link", refuse)
+    told = ("notes.md", "commands.sh", "training.png", "samples.png", "progressive.png")
+    for name in told:
+        (run / name).write_text("mine")
     take_snapshot(run, tmp_path / "shot")
     assert ((tmp_path / "shot" / WEIGHTS).stat().st_ino == (run / WEIGHTS).stat().st_ino) == links
     names = {
         p.relative_to(tmp_path / "shot").as_posix() for p in (tmp_path / "shot").rglob("*") if p.is_file()
     }
     assert names == {
+        *told,
         *("model_index.json", "train_config.json", "log.jsonl", "samples/step-00000006.png"),
         *("scheduler/scheduler_config.json", "unet/config.json", WEIGHTS),
         *("bits-per-step.png", "rate-distortion.png", "reconstructions.png"),

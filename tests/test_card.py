@@ -14,11 +14,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.card import CARD, CardFacts, card_folders, card_of, make_card
+from hf_ddpm.card import CARD, CardFacts, make_card
+from hf_ddpm.card_folder import card_folders, card_of, save_card_folder
 from hf_ddpm.cli import run
 from hf_ddpm.evaluation import evaluate
 from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.publication import collect, save_card_folder
+from hf_ddpm.publication import collect
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -216,6 +217,8 @@ def test_no_token_gets_into_a_card(run_folder, tmp_path, monkeypatch):
     shutil.copytree(run_folder, folder)
     config = json.loads((folder / "train_config.json").read_text())
     config |= {"dataset": f"https://me:{token}@example.org/photos", "trackers": "very-secret-value"}
+    (folder / "notes.md").write_text(f"I had {token}.\n")
+    (folder / "commands.sh").write_text(f"export HF_TOKEN={token}\n")
     (folder / "train_config.json").write_text(json.dumps(config))
     publication = collect(folder, "tester/tiny-run")
     for path, content in publication.files.items():
@@ -235,7 +238,7 @@ def test_what_a_person_saw_and_did_is_told(run_folder, tmp_path):
         file.write(json.dumps({"step": 6, "images": 24, "loss": 0.5, "seconds": 7261.0}))
     text = card(run)
     assert "Two of five trousers have three legs.\n" in text
-    assert "```\ntorchrun --nproc_per_node 2 train.py\n```" in text and "hf-ddpm train --" not in text
+    assert "````\ntorchrun --nproc_per_node 2 train.py\n````" in text and "hf-ddpm train --" not in text
     assert "24 images seen in 121 minutes, seed 0, mean loss 0.5000 at the end" in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert pictures[:3] == ["samples.png", "progressive.png", "interpolation.png"]
@@ -250,6 +253,7 @@ def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
 ):
     make_cards("--folder", tmp_path, "--add", run_folder, "tester/half", "--half-weights")
     folder = tmp_path / "half"
+    assert not (folder / "evaluation.json").exists()  # that was of the weights before they were rounded
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
     original = load_file(run_folder / "unet" / file.name)
@@ -261,6 +265,7 @@ def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
     measured = evaluate(config, "hf-ddpm evaluate")
     sent = collect(folder, "tester/half").files
     assert json.loads(sent["evaluation.json"])["model"] == measured["model"]
+    assert sent["samples.png"] == folder / "samples.png"
 
     with pytest.raises(SystemExit, match="2"):
         make_cards("--folder", tmp_path, "--half-weights")
@@ -270,6 +275,7 @@ def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
     bad = publication.files | {"unet/diffusion_pytorch_model.safetensors": save(weights)}
     with pytest.raises(ValueError, match="weights beyond 65504, which float16 can't hold"):
         save_card_folder(dataclasses.replace(publication, files=bad), tmp_path / "bad", half_weights=True)
+    assert not (tmp_path / "bad").exists()
 
 
 # model_cards/

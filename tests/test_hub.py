@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from hf_ddpm.background import take_snapshot
 from hf_ddpm.cli import publish_command, run
 from hf_ddpm.hub import publish
 from hf_ddpm.loading import needs_us
@@ -292,13 +293,15 @@ def test_a_folder_that_does_not_load_is_not_sent(run_folder, tmp_path):
 
 def test_a_link_out_of_the_folder_is_not_followed(run_folder, tmp_path):
     (tmp_path / "secret").write_text('{"password": "sesame"}')
-    for name in ("README.md", "train_config.json", "samples/step-00000009.png"):
+    for name in ("README.md", "train_config.json", "samples/step-00000009.png", "notes.md", "training.png"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(run_folder, folder)
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(tmp_path / "secret")
         with pytest.raises(ValueError, match=f"{name} is a link out of '.*'; allowed: its own files"):
             collect(folder, REPO)
+        with pytest.raises(ValueError, match=f"{name} is a link out of"):
+            take_snapshot(folder, tmp_path / "shot")
 
 
 def test_publish_says_that_hf_ddpm_is_needed(tiny_folder, tmp_path, capsys):

@@ -294,6 +294,15 @@ def test_the_seconds_of_a_run_go_on_where_its_log_stands(tmp_path, alone, monkey
     ]
 
 
+def test_a_log_of_before_seconds_were_noted_gets_none(tmp_path, alone):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "images": 8, "loss": 1.0}\n')
+    with record(tmp_path, alone, 1, {}) as it:
+        do(it, 2)
+        it.log(1.0, 0.0)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert not any("seconds" in line for line in lines(tmp_path))
+
+
 def test_the_curve(tmp_path, alone):
     with record(tmp_path, alone) as it:
         (tmp_path / "log.jsonl").touch()
@@ -304,6 +313,7 @@ def test_the_curve(tmp_path, alone):
         draw_curve(tmp_path)
         narrow = Image.open(tmp_path / "training.png").size
         it.note({"heldout_bpd": 5.0, "heldout_stderr": 0.1})
+        it.note({"heldout_bpd": 5.0})  # of one image
         draw_curve(tmp_path)
         wide = Image.open(tmp_path / "training.png").size
     assert wide[0] > narrow[0] and wide[1] == narrow[1]

@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_ddpm.card import CARD, card_folders, card_of
+from hf_ddpm.card import CARD
+from hf_ddpm.card_folder import card_folders, card_of, save_card_folder
 from hf_ddpm.cli import run
-from hf_ddpm.publication import collect, save_card_folder
+from hf_ddpm.publication import collect
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

@@ -1,4 +1,5 @@
 # From the root of a clone, after `make install` and `apt-get install dataset-fashion-mnist`
+set -e
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 MODEL=model_cards/fashion-mnist-28
 TWO="torchrun --standalone --nproc_per_node 2"
@@ -10,7 +11,7 @@ cp runs/fashion-mnist/log.jsonl $MODEL
 
 $TWO train_scripts/evaluate.py $MODEL data/fashion-mnist --overwrite --num-images 2000 --num-samples 1000 \
     --sampling-steps 250 --extractor train_scripts/classifiers/fashion-mnist --nearest-dataset data/fashion-mnist
-$TWO train_scripts/sample.py $MODEL --num-images 64 --seed 0 --out runs/fashion-samples
+$TWO train_scripts/sample.py $MODEL --num-images 64 --seed 0 --overwrite --out runs/fashion-samples
 cp runs/fashion-samples/grid.png $MODEL/samples.png
 python -c "
 from pathlib import Path
@@ -18,6 +19,6 @@ from hf_ddpm import DDPMPipeline
 from hf_ddpm.pictures import progressive_generation
 sheet = progressive_generation(DDPMPipeline.from_pretrained('$MODEL'), num_images=4, num_columns=10)
 sheet.save(Path('$MODEL/progressive.png'))"
-hf-ddpm interpolate $MODEL data/fashion-mnist:test:0 data/fashion-mnist:test:1 --t 250,500,750 --overwrite \
+hf-ddpm interpolate $MODEL data/fashion-mnist:test:28 data/fashion-mnist:test:22 --t 250,500,750 --overwrite \
     --out $MODEL/interpolation.png
 make cards

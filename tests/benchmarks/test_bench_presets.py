@@ -1,10 +1,11 @@
 """Which U-Net reaches the lowest loss on Fashion-MNIST in a given CPU time: how the preset was chosen.
 
-Candidates of 0.5M to 4M parameters are trained on the same images in the same order, with the same seed and
+Candidates of 1M to 4M parameters are trained on the same images in the same order, with the same seed and
 one thread, until each has spent PRESET_MINUTES of CPU time (default 0.5); the learning rate warms up and
 falls to zero over that time. The loss is that of the averaged weights on 1,024 training images set aside,
-with the same t and noise for all. Their speed is that of training steps alone, in both memory formats and in
-float32 and bfloat16. As many candidates run at once as there are cores.
+with the same t and noise for all; with more than 5 minutes the fastest come to train on these. Their speed
+is that of training steps alone, in both memory formats and in float32 and bfloat16. As many
+candidates run at once as there are cores.
 
     PRESET_MINUTES=5 .venv/bin/python -m pytest -n 0 -m bench -s tests/benchmarks/test_bench_presets.py
 """
