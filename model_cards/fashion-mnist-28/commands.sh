@@ -4,7 +4,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 MODEL=model_cards/fashion-mnist-28
 TWO="torchrun --standalone --nproc_per_node 2"
 
-python train_scripts/convert_idx.py /usr/share/datasets/fashion-mnist data/fashion-mnist
+[ -d data/fashion-mnist ] || python train_scripts/convert_idx.py /usr/share/datasets/fashion-mnist data/fashion-mnist
 $TWO train_scripts/train.py --config train_scripts/configs/fashion-mnist.toml
 python train_scripts/make_cards.py --add runs/fashion-mnist $MODEL --half-weights --license apache-2.0
 cp runs/fashion-mnist/log.jsonl $MODEL
