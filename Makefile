@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/python train_scripts/demo.py --out $(DEMO)
 
 study: install
-	$(BIN)/python train_scripts/study.py --out $(STUDY) --page model_cards/study-digits
+	$(BIN)/python train_scripts/study/study.py --out $(STUDY) --page model_cards/study-digits
 
 cards: install
 	$(BIN)/python train_scripts/make_cards.py

@@ -7,12 +7,12 @@ standard deviation.
 """
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.data import load_stream
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import create_model
-from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.trainer import train
+from hf_ddpm.training.trainer import train
 
 __version__ = "0.1.0"
 

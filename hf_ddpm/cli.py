@@ -12,18 +12,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_ddpm.arguments import Parser, add_options, count, run, whole, wholes
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.evaluation import evaluate
-from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.generate import process_state, sample
-from hf_ddpm.hub import finishing_command, send
-from hf_ddpm.interpolation import draw_interpolation
-from hf_ddpm.publication import collect
-from hf_ddpm.redact import redact
-from hf_ddpm.report import JSON, describe
-from hf_ddpm.samplers import SCHEDULERS
-from hf_ddpm.trainer import train
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.folders.layout import EVALUATION
+from hf_ddpm.folders.numbers import describe
+from hf_ddpm.generation.sample import sample
+from hf_ddpm.generation.samplers import SCHEDULERS
+from hf_ddpm.pictures import draw_interpolation
+from hf_ddpm.publishing.publish import collect, finishing_command, send
+from hf_ddpm.runtime.arguments import Parser, add_options, count, run, whole, wholes
+from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.training.trainer import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,7 +123,7 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
     report = evaluate(config, redact(shlex.join([*prog.split(), *argv])))
     if PartialState().is_main_process:
         print(describe(report))
-        print(f"written: {Path(config.out or config.model).expanduser() / JSON}")
+        print(f"written: {Path(config.out or config.model).expanduser() / EVALUATION}")
 
 
 def interpolate_command(argv: Sequence[str], prog: str) -> None:

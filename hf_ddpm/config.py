@@ -20,10 +20,11 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
+from hf_ddpm.data.pixels import FITS
 from hf_ddpm.objectives import OBJECTIVES, make_objective
-from hf_ddpm.options import check_options, option
 from hf_ddpm.parametrization import PREDICTION_TYPES
-from hf_ddpm.pixels import FITS
+from hf_ddpm.runtime.options import check_options, option
+from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.schedules import SCHEDULES
 
 # Keys that a choice leaves without effect: nobody may set them and believe they act.
@@ -260,3 +261,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config file {str(path)!r} holds {type(values).__name__}; allowed: keys and values")
     return values
+
+
+def make_scheduler(config: TrainConfig) -> DDPMScheduler:
+    """The scheduler of a run: its process trains, its config is saved."""
+    constant = (
+        config.beta_schedule == "constant"
+    )  # diffusers has no word for it, but a linear one can be flat
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule="linear" if constant else config.beta_schedule,  # type: ignore[arg-type]
+        beta_start=config.beta_start,
+        beta_end=config.beta_start if constant else config.beta_end,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        prediction_type=config.prediction_type,  # type: ignore[arg-type]
+        variance_type=config.variance_type,  # type: ignore[arg-type]
+        clip_sample=config.clip_sample,
+    )

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_ddpm.precision import narrow, wide
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.tables import narrow, wide
 
 
 class ExactDenoiser:

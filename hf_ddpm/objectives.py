@@ -20,11 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import FIXED, bound_term, decoder_nats, predicted
 from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.likelihood.bound import bound_term, decoder_nats, predicted
 from hf_ddpm.parametrization import from_x0_eps, output_scale
-from hf_ddpm.precision import wide
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.tables import wide
+from hf_ddpm.variances import FIXED
 
 OBJECTIVES = ("simple", "bound", "hybrid", "min-snr", "score-matching", "sddpm")
 Model = Callable[[Tensor, Tensor], Tensor]

@@ -20,9 +20,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from hf_ddpm.precision import narrow, wide
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.tables import add_scaled
+from hf_ddpm.tables import add_scaled, narrow, wide
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "score"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -183,24 +182,6 @@ def output_scale(process: DiffusionProcess, prediction_type: str, t: Tensor | in
         "v_prediction": 1 / variance,
         "score": snr / variance,
     }[prediction_type]
-
-
-def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor | int) -> Tensor:
-    """Log σ_t² interpolated by the network, Nichol & Dhariwal 2021, eq. 15.
-
-        log σ² = f log β_t + (1 − f) log β̃_t,   f = (v + 1)/2,   with β̃_2 for β̃_1 at t = 0
-
-    Args:
-        process: the chain that t indexes.
-        v: the second half of the network's output channels, shape (B, C, H, W); not bounded to [−1, 1].
-        t: zero-based index into the chain, shape (B,) int64, or one int for all.
-
-    Returns:
-        log-variance, shape of v, float32 or wider.
-    """
-    low, high = process.at(t, v, "log_fixed_small", "log_betas")
-    f = (wide(v) + 1) / 2
-    return f * high + (1 - f) * low
 
 
 def _check(prediction_type: str) -> None:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.gaussian import bits_per_dim
-from hf_ddpm.precision import narrow, wide
-from hf_ddpm.tables import Tables, add_scaled
+from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
 VarianceType = Literal["fixed_small", "fixed_large"]
 
@@ -337,3 +336,6 @@ class DiffusionProcess(Tables):
                 f"alphas_cumprod is 0 at step {step}: the noise there says nothing about x_0; "
                 "allowed prediction types for zero terminal SNR: 'v_prediction', 'sample', 'mean'"
             )
+
+
+PRIOR_WARNING = 0.01  # bits/dim

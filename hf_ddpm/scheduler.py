@@ -19,32 +19,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
-from hf_ddpm.parametrization import (
-    PREDICTION_TYPES,
-    PredictionType,
-    from_x0_eps,
-    learned_range_log_variance,
-    to_x0,
-)
-from hf_ddpm.precision import narrow, wide
-from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.parametrization import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0
+from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
 from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr, spaced_timesteps
-from hf_ddpm.tables import add_scaled
+from hf_ddpm.tables import add_scaled, narrow, wide
+from hf_ddpm.variances import LEARNED, SIGMA_TABLES, VARIANCE_TYPES, learned_range_log_variance
 
 logger = logging.getLogger(__name__)
-
-SIGMA_TABLES = {
-    "fixed_small": "sigma_small",
-    "fixed_small_log": "sigma_small",
-    "fixed_large": "sigma_large",
-    "fixed_large_log": "sigma_large",
-}
-LEARNED = ("learned", "learned_range")
-VARIANCE_TYPES = (*SIGMA_TABLES, *LEARNED)
 PACKAGE = __name__.partition(".")[0]
+
 # What the stock class, given the same config, makes NaN of or refuses.
 OURS_ALONE = {"variance_type": ("learned", "fixed_large_log"), "prediction_type": ("mean", "score")}
-PRIOR_WARNING = 0.01  # bits/dim
 
 
 class DDPMScheduler(diffusers.DDPMScheduler):

@@ -1,8 +1,56 @@
-"""Seeds derived from what they are for, so that nothing random needs saving."""
+"""Seeds derived from what they are for, so that nothing random needs saving.
+
+A key is a use, a seed that a person chose, and whole numbers that tell the draws of this use apart, such as
+an image's index. Equal keys give equal draws on every machine and in every process.
+
+NumPy pads a key with zeros, so that keys which differ by zeros at their end are one key:
+`derive_seed(1, 0) == derive_seed(1, 0, 0)`. Some uses below share a value, where their keys serve different
+generators. Putting the length of a key into it would part them all, but would move every number that was ever
+published, so it is left as it is.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
 
 import numpy as np
+import torch
+
+
+class Use(IntEnum):
+    """What random numbers are for: the first number of a key."""
+
+    # The order of images, their crops and mirror images: keys of `numpy.random.default_rng`
+    SHARDS = 0  # then seed, epoch
+    ROWS = 1  # then seed, epoch, lane, block
+    CROPS = 2  # then seed, epoch, block of places
+
+    # Training: keys of `numpy.random.default_rng`
+    STEPS = 6  # then seed, block of positions
+    NOISE = 7  # the first noise of a position; 8, 9, … are further independent ones
+
+    # Measuring and pictures: keys of `derive_seed`
+    ESTIMATE = 1  # steps and noise of an image in an estimate of the bound; then seed, index of the image
+    PILOT = 2  # then seed
+    BOUND = 3  # noise of an image in the exact bound; then seed, index of the image
+    REFERENCE_ROWS = 4  # real images that samples are compared with; then seed
+    SCORED_ROWS = 5  # images whose bound is taken; then seed
+    HELDOUT_ROWS = 6  # images beside which memorisation is judged; then seed
+    PICTURE_NOISE = 12  # noise in x_t; then seed, place of the image
+    PICTURE_STEPS = 13  # noise of the steps back; then seed, place of the image
 
 
 def derive_seed(*key: int) -> int:
-    """A seed for a torch generator from whole numbers ≥ 0, such as (seed, image index)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    """A seed for a torch generator from whole numbers ≥ 0, such as (use, seed, image index).
+
+    Args:
+        key: whole numbers ≥ 0; zeros at the end don't count.
+
+    Returns:
+        A whole number in 0..2^63 − 1.
+    """
+    return int(np.random.SeedSequence([int(number) for number in key]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each image to be sampled, on the CPU, from the seed and the image's index alone."""
+    return [torch.Generator().manual_seed(derive_seed(seed, int(i))) for i in indices]

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.precision import wide_dtype
-
 
 def add_scaled(x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
     """X + b·y, in one pass over the images where b is a float."""
@@ -97,3 +95,21 @@ class Tables:
     def _copies(self) -> dict:
         """Tables on devices and as floats, made when first asked for."""
         return {}
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32, or `dtype` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or wider."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` cast to `dtype`; float16 saturates at ±65504, where a plain cast of an early x̂_0 would overflow."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x if x.dtype == dtype else x.to(dtype)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from hf_ddpm.bound import bound_term
+from hf_ddpm.likelihood.bound import bound_term
 from hf_ddpm.process import DiffusionProcess
 from tests.oracles import betas_by_definition, log_probability
 

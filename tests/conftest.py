@@ -17,11 +17,11 @@ from huggingface_hub import close_session
 from PIL import Image
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.evaluation import evaluate
-from hf_ddpm.evaluation_config import EvaluationConfig
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.generation.grids import save_image
+from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import create_model
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.plots import save_image
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.local_hub import LocalHub
 

@@ -13,11 +13,11 @@ import os
 import signal
 from pathlib import Path
 
-import hf_ddpm.trainer as trainer
+import hf_ddpm.training.trainer as trainer
 from hf_ddpm import TrainConfig
 from hf_ddpm.cli import run
-from hf_ddpm.pixels import image_digest
-from hf_ddpm.record import Record
+from hf_ddpm.data.pixels import image_digest
+from hf_ddpm.training.log import Record
 
 
 def main(argv, prog):

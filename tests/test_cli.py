@@ -13,13 +13,13 @@ from PIL import Image
 
 from hf_ddpm.cli import main, run
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.data import load_stream
-from hf_ddpm.evaluation_config import EvaluationConfig
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.models import create_model
 from hf_ddpm.pictures import interpolate
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.pixels import to_float
-from hf_ddpm.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.launching import forked
 
@@ -219,7 +219,7 @@ def test_train_refuses_files(tmp_path, capfd, monkeypatch):
     Path("cut.json").write_text('{"batch_size"')
     Path("file").write_text("")
     Path("empty").mkdir()
-    shutil.copytree(ROOT / "hf_ddpm" / "digits", "damaged")
+    shutil.copytree(ROOT / "hf_ddpm" / "data" / "digits", "damaged")
     for shard in Path("damaged").glob("train*"):
         shard.write_bytes(shard.read_bytes()[:1000])
 

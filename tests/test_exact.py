@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ddpm.bound import bound_term, prior_kl
-from hf_ddpm.data import load_stream
+from hf_ddpm.data.pixels import to_float, to_uint8
+from hf_ddpm.data.stream import load_stream
 from hf_ddpm.exact import ExactDenoiser
+from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.likelihood import estimate_bound, evaluate_bound
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.pixels import to_float, to_uint8
+from hf_ddpm.likelihood.bound import bound_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.bound_oracles import LN2, answers, draw, trapezoid

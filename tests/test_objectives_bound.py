@@ -7,7 +7,6 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from hf_ddpm.importance import LossSecondMoment
 from hf_ddpm.objectives import (
     OBJECTIVES,
     bound_loss,
@@ -19,6 +18,7 @@ from hf_ddpm.objectives import (
 )
 from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.training.importance import LossSecondMoment
 from tests.bound_oracles import LN2, draw
 from tests.oracles import chain, log_probability, mse_of_gaussian, near, tables_by_bayes
 

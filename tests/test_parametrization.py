@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from hf_ddpm.parametrization import (
-    PREDICTION_TYPES,
-    from_x0_eps,
-    learned_range_log_variance,
-    output_scale,
-    to_eps,
-    to_score,
-    to_x0,
-)
+from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps, output_scale, to_eps, to_score, to_x0
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.variances import learned_range_log_variance
 from tests.oracles import betas_by_definition, chain, law, near, random_betas, spaced
 
 LINEAR = chain("linear")

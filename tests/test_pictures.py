@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.generate import image_generators
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.samplers import swap_scheduler
 from hf_ddpm.pictures import encode_decode, forward_process, interpolate, progressive_generation
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.samplers import swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.seeds import image_generators
 
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # the default schedule by its definition
 MEAN, VARIANCE = 0.2, 0.25

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.data import load_stream
-from hf_ddpm.evaluation import evaluate
-from hf_ddpm.evaluation_config import EvaluationConfig
+from hf_ddpm.data.pixels import image_digest, to_float
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.likelihood import estimate_bound
 from hf_ddpm.models import create_model
-from hf_ddpm.pixels import image_digest, to_float
 
 ROOT = Path(__file__).parents[1]
 FOLDER, IMAGES = (

@@ -1,4 +1,4 @@
-"""train_scripts/study.py: a tiny study through the real code; what it says comes from the runs' own files."""
+"""train_scripts/study: a tiny study through the real code; what it says comes from the runs' own files."""
 
 import dataclasses
 import importlib
@@ -27,8 +27,8 @@ WORDS = ("--max-steps", 6, "--num-samples", 12, "--sampling-steps", 3, "--jobs",
 def scripts():
     """The modules of the study, with runs that take no time, one of which can't but diverge."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        study, page, stages = map(importlib.import_module, ("study", "study_page", "study_stages"))
+        patch.syspath_prepend(SCRIPTS / "study")
+        study, page, stages = map(importlib.import_module, ("study", "page", "stages"))
         patch.setattr(stages, "NUM_EVALS", 2)
         runs = {
             "eps": {**TINY, "objective": "simple"},
@@ -201,9 +201,9 @@ def test_the_comparison_asks_for_numbers_that_there_are(scripts):
 
 
 def test_the_runs_share_all_but_what_they_change(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    runs = runpy.run_path(str(SCRIPTS / "study.py"))["RUNS"]
-    study = importlib.import_module("study_stages").Study(tmp_path, 100, 12, 3, runs, 0.0)
+    monkeypatch.syspath_prepend(SCRIPTS / "study")
+    runs = runpy.run_path(str(SCRIPTS / "study" / "study.py"))["RUNS"]
+    study = importlib.import_module("stages").Study(tmp_path, 100, 12, 3, runs, 0.0)
     configs = {name: dataclasses.asdict(study.config(name)) for name in runs}
     assert len(configs) == 10
     for name, config in configs.items():
@@ -217,7 +217,9 @@ def test_two_at_a_time_find_what_one_does(tmp_path):
     found = []
     for jobs in (1, 2):
         out = tmp_path / str(jobs)
-        done = start([sys.executable, SCRIPTS / "study.py", "--out", out, "--jobs", jobs, *words], ROOT)
+        done = start(
+            [sys.executable, SCRIPTS / "study" / "study.py", "--out", out, "--jobs", jobs, *words], ROOT
+        )
         assert done.returncode == 0, done.stderr
         runs = json.loads((out / "results.json").read_text())["runs"]
         found.append(

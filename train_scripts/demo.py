@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.cli import run
-from hf_ddpm.evaluation import evaluate
-from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.progress import REFRESH
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.runtime.progress import REFRESH
 
 CONFIG = Path(__file__).parent / "configs" / "digits.toml"
 NUM_IMAGES = 64
@@ -28,7 +28,7 @@ CLASSIFIER_C = 10  # the most accurate on the held-out digits among 0.3, 1, 3, 1
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The real digits of a split, (N, 64) in [0, 1], and their labels."""
     images = torch.cat(list(load_stream("digits", split).batches(256, epochs=1)))
-    file = next((Path(hf_ddpm.__file__).parent / "digits").glob(f"{split}-*.parquet"))
+    file = next((Path(hf_ddpm.__file__).parent / "data" / "digits").glob(f"{split}-*.parquet"))
     return images.flatten(1).numpy() / 255, pq.read_table(file, columns=["label"])["label"].to_numpy()
 
 

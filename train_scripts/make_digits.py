@@ -1,6 +1,6 @@
-"""Make the embedded data set hf_ddpm/digits from scikit-learn's copy of the UCI handwritten digits.
+"""Make the embedded data set hf_ddpm/data/digits from scikit-learn's copy of the UCI handwritten digits.
 
-    python train_scripts/make_digits.py                # rewrites hf_ddpm/digits/*.parquet
+    python train_scripts/make_digits.py                # rewrites hf_ddpm/data/digits/*.parquet
 
 No random number is drawn: the images are sorted by class (keeping their order within a class) and 300 evenly
 spaced ones are for testing, so each class has the same share of both parts. Needs scikit-learn.
@@ -16,7 +16,7 @@ from convert_idx import write_shard
 from sklearn.datasets import load_digits
 
 NUM_TEST = 300
-DIGITS = Path(__file__).resolve().parent.parent / "hf_ddpm" / "digits"
+DIGITS = Path(__file__).resolve().parent.parent / "hf_ddpm" / "data" / "digits"
 
 
 def split_indices(labels: np.ndarray, num_test: int = NUM_TEST) -> tuple[np.ndarray, np.ndarray]:
@@ -38,10 +38,10 @@ def split_indices(labels: np.ndarray, num_test: int = NUM_TEST) -> tuple[np.ndar
 def main(arguments: list[str] | None = None) -> None:
     """Write both parquet files."""
     parser = argparse.ArgumentParser(
-        description="Make hf_ddpm/digits from scikit-learn's handwritten digits."
+        description="Make hf_ddpm/data/digits from scikit-learn's handwritten digits."
     )
     parser.add_argument(
-        "--out", type=Path, default=DIGITS, help="folder to write to (default: hf_ddpm/digits)"
+        "--out", type=Path, default=DIGITS, help="folder to write to (default: hf_ddpm/data/digits)"
     )
     out = parser.parse_args(arguments).out
 

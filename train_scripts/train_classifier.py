@@ -26,11 +26,12 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
+from hf_ddpm.data.pixels import decode_pixels
 from hf_ddpm.metrics import Features, load_extractor
-from hf_ddpm.pixels import decode_pixels, one_line
+from hf_ddpm.runtime.messages import one_line
 
-DIGITS = Path(__file__).resolve().parent.parent / "hf_ddpm" / "digits"
-LICENCES = {"digits": "CC BY 4.0 (hf_ddpm/digits/README.md)", "fashion-mnist": "MIT (Zalando Research)"}
+DIGITS = Path(__file__).resolve().parent.parent / "hf_ddpm" / "data" / "digits"
+LICENCES = {"digits": "CC BY 4.0 (hf_ddpm/data/digits/README.md)", "fashion-mnist": "MIT (Zalando Research)"}
 README = """---
 library_name: transformers
 pipeline_tag: image-classification

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_ddpm.seeds import Use
+
 LANES = 8
 _PLAIN_BLOCK = 64  # rows per block when nothing is permuted: no more than a reader's convenience
 
@@ -91,7 +93,7 @@ class Order:
         length = min(self._block, end - begin)
         permutation = np.arange(length)
         if self._shuffled and length > 1:
-            np.random.default_rng([1, self._seed, epoch, lane, block]).shuffle(permutation)
+            np.random.default_rng([Use.ROWS, self._seed, epoch, lane, block]).shuffle(permutation)
         return self._stretches(epoch, begin, begin + length), permutation
 
     def row(self, epoch: int, place: int) -> tuple[int, int]:
@@ -119,7 +121,10 @@ class Order:
     def _draw(self, epoch: int) -> _Sequence:
         shards, offset = np.arange(len(self._counts)), 0
         if self._shuffled:
-            rng = np.random.default_rng([0, self._seed, epoch])
+            rng = np.random.default_rng([Use.SHARDS, self._seed, epoch])
             rng.shuffle(shards)
             offset = int(rng.integers(self.num_rows))
         return _Sequence(shards, np.cumsum(self._counts[shards]), offset)
+
+
+EMPTY = -1

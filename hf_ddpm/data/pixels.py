@@ -19,6 +19,8 @@ from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 from torch import Tensor
 
+from hf_ddpm.runtime.messages import one_line
+
 FITS = ("exact", "resize", "resize_crop", "center_crop", "random_crop")
 MODES = {1: "L", 3: "RGB"}
 
@@ -152,8 +154,3 @@ def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.
     if fit == "random_crop":
         top, left = int(draws[0] * (h - height + 1)), int(draws[1] * (w - width + 1))
     return pixels[top : top + height, left : left + width]
-
-
-def one_line(error: Exception) -> str:
-    """The error's words without line breaks, for a message of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

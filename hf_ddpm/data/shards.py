@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
-from hf_ddpm.order import Order, Stretch
-from hf_ddpm.pixels import one_line
+from hf_ddpm.data.order import Order, Stretch
+from hf_ddpm.runtime.messages import one_line
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20

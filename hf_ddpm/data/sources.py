@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from datasets import Array2D, Array3D, LargeList, List, Value
 
-from hf_ddpm.pixels import one_line
+from hf_ddpm.runtime.messages import one_line
 
 
 def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.IterableDataset, list[str]]:

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.order import Order
-from hf_ddpm.pixels import FITS, decode_pixels, fit_pixels
-from hf_ddpm.rows import OrderedRows, Row, Shards
-from hf_ddpm.sources import find_column, open_source
+from hf_ddpm.data.order import Order
+from hf_ddpm.data.pixels import FITS, decode_pixels, fit_pixels
+from hf_ddpm.data.shards import OrderedRows, Row, Shards
+from hf_ddpm.data.sources import find_column, open_source
+from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class ImageStream:
         draws = np.zeros(3)
         if self._flip or self._fit == "random_crop":
             block, index = divmod(place, _DRAWS_PER_BLOCK)
-            draws = _uniforms(2, self._seed, epoch, block)[index]
+            draws = _uniforms(Use.CROPS, self._seed, epoch, block)[index]
         pixels = fit_pixels(pixels, height, width, self._fit, draws)
         if self._flip and draws[2] < 0.5:
             pixels = pixels[:, ::-1]

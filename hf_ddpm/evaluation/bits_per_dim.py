@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.data import ImageStream
-from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.generate import process_state
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.denoiser import Counted
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.parts import Parts
+from hf_ddpm.evaluation.scored_model import Subject
 from hf_ddpm.likelihood import (
     Bound,
     Estimate,
@@ -22,10 +25,8 @@ from hf_ddpm.likelihood import (
     image_noise,
     pilot_proposal,
 )
-from hf_ddpm.parts import Parts
-from hf_ddpm.pixels import to_float
-from hf_ddpm.progress import Counted, progress
-from hf_ddpm.subject import Subject
+from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.progress import progress
 
 SHARED = ("proposal", "seed")  # of an Estimate, the same for all images
 # What the bound of an image depends on, besides the model and the image, and how images are shared out.

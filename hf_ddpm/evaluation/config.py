@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from hf_ddpm.options import check_options, option
-from hf_ddpm.pixels import FITS
+from hf_ddpm.data.pixels import FITS
+from hf_ddpm.runtime.options import check_options, option
 
 # Keys of an evaluation that act only together with another one, or with one of several.
 NEEDS = {

@@ -12,25 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_ddpm.bound import FIXED, bound_term
-from hf_ddpm.data import ImageStream
-from hf_ddpm.drawing import Drawing
-from hf_ddpm.evaluation_config import EvaluationConfig
-from hf_ddpm.generate import process_state
-from hf_ddpm.likelihood import (
-    decoder_evals,
-    image_noise,
-    rate_distortion,
-    with_variance,
-)
-from hf_ddpm.memorisation import PICTURE, Memorisation
-from hf_ddpm.parametrization import to_x0
-from hf_ddpm.parts import Parts, why_not_writable
-from hf_ddpm.pixels import to_float, to_uint8
-from hf_ddpm.plots import plot_bits_per_step, plot_rate_distortion, plot_reconstructions, to_pil
-from hf_ddpm.quality import QualityConfig, SampleQuality
-from hf_ddpm.report import (
-    JSON,
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.evaluation.bits_per_dim import make_proposal, score, scoring_options
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.images import digest_rows, fingerprint, open_images
+from hf_ddpm.evaluation.memorisation import Memorisation
+from hf_ddpm.evaluation.parts import Parts
+from hf_ddpm.evaluation.plots import plot_bits_per_step, plot_rate_distortion, plot_reconstruction_levels
+from hf_ddpm.evaluation.quality import QualityConfig, SampleQuality
+from hf_ddpm.evaluation.report import (
     check_comparable,
     paired,
     per_image,
@@ -39,9 +30,15 @@ from hf_ddpm.report import (
     versions,
     write_evaluation,
 )
-from hf_ddpm.scoring import make_proposal, score, scoring_options
-from hf_ddpm.seeds import derive_seed
-from hf_ddpm.subject import Subject, digest_rows, fingerprint, load_subject, open_images
+from hf_ddpm.evaluation.samples import Drawing
+from hf_ddpm.evaluation.scored_model import Subject, load_subject
+from hf_ddpm.folders.layout import EVALUATION, NEAREST
+from hf_ddpm.likelihood import decoder_evals, rate_distortion, with_variance
+from hf_ddpm.likelihood.bound import bound_term
+from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.variances import FIXED
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
@@ -169,9 +166,9 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         curve = rate_distortion(result)
         plot_bits_per_step(curve, out / "bits-per-step.png")
         plot_rate_distortion(curve, out / "rate-distortion.png")
-        _reconstruct(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
+        plot_reconstruction_levels(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
         if memory is None:  # an older evaluation's picture
-            (out / PICTURE).unlink(missing_ok=True)
+            (out / NEAREST).unlink(missing_ok=True)
         write_evaluation(out, report, tensors | numbers)
         Parts.clear(out)
     state.wait_for_everyone()
@@ -187,7 +184,7 @@ def _folder(config: EvaluationConfig) -> Path:
     out = Path(config.out if config.out is not None else config.model).expanduser()
     if reason := why_not_writable(out):
         raise ValueError(f"out {str(out)!r} can't be written: {reason}")
-    if (out / JSON).exists() and not config.overwrite:
+    if (out / EVALUATION).exists() and not config.overwrite:
         raise ValueError(
             f"out {str(out)!r} holds an evaluation already; allowed: another folder, or overwrite"
         )
@@ -224,30 +221,5 @@ def _choose(total: int, num_images: int | None, seed: int) -> list[int]:
         return list(range(total))
     if num_images > total:
         raise ValueError(f"num_images is {num_images}, but the split has {total}; allowed: 1 to {total}")
-    order = np.random.default_rng(derive_seed(5, seed)).permutation(total)
+    order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, seed)).permutation(total)
     return sorted(order[:num_images].tolist())
-
-
-@torch.no_grad()
-def _reconstruct(
-    subject: Subject, stream: ImageStream, rows: list[int], config: EvaluationConfig, path: Path
-) -> None:
-    """A picture of x_t above the predicted x_0, for some images (rows) and noise levels (columns)."""
-    process, device = subject.process, subject.device
-    x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
-    noise = image_noise(config.seed, rows, x_0)(0)
-    levels = np.unique(np.round(np.array([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99]) * (len(process) - 1)))
-    columns = [x_0, *(process.q_sample(x_0, noise, int(t)) for t in levels)]
-    predicted = [x_0]
-    for t, x_t in zip(levels.astype(int).tolist(), columns[1:], strict=True):
-        output = subject.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
-        predicted.append(
-            to_x0(process, subject.prediction_type, output[:, : x_0.shape[1]], x_t, t).clamp(-1, 1)
-        )
-    pictures = [
-        [to_pil(to_uint8(column[i])) for column in kind]
-        for i in range(len(rows))
-        for kind in (columns, predicted)
-    ]
-    labels = ["image", *(f"t = {process.timesteps[int(t)]}" for t in levels)]
-    plot_reconstructions(pictures, labels, path)

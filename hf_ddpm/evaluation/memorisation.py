@@ -16,20 +16,20 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_ddpm.data import ImageStream, load_stream
-from hf_ddpm.models import scoring_device
-from hf_ddpm.parts import Parts
-from hf_ddpm.pixels import image_digest
-from hf_ddpm.plots import plot_reconstructions, to_pil
-from hf_ddpm.progress import progress
-from hf_ddpm.seeds import derive_seed
-from hf_ddpm.subject import digest_rows, fingerprint
+from hf_ddpm.data.pixels import image_digest
+from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.denoiser import scoring_device
+from hf_ddpm.evaluation.images import digest_rows, fingerprint
+from hf_ddpm.evaluation.parts import Parts
+from hf_ddpm.folders.layout import NEAREST
+from hf_ddpm.generation.grids import plot_reconstructions, to_pil
+from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import Use, derive_seed
 
 QUANTILE = 0.01  # of the held-out images' distances: nearer is suspicious
 PAIRS = 8  # samples in the picture
 BLOCK = 2**24  # float64 numbers in memory at once, for each of a few tensors
 MOST = 4096  # images of a block
-PICTURE = "nearest.png"
 
 
 def nearest(queries: Tensor, images: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Memorisation:
                 f"images of nearest_dataset {dataset!r} are {self._stream.shape} (C, H, W); allowed: "
                 f"{heldout.shape}, as those that are evaluated"
             )
-        order = np.random.default_rng(derive_seed(6, seed)).permutation(heldout.num_rows())
+        order = np.random.default_rng(derive_seed(Use.HELDOUT_ROWS, seed)).permutation(heldout.num_rows())
         self._rows, self._heldout = np.sort(order[:num_heldout]), heldout
         self._source = {"dataset": dataset, "split": split, "num_rows": self._stream.num_rows()}
         self._how = {"image_column": image_column, "fit": fit}
@@ -151,7 +151,7 @@ class Memorisation:
             "heldout_nearest_distances": floor,
         }
         if self._state.is_main_process:
-            self._plot(samples, rows, ours, out / PICTURE)
+            self._plot(samples, rows, ours, out / NEAREST)
         return section, tensors
 
     def _search(self, queries: Tensor, out: Path) -> tuple[Tensor, Tensor, Tensor]:

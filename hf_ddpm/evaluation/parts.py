@@ -7,7 +7,6 @@ same work. Processes on several machines need a folder that all of them see. The
 tensors, not what they mean.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,16 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-
-def why_not_writable(folder: Path) -> str | None:
-    """Why nothing can be written into `folder`, which isn't made here; None if it can."""
-    there = folder
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        return os.strerror(errno.EEXIST if there == folder else errno.ENOTDIR)
-    return None if os.access(there, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 
 class Parts:

@@ -15,18 +15,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_ddpm.data import ImageStream
-from hf_ddpm.metrics import (
-    Features,
-    load_extractor,
-    load_reference,
-    sample_metrics,
-    save_reference,
-)
-from hf_ddpm.parts import why_not_writable
-from hf_ddpm.progress import progress
-from hf_ddpm.seeds import derive_seed
-from hf_ddpm.subject import digest_rows, fingerprint
+from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.evaluation.images import digest_rows, fingerprint
+from hf_ddpm.metrics import Features, load_extractor, load_reference, sample_metrics, save_reference
+from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import Use, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +58,7 @@ def choose_real(config: QualityConfig, total: int) -> tuple[np.ndarray, np.ndarr
             f"num_reference is {wanted}, but the split has {total} images; allowed: 2 to {total - 2}, as "
             "the floor needs others"
         )
-    order = np.random.default_rng(derive_seed(4, config.seed)).permutation(total)
+    order = np.random.default_rng(derive_seed(Use.REFERENCE_ROWS, config.seed)).permutation(total)
     floor = order[wanted : wanted + config.num_samples]
     if len(floor) != config.num_samples and PartialState().is_main_process:
         logger.warning(

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
 from hf_ddpm.likelihood import Bound, Estimate, mean_and_stderr
 
-JSON, TENSORS = "evaluation.json", "evaluation.safetensors"
 PACKAGES = ("hf_ddpm", "torch", "diffusers", "transformers", "datasets", "torchmetrics", "numpy", "pillow")
 
 
@@ -42,60 +42,6 @@ def summary(result: Bound | Estimate, variance_type: str) -> dict[str, Any]:
     return numbers
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """The report in a few lines for a terminal."""
-    method, data = report["method"], report["data"]
-    lines = []
-    for numbers in (report["bits_per_dim"], report.get("other_variance")):
-        if numbers is not None:
-            rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
-            lines.append(
-                f"{_number(numbers['bpd'])} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
-                f"+ distortion {distortion:.4f}"
-            )
-    fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
-    lines.append(
-        f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
-        f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
-    )
-    if "comparison" in report:
-        found = report["comparison"]
-        both = _number({"value": found["difference_bpd"], "stderr": found["stderr"]})
-        lines.append(
-            f"{both} bits/dim difference to {found['with']['name']} ({' - '.join(found['variance_types'])})"
-        )
-    if "sample_metrics" in report:
-        found = report["sample_metrics"]
-        for name, value in found["samples"].items():
-            if " std " in name:
-                continue
-            lines.append(
-                f"{name}: {value:.4g} of {found['num_samples']} samples, {found['floor'][name]:.4g} of "
-                f"{found['num_floor']} real images"
-            )
-    if "memorisation" in report:
-        lines.append(describe_memorisation(report["memorisation"]))
-    return "\n".join(lines)
-
-
-def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:
-    """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
-    ours, floor = found["samples"], found["heldout"]
-    where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
-    where += "" if found.get("trained_on", True) else " (on which no record says that it was trained)"
-    return (
-        f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "
-        f"levels (RMSE) of {where}, against {floor['share_near']:.1%} of {floor['num_images']} held-out "
-        f"images; median distance {ours['median_distance']:.1f} against {floor['median_distance']:.1f}, "
-        f"exact copies {ours['exact_copies']} against {floor['exact_copies']}"
-    )
-
-
-def _number(value: Mapping[str, Any]) -> str:
-    stderr = value["stderr"]
-    return f"{value['value']:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-
-
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a number may depend on."""
     found = {"python": platform.python_version()}
@@ -108,15 +54,15 @@ def versions() -> dict[str, str]:
 
 
 def write_evaluation(folder: Path, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all, the JSON file last."""
-    partial = folder / f".{JSON}.tmp"
+    """Write both files, each whole or not at all, the EVALUATION file last."""
+    partial = folder / f".{EVALUATION}.tmp"
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / TENSORS)
+        os.replace(partial, folder / EVALUATION_TENSORS)
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / JSON)
+        os.replace(partial, folder / EVALUATION)
     except SafetensorError as error:  # a full disk, in safetensors' words
-        raise OSError(f"can't write {str(folder / TENSORS)!r}: {error}") from error
+        raise OSError(f"can't write {str(folder / EVALUATION_TENSORS)!r}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -128,8 +74,8 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: a file is missing or damaged.
     """
     try:
-        report = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
+        report = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        tensors = load_file(folder / EVALUATION_TENSORS)
         lacks = {"bpd", "image_indices", "digests", "proposal"} - set(tensors)  # an older version's may
         lacks |= {"model", "method", "bits_per_dim"} - set(report)
         if lacks:

@@ -11,12 +11,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_ddpm.extractors import Extractor
-from hf_ddpm.generate import image_generators
-from hf_ddpm.parts import Parts
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.progress import progress
-from hf_ddpm.samplers import whole_config
+from hf_ddpm.evaluation.parts import Parts
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.samplers import whole_config
+from hf_ddpm.metrics.extractors import Extractor
+from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import image_generators
 
 
 class Drawing:

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hf_ddpm.pixels import one_line
+from hf_ddpm.folders.layout import WEIGHTS
+from hf_ddpm.runtime.messages import one_line
 
-WEIGHTS = "diffusion_pytorch_model"
 MAX_PIXELS = 2**26  # of an image: 8192 x 8192
 MAX_STEPS = 1_000_000  # of a process: the largest number in a scheduler's config
 SLACK = 2  # a network may have so many times the numbers of its weights files: old layouts differ a little

@@ -15,11 +15,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 
-from hf_ddpm.guard import WEIGHTS, check_network, check_scheduler, read_json, weights_files
+from hf_ddpm.folders.guard import check_network, check_scheduler, read_json, weights_files
+from hf_ddpm.folders.layout import INDEX, WEIGHTS
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.scheduler import PACKAGE, DDPMScheduler
 
-INDEX = "model_index.json"
 # Keywords of `from_pretrained` that are about the way from the Hub.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 

@@ -104,3 +104,57 @@ def training_words(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
     seconds = training.get("seconds", 0)
     time = {"minutes": f"{seconds / 60:,.0f}"} if seconds > 90 else {}
     return {**training, **loss, **time}
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report in a few lines for a terminal."""
+    method, data = report["method"], report["data"]
+    lines = []
+    for numbers in (report["bits_per_dim"], report.get("other_variance")):
+        if numbers is not None:
+            rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
+            lines.append(
+                f"{_words(numbers['bpd'])} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
+                f"+ distortion {distortion:.4f}"
+            )
+    fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
+    lines.append(
+        f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
+        f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
+    )
+    if "comparison" in report:
+        found = report["comparison"]
+        both = _words({"value": found["difference_bpd"], "stderr": found["stderr"]})
+        lines.append(
+            f"{both} bits/dim difference to {found['with']['name']} ({' - '.join(found['variance_types'])})"
+        )
+    if "sample_metrics" in report:
+        found = report["sample_metrics"]
+        for name, value in found["samples"].items():
+            if " std " in name:
+                continue
+            lines.append(
+                f"{name}: {value:.4g} of {found['num_samples']} samples, {found['floor'][name]:.4g} of "
+                f"{found['num_floor']} real images"
+            )
+    if "memorisation" in report:
+        lines.append(describe_memorisation(report["memorisation"]))
+    return "\n".join(lines)
+
+
+def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:
+    """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
+    ours, floor = found["samples"], found["heldout"]
+    where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
+    where += "" if found.get("trained_on", True) else " (on which no record says that it was trained)"
+    return (
+        f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "
+        f"levels (RMSE) of {where}, against {floor['share_near']:.1%} of {floor['num_images']} held-out "
+        f"images; median distance {ours['median_distance']:.1f} against {floor['median_distance']:.1f}, "
+        f"exact copies {ours['exact_copies']} against {floor['exact_copies']}"
+    )
+
+
+def _words(value: Mapping[str, Any]) -> str:
+    stderr = value["stderr"]
+    return f"{value['value']:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

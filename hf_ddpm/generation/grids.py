@@ -7,8 +7,6 @@ from matplotlib.figure import Figure  # never pyplot: no window, no global state
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.likelihood import RateDistortion
-
 TARGET = 96  # pixels an image's longer side should at least have in a grid
 GAP = 4  # pixels between images
 LETTER = 10  # pixels of a grid that a label's letter takes
@@ -65,41 +63,6 @@ def save_image(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
-    """Bits/dim of a step over t, both logarithmic, and their sum from t up; returns the path.
-
-    Args:
-        curve: of `rate_distortion`.
-        path: a PNG file.
-    """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    t = curve.t.numpy() + 1
-    axes.plot(t, curve.step_bpd, color="C0", marker="." if len(t) < 100 else "", label="one step")
-    axes.plot(t, curve.step_bpd + curve.bpd, color="C1", label="this step and all above, with the prior")
-    axes.set(xscale="log", yscale="log", xlabel="t + 1 (noise grows to the right)", ylabel="bits/dim")
-    axes.set_title(
-        f"{curve.rate_bpd + curve.distortion_bpd:.3f} bits/dim = {curve.rate_bpd:.3f} rate + "
-        f"{curve.distortion_bpd:.3f} distortion (L₀, the point at the left)"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _save(figure, path)
-
-
-def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
-    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(curve.bpd, curve.rmse_255, marker="." if len(curve.t) < 100 else "")
-    axes.set(
-        xlabel="bits/dim received", ylabel="RMSE of the predicted x₀, 0..255", ylim=(0, None), xlim=(0, None)
-    )
-    axes.set_title("Progressive code: from pure noise (left) to x at t = 0 (right)")
-    axes.grid(alpha=0.3)
-    return _save(figure, path)
-
-
 def plot_reconstructions(
     rows: Sequence[Sequence[Image.Image]],
     labels: Sequence[str],
@@ -130,37 +93,10 @@ def plot_reconstructions(
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def plot_training(
-    losses: Sequence[tuple[int, float]], heldout: Sequence[tuple[int, float, float]], path: Path
-) -> Path:
-    """The loss over the optimizer steps, and beside it the bound of held-out images; returns the path.
-
-    Args:
-        losses: step and mean loss since the entry before.
-        heldout: step, bits/dim and its standard error; may be empty.
-        path: a PNG file.
-    """
-    figure = Figure(figsize=(10 if heldout else 7, 4.2), layout="constrained")
-    axes = figure.add_subplot(1, 2 if heldout else 1, 1)
-    steps, values = zip(*losses, strict=True)
-    axes.plot(steps, values, linewidth=1)
-    axes.set(xlabel="optimizer steps", title="Loss")
-    if min(values) > 0:  # a log density may be below
-        axes.set(yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    if heldout:
-        axes = figure.add_subplot(1, 2, 2)
-        steps, values, errors = zip(*heldout, strict=True)
-        axes.errorbar(steps, values, errors, marker=".", capsize=2)
-        axes.set(xlabel="optimizer steps", title="Bits/dim of held-out images ± standard error")
-        axes.grid(alpha=0.3)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")

@@ -17,11 +17,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from hf_ddpm.autoencoders import Autoencoder
-from hf_ddpm.models import as_denoiser
+from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.generation.predictor import PredictingPipeline
+from hf_ddpm.models.autoencoders import Autoencoder
 from hf_ddpm.parametrization import to_x0
-from hf_ddpm.pixels import one_line
-from hf_ddpm.predictor import PredictingPipeline
+from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import OURS_ALONE, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")

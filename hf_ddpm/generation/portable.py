@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import diffusers
 
-from hf_ddpm.hub import send
-from hf_ddpm.loading import HUB_OPTIONS, INDEX, check_folder, entries, fetch, resolve
-from hf_ddpm.publication import collect
-from hf_ddpm.redact import redact
-from hf_ddpm.samplers import diffusers_messages, load_reason
+from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, resolve
+from hf_ddpm.folders.layout import INDEX
+from hf_ddpm.generation.samplers import diffusers_messages, load_reason
+from hf_ddpm.publishing.publish import collect, send
+from hf_ddpm.runtime.messages import redact
 
 logger = logging.getLogger(__name__)
 # Parts passed to a running `from_pretrained`, which calls `load_config` without them.

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.models import as_denoiser
+from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.generation.portable import PortablePipeline
+from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.parametrization import to_score, to_x0
-from hf_ddpm.portable import PortablePipeline
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.samplers import training_scheduler
 
 Pipeline = TypeVar("Pipeline", bound="PredictingPipeline")
 

@@ -8,32 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from diffusers.utils.torch_utils import get_device
 from PIL import Image
 
-from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.progress import REFRESH
-from hf_ddpm.samplers import swap_scheduler
-from hf_ddpm.scheduler import LEARNED, DDPMScheduler
-from hf_ddpm.seeds import derive_seed
+from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.generation.samplers import swap_scheduler
+from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.progress import REFRESH
+from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.seeds import image_generators
+from hf_ddpm.variances import LEARNED
 
 GRID_IMAGES = 100  # a grid shows at most so many of the samples
 OURS = re.compile(r"\d{5,}\.png|grid\.png")  # what `sample` writes, and may replace
-
-
-def process_state() -> PartialState:
-    """The launch's processes and this one's device, joined on CPUs too."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
-    return PartialState(cpu=on_cpu)  # else two processes on CPUs each believe to be alone
-
-
-def image_generators(seed: int, indices: Any) -> list[torch.Generator]:
-    """One generator per image, that depends on the seed and the image's index alone."""
-    return [torch.Generator().manual_seed(derive_seed(seed, int(i))) for i in indices]
 
 
 def sample(

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from hf_ddpm.pixels import one_line
+from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
 # What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.

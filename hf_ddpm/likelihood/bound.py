@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood, normal_kl
-from hf_ddpm.parametrization import PREDICTION_TYPES, learned_range_log_variance, to_x0
+from hf_ddpm.parametrization import PREDICTION_TYPES, to_x0
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.variances import learned_range_log_variance, variance_table
 
-FIXED = {"fixed_small": "log_fixed_small", "fixed_large": "log_fixed_large"}
-LEARNED = ("learned", "learned_range")
 DECODERS = ("exact", "tanh")
 
 
@@ -184,21 +183,6 @@ def predicted(
     learned = variance_type == "learned"
     log_variance = second if learned else learned_range_log_variance(process, second, t)
     return to_x0(process, prediction_type, output, x_t, t), log_variance
-
-
-def variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> str | Tensor | None:
-    """Name or values of the table of log σ_t², None for a learned variance."""
-    if isinstance(variance_type, Tensor):
-        if variance_type.shape != (len(process),):
-            raise ValueError(
-                f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
-            )
-        return variance_type.double()
-    if not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
-        raise ValueError(
-            f"variance_type is {variance_type!r}; allowed: {', '.join((*FIXED, *LEARNED))}, or a (T,) tensor"
-        )
-    return FIXED.get(variance_type)
 
 
 def _which(process: DiffusionProcess, t: Tensor | int) -> tuple[bool, bool]:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import bound_term, prior_kl
 from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.likelihood.bound import bound_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.seeds import derive_seed
+from hf_ddpm.seeds import Use, derive_seed
 
 UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
 CHUNK = 2**26  # numbers of noise held at once
@@ -239,7 +239,7 @@ def pilot_proposal(
             f"a pilot of {len(images)} images at num_steps {num_steps}; allowed: at least one of both"
         )
     grid = np.unique(np.round(np.geomspace(1, last, num_steps)).astype(int))
-    generator = torch.Generator().manual_seed(derive_seed(2, seed))
+    generator = torch.Generator().manual_seed(derive_seed(Use.PILOT, seed))
     squares = []
     for t in grid.tolist():
         noise = randn_like(images, generator)
@@ -305,7 +305,7 @@ def _normalised(proposal: Tensor, steps: int) -> Tensor:
 
 def _draws(seed: int, index: int, p: Tensor, n: int, n_0: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """An image's steps, n_0 zeros and one in each of n equally likely parts, and its noise (n_0 + n, ...)."""
-    generator = torch.Generator().manual_seed(derive_seed(1, seed, index))
+    generator = torch.Generator().manual_seed(derive_seed(Use.ESTIMATE, seed, index))
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     where = (torch.arange(n, dtype=torch.float64) + u) / max(n, 1)
     t = torch.searchsorted(p.cumsum(0), where, right=True).clamp(1, max(1, len(p) - 1))

@@ -14,39 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_ddpm.bound import BoundTerm, bound_term, prior_kl
-from hf_ddpm.estimator import (
+from hf_ddpm.gaussian import bits_per_dim, normal_kl
+from hf_ddpm.likelihood.bound import bound_term, prior_kl
+from hf_ddpm.likelihood.estimator import (
     Estimate,
-    decoder_evals,
-    default_proposal,
-    estimate_bound,
-    mean_and_stderr,
-    paired_difference,
-    pilot_proposal,
     randn_like,
 )
-from hf_ddpm.gaussian import bits_per_dim, normal_kl
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.seeds import derive_seed
-
-__all__ = [
-    "Bound",
-    "BoundTerm",
-    "Estimate",
-    "RateDistortion",
-    "bound_term",
-    "decoder_evals",
-    "default_proposal",
-    "estimate_bound",
-    "evaluate_bound",
-    "image_noise",
-    "mean_and_stderr",
-    "paired_difference",
-    "pilot_proposal",
-    "prior_kl",
-    "rate_distortion",
-    "with_variance",
-]
+from hf_ddpm.seeds import Use, derive_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +120,7 @@ def image_noise(seed: int, image_indices: Sequence[int], like: Tensor) -> Callab
         image_indices: the images' indices in their data set, (B,).
         like: the images, shape (B, ...), for shape, dtype and device.
     """
-    generators = [torch.Generator().manual_seed(derive_seed(3, seed, int(i))) for i in image_indices]
+    generators = [torch.Generator().manual_seed(derive_seed(Use.BOUND, seed, int(i))) for i in image_indices]
 
     def noise(t: int) -> Tensor:
         drawn = [torch.randn(like.shape[1:], generator=g, dtype=torch.float32) for g in generators]

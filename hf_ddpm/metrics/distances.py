@@ -28,19 +28,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from hf_ddpm.extractors import INCEPTION, Extractor, Features, load_extractor, torchmetrics_module
-from hf_ddpm.pixels import one_line
+from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
+from hf_ddpm.runtime.messages import one_line
 
-__all__ = [
-    "INCEPTION",
-    "Extractor",
-    "Features",
-    "SampleMetrics",
-    "load_extractor",
-    "load_reference",
-    "sample_metrics",
-    "save_reference",
-]
 LEAST_LOG_P = -700.0  # its exp is still a float64; of a probability 0 torchmetrics would make NaN
 
 

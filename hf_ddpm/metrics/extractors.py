@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.pixels import one_line
+from hf_ddpm.runtime.messages import one_line
 
 INCEPTION = "inception-v3"
 PREPARATION = (  # what of an image processor decides about the pixels that the network sees

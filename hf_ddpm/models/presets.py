@@ -6,117 +6,12 @@ nor how a network is trained or saved.
 """
 
 import difflib
-import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
 
-from hf_ddpm.autoencoders import ConvAutoencoder, DenseAutoencoder
-
-# The network classes that a pipeline's folder may name: nothing else is looked up, imported or run.
-NETWORKS: dict[str, type[ModelMixin]] = {
-    "UNet2DModel": UNet2DModel,
-    "DenseAutoencoder": DenseAutoencoder,
-    "ConvAutoencoder": ConvAutoencoder,
-}
-
-
-def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
-    """Let `DDPMPipeline.from_pretrained` load a network class of yours; also a decorator.
-
-    Args:
-        network: a `ModelMixin` and `ConfigMixin`, which can be made on the "meta" device and is called as
-            (x_t, t).
-
-    Raises:
-        ValueError: it is no such class, or another one has its name.
-    """
-    if not (
-        isinstance(network, type) and issubclass(network, ModelMixin) and issubclass(network, ConfigMixin)
-    ):
-        raise ValueError(f"network is {network!r}; allowed: a class that is a ModelMixin and a ConfigMixin")
-    if NETWORKS.setdefault(network.__name__, network) is not network:
-        raise ValueError(f"network {network.__name__!r} is known already; allowed: another name")
-    return network
-
-
-class Denoiser(Protocol):
-    """A network in the one slot that every room shares; a closed form or a user's own model fits as well."""
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model's output at x_t.
-
-        Args:
-            x_t: noisy images, shape (B, C, H, W).
-            t: zero-based step of each example, shape (B,), int64.
-
-        Returns:
-            The prediction, shape (B, C, H, W); (B, 2C, H, W) if the model learns its variances.
-        """
-        ...
-
-
-class _Adapted:
-    """A model whose answer is unwrapped to a tensor and checked for its shape."""
-
-    def __init__(self, model: Callable[..., Any], device: torch.device | None = None):
-        self.model, self.device = model, device
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        device = x_t.device if self.device is None else self.device
-        answer = self.model(x_t.to(device), t.to(device))
-        # Told apart by the answer, never by the model's class: DDP and torch.compile change that one.
-        output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
-        if not isinstance(output, Tensor):
-            raise ValueError(f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample")
-        batch, channels, *sides = x_t.shape
-        if output.shape not in (x_t.shape, torch.Size((batch, 2 * channels, *sides))):
-            raise ValueError(
-                f"the model answered shape {tuple(output.shape)} to x_t of shape {tuple(x_t.shape)}; "
-                "allowed: the same shape, or twice the channels"
-            )
-        return output.to(x_t.device)
-
-
-def scoring_device(device: torch.device) -> torch.device:
-    """Where the bound of a network on `device` is computed: there, or on the CPU, as MPS has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -> Denoiser:
-    """The model as a `Denoiser`; a denoiser made here is returned as it is.
-
-    Args:
-        model: module or function of (x_t, t) that answers a tensor, an object whose `.sample` is one
-            (diffusers' `UNet2DModel`, bare, in DDP or compiled), or a tuple that begins with one.
-        device: where the model is, if not where its inputs are: these go there, and the answer comes back.
-
-    Raises:
-        ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
-    """
-    if isinstance(model, type) or not callable(model):
-        raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
-    return model if isinstance(model, _Adapted) else _Adapted(model, device)
-
-
-def weights_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Sixteen hex digits of a network: its config, without the keys that diffusers adds, and its weights.
-
-    Args:
-        config: of the network.
-        weights: by name, as in its `state_dict`.
-    """
-    shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
-    found = hashlib.sha256(str(shown).encode())
-    for name, weight in sorted(weights.items()):
-        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+from hf_ddpm.models.networks import NETWORKS
 
 
 def _layout(

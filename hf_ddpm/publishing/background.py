@@ -14,12 +14,17 @@ from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from hf_ddpm.card import CardFacts
-from hf_ddpm.hub import finishing_command, send
-from hf_ddpm.pixels import one_line
-from hf_ddpm.publication import check_repo_id, collect, find_dataset_id, needed_files
-from hf_ddpm.redact import redact
-from hf_ddpm.upload import PublishError, Retry
+from hf_ddpm.publishing.card import CardFacts
+from hf_ddpm.publishing.publish import (
+    check_repo_id,
+    collect,
+    find_dataset_id,
+    finishing_command,
+    needed_files,
+    send,
+)
+from hf_ddpm.publishing.upload import PublishError, Retry
+from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
 

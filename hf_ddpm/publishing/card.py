@@ -16,37 +16,37 @@ from typing import Any
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ddpm.card_numbers import (
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.guard import make_empty
+from hf_ddpm.folders.index import needs_us
+from hf_ddpm.folders.layout import (
+    COMMANDS,
+    CURVE,
+    EVALUATION,
+    INDEX,
+    NOTES,
+    PLOTS,
+    RECORD,
+    SAMPLES_PICTURE,
+    SHOWN,
+)
+from hf_ddpm.folders.numbers import (
     TASK,
     bits_table,
+    describe_memorisation,
     heldout_words,
     hub_results,
     samples_table,
     training_words,
 )
-from hf_ddpm.config import TrainConfig
-from hf_ddpm.guard import make_empty
-from hf_ddpm.loading import INDEX, needs_us
 from hf_ddpm.models import NETWORKS
-from hf_ddpm.redact import redact
-from hf_ddpm.report import JSON, describe_memorisation
+from hf_ddpm.runtime.messages import redact
 
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
-CARD, PICTURE, RECORD = "README.md", "samples.png", "train_config.json"
-CURVE, NOTES, COMMANDS = "training.png", "notes.md", "commands.sh"
-PLOTS = {
-    "bits-per-step.png": "Bits of each step",
-    "rate-distortion.png": "Progressive rate and distortion",
-    "reconstructions.png": "Reconstructions from each noise level",
-}
-SHOWN = {  # pictures beside the samples
-    "progressive.png": "Progressive generation: x_t and the x₀ predicted from it, two rows for each",
-    "interpolation.png": "Interpolation of two images, A and B, in their noise at step t",
-}
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/digits/README.md
+DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/data/digits/README.md
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
     """
     index, network_config = read_json_file(files, INDEX), read_json_file(files, "unet/config.json")
     schedule, config = _schedule(files), read_json_file(files, RECORD)
-    evaluation = read_json_file(files, JSON)
+    evaluation = read_json_file(files, EVALUATION)
     dataset, license = config.get("dataset"), facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if dataset == "digits" and facts.dataset_id is None:
@@ -128,7 +128,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "steps": schedule.get("num_train_timesteps"),
         "schedule": schedule,
         "portable": portable,
-        "picture": PICTURE if PICTURE in files else None,
+        "picture": SAMPLES_PICTURE if SAMPLES_PICTURE in files else None,
         "shown": [(caption, file) for file, caption in SHOWN.items() if file in files],
         "notes": _text(files, NOTES),
         "curve": CURVE if CURVE in files else None,
@@ -155,13 +155,13 @@ def make_card(files: Files, facts: CardFacts) -> str:
 
 def template() -> str:
     """The text of model_cards/TEMPLATE.md, which an installed package holds as well."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     places = (package / "TEMPLATE.md", package.parent / "model_cards" / "TEMPLATE.md")
     return next(place for place in places if place.is_file()).read_text(encoding="utf-8")
 
 
 def read_json_file(files: Files, path: str) -> dict[str, Any]:
-    """A JSON file's content, empty if it is not there."""
+    """A EVALUATION file's content, empty if it is not there."""
     found = files.get(path)
     if found is None:
         return {}

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,32 +17,34 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 
-from hf_ddpm.card import (
+from hf_ddpm.folders.guard import make_empty, read_json, weights_files
+from hf_ddpm.folders.index import check_folder, needs_us, part_folder
+from hf_ddpm.folders.layout import (
     CARD,
     COMMANDS,
     CURVE,
-    MARK,
+    CUSTOM_PIPELINE,
+    EVALUATION,
+    GRIDS,
+    INDEX,
+    LOG,
     NOTES,
-    PICTURE,
     PLOTS,
     RECORD,
+    SAMPLES_PICTURE,
     SHOWN,
-    CardFacts,
-    make_card,
+    WEIGHTS,
 )
-from hf_ddpm.guard import WEIGHTS, make_empty, read_json, weights_files
-from hf_ddpm.loading import INDEX, check_folder, needs_us, part_folder
 from hf_ddpm.models import NETWORKS, weights_digest
-from hf_ddpm.pixels import one_line
-from hf_ddpm.redact import redact
-from hf_ddpm.report import JSON
+from hf_ddpm.publishing.card import MARK, CardFacts, make_card
+from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
+from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
 
 EMA_WEIGHTS = re.compile(rf"{WEIGHTS}\.ema_(0|0[._]\d+)\.safetensors")
-CUSTOM_PIPELINE, LOG, GRIDS = "pipeline.py", "log.jsonl", "samples"
 TOLD = (NOTES, COMMANDS)  # what a person says of a model, and the pictures made of it
-DRAWN = (CURVE, PICTURE, *SHOWN)
+DRAWN = (CURVE, SAMPLES_PICTURE, *SHOWN)
 LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
 
@@ -124,19 +127,19 @@ def collect(
     # What was said and measured of it, in files of their own
     if config:
         files[RECORD] = redact((folder / RECORD).read_text(encoding="utf-8")).encode()
-    if (folder / JSON).is_file() and _measured(
-        folder / JSON, index, place / "config.json", list(weights.values())
+    if (folder / EVALUATION).is_file() and _measured(
+        folder / EVALUATION, index, place / "config.json", list(weights.values())
     ):
-        files[JSON] = redact((folder / JSON).read_text(encoding="utf-8")).encode()
+        files[EVALUATION] = redact((folder / EVALUATION).read_text(encoding="utf-8")).encode()
         files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
     if is_main:
         if grids := sorted((folder / GRIDS).glob("step-*.png")):
-            files[PICTURE] = grids[-1]
+            files[SAMPLES_PICTURE] = grids[-1]
         files |= {name: folder / name for name in (*TOLD, *DRAWN) if (folder / name).is_file()}
-    _refuse_links(folder, [folder / RECORD, folder / JSON, folder / CARD, *files.values()])
+    _refuse_links(folder, [folder / RECORD, folder / EVALUATION, folder / CARD, *files.values()])
     files |= {name: redact(_text(folder / name)).encode() for name in TOLD if name in files}
     if picture is not None:
-        files[PICTURE] = _readable_picture(Path(picture).expanduser())
+        files[SAMPLES_PICTURE] = _readable_picture(Path(picture).expanduser())
     if custom_pipeline:
         files[CUSTOM_PIPELINE] = b"from hf_ddpm import DDPMPipeline\n"
 
@@ -168,7 +171,7 @@ def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
     Raises:
         ValueError: one of them is a link out of the folder.
     """
-    names = (INDEX, RECORD, JSON, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
+    names = (INDEX, RECORD, EVALUATION, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
     names += ("scheduler/scheduler_config.json", "unet/config.json")
     found = [folder / name for name in names if (folder / name).is_file()]
     grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
@@ -300,3 +303,83 @@ def _training(log: Path) -> dict[str, Any] | None:
 
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def publish(
+    model: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    retry: Retry | None = None,
+    **options: Any,
+) -> Published:
+    """Send a model's folder to the Hub in one commit; sending the same again makes none.
+
+    Args:
+        model: folder of a pipeline or of a run; `collect` says what is sent of it.
+        repo_id: "user/name", or "name" for your own namespace; made if it is not there.
+        private: whether the repository is made private.
+        commit_message: by default says which package sent it.
+        token: by default the environment's, or that of `hf auth login`.
+        retry: how often to try, and how long to wait in between.
+        **options: of `collect`: `revision`, `ema_decay`, `license`, `dataset_license`, `dataset_id`,
+            `picture`, `custom_pipeline`.
+
+    Raises:
+        ValueError: a bad argument or folder; nothing was sent.
+        PublishError: the Hub refused or could not be reached; the message names the command that finishes it.
+    """
+    command = finishing_command(model, repo_id, private=private, **options)
+    return send(collect(model, repo_id, **options), private, command, commit_message, token, retry)
+
+
+def send(
+    publication: Publication,
+    private: bool,
+    command: str,
+    message: str | None = None,
+    token: str | bool | None = None,
+    retry: Retry | None = None,
+) -> Published:
+    """Upload what `collect` found.
+
+    Args:
+        publication: what.
+        private: whether the repository is made private.
+        command: that finishes it, for the error.
+        message: of the commit.
+        token: of the Hub.
+        retry: how often.
+
+    Raises:
+        ValueError: a private repository was asked for, and there is a public one.
+        PublishError: it failed.
+    """
+    facts = publication.facts
+    try:
+        return upload(
+            publication.files,
+            facts.repo_id,
+            obsolete=is_main_weights,
+            message=redact(message or "Upload with hf_ddpm"),
+            private=private,
+            revision=facts.revision,
+            token=token,
+            retry=retry,
+        )
+    except Exception as error:  # what the Hub's client raises has no common class
+        words = redact(reason(error, token), token)
+        if isinstance(error, ValueError) and not hasattr(error, "response"):
+            raise ValueError(words) from None
+        raise PublishError(f"{facts.repo_id!r} was not published: {words}; then: {command}") from None
+
+
+def finishing_command(model: str | os.PathLike, repo_id: str, **options: Any) -> str:
+    """The command line that publishes this; options of `publish` and `collect`."""
+    words = ["hf-ddpm", "publish", os.fspath(model), repo_id]
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []
+    return redact(shlex.join(words))

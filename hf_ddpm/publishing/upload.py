@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from hf_ddpm.pixels import one_line
-from hf_ddpm.redact import redact
+from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
 

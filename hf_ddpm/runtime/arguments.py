@@ -16,8 +16,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_ddpm.redact import redact
-from hf_ddpm.stop import EXIT_CODE, TrainingStopped
+from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.signals import EXIT_CODE, TrainingStopped
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from diffusers.utils.torch_utils import get_device
 
 T = TypeVar("T")
 KINDS = {kind.__name__: kind for kind in (ValueError, OSError, RuntimeError)}
@@ -39,3 +40,9 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise KINDS[answer[1]](*answer[2])
     return answer[0]
+
+
+def process_state() -> PartialState:
+    """The launch's processes and this one's device, joined on CPUs too."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
+    return PartialState(cpu=on_cpu)  # else two processes on CPUs each believe to be alone

@@ -1,10 +1,8 @@
 """What long work shows: one bar, redrawn rarely where it goes to a log file."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 # A log file wants a line of progress now and then.
@@ -23,17 +21,3 @@ def progress(what: str, total: int, unit: str, show: bool, leave: bool = True, i
         dynamic_ncols=True,
         disable=not show,
     )
-
-
-class Counted:
-    """A denoiser that counts its calls, one per image and step, and shows them in `bar` if there is one."""
-
-    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], bar: Any = None):
-        self.denoiser, self.bar, self.count = denoiser, bar, 0
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The denoiser's answer."""
-        self.count += len(x_t)
-        if self.bar is not None:
-            self.bar.update(len(x_t))
-        return self.denoiser(x_t, t)

@@ -12,20 +12,19 @@ too). Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hf_ddpm.runtime.disk import _free, named, write_folder
 
 try:
     import fcntl
@@ -163,78 +162,11 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(_free(folder.with_name(f"damaged-{folder.name}")))
 
 
-def _free(path: Path) -> Path:
-    """The path, or the first of it numbered that nothing is at."""
-    numbered = (path.with_name(f"{path.name}-{i}") for i in range(2, 1000))
-    return path if not path.exists() else next(other for other in numbered if not other.exists())
-
-
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under `run`/checkpoints, oldest first."""
     parent = run / "checkpoints"
     found = [(int(m[1]), path) for path in parent.glob("step-*") if (m := FOLDER.fullmatch(path.name))]
     return sorted(found)
-
-
-def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Make `folder` hold what `fill(place)` writes: all of it, or, if that fails, what was there before."""
-    with _scratch(folder.with_name(f".{folder.name}.tmp")) as place:
-        fill(place)
-        for file in (*place.rglob("*"), place):
-            to_disk(file)
-        if folder.exists():
-            old = folder.rename(_free(folder.with_name(f".{folder.name}.old")))
-            try:
-                place.rename(folder)
-            except OSError:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            place.rename(folder)
-        to_disk(folder.parent)
-
-
-def update_folder(folder: Path, fill: Callable[[Path], object], last: str) -> None:
-    """Like `write_folder`, for a folder that holds other files too: each written file replaces its namesake.
-
-    Every replacement is atomic, the file `last` comes last, and a reader of files whose content did not
-    change in between sees the old or the new ones, never half of one.
-    """
-    with _scratch(folder / ".new.tmp") as place:
-        fill(place)
-        for file in place.rglob("*"):
-            to_disk(file)
-        files = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
-        for file in sorted(files, key=lambda path: path.as_posix() == last):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(place / file, folder / file)
-
-
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards; what a killed process left under its name goes first."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and (error.filename or not error.errno):
-            raise  # it names its file
-        raise OSError(f"can't write {str(place)!r}: {_one_line(error)}") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def named(file: Path) -> Iterator[Path]:
-    """What can't be written, in one class and by name: libraries have their own words for a full disk."""
-    try:
-        yield file
-    except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = (isinstance(cause, OSError) and cause.strerror) or _one_line(cause)
-        raise OSError(f"can't write {str(file)!r}: {reason}") from error
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,24 +181,6 @@ def _sha256(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or what a folder lists, would survive a power cut."""
-    if path.is_dir():
-        with suppress(OSError):  # Windows and some network folders can't
-            _sync(path, os.O_RDONLY)
-    else:
-        with named(path):
-            _sync(path, os.O_RDWR)
-
-
-def _sync(path: Path, flags: int) -> None:
-    number = os.open(path, flags)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _one_line(error: Exception) -> str:

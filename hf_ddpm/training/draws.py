@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.seeds import Use
+
 _BLOCK = 1024  # positions whose seeds come from one generator: seeding costs more than drawing
 
 
 def draw_uniform(seed: int, positions: Sequence[int]) -> Tensor:
     """A number in [0, 1) for each position, which chooses its t, (B,), float64, on the CPU."""
-    return torch.tensor([_uniform(6, seed, p) for p in map(abs, positions)], dtype=torch.float64)
+    return torch.tensor([_uniform(Use.STEPS, seed, p) for p in map(abs, positions)], dtype=torch.float64)
 
 
 def draw_t(seed: int, positions: Sequence[int], num_steps: int) -> Tensor:
@@ -34,7 +36,7 @@ def draw_noise(
     noise = torch.empty(len(positions), *shape, device=device)
     generator = torch.Generator(device)
     for image, p in zip(noise, map(abs, positions), strict=True):  # an empty slot is −1: some position's
-        generator.manual_seed(int(_uniform(7 + number, seed, p) * 2**53))
+        generator.manual_seed(int(_uniform(Use.NOISE + number, seed, p) * 2**53))
         torch.randn(tuple(shape), generator=generator, device=device, out=image)
     return noise
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from hf_ddpm.checkpoint import update_folder
-from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.runtime.disk import update_folder
 from hf_ddpm.scheduler import DDPMScheduler
 
 

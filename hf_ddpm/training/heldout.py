@@ -20,16 +20,16 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_ddpm.checkpoint import named
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.data import load_stream
+from hf_ddpm.data.pixels import image_digest, to_float
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
-from hf_ddpm.models import as_denoiser, scoring_device
-from hf_ddpm.pixels import image_digest, to_float
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.processes import on_main_process
-from hf_ddpm.progress import Counted, progress
-from hf_ddpm.seeds import derive_seed
+from hf_ddpm.runtime.disk import named
+from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import Use, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ class HeldOut:
             )
         if config.evaluate_split == config.split and accelerator.is_main_process:
             logger.warning("evaluate_split %r is the split that the run trains on", config.split)
-        order = np.random.default_rng(derive_seed(5, config.seed)).permutation(stream.num_rows())
+        order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, config.seed)).permutation(
+            stream.num_rows()
+        )
         chosen = np.sort(order[: config.evaluate_num_images])
         # As many for every process, the first one again where they don't divide: a network that FSDP shares
         # out wants as many calls from each

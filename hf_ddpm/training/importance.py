@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_ddpm.share import EMPTY
+from hf_ddpm.data.order import EMPTY
 
 HISTORY = 10  # losses remembered of each step
 UNIFORM = 1e-3  # share of the uniform distribution

@@ -21,12 +21,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_ddpm.checkpoint import named, to_disk
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.plots import image_grid, save_image
-from hf_ddpm.processes import on_main_process
-from hf_ddpm.progress import REFRESH, progress
+from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.runtime.disk import named, to_disk
+from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.runtime.progress import REFRESH, progress
 from hf_ddpm.scheduler import DDPMScheduler
 
 QUARTILES = 4

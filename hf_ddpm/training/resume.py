@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_ddpm.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.importance import LossSecondMoment
-from hf_ddpm.processes import on_main_process
-from hf_ddpm.share import StepShare
-from hf_ddpm.states import restore_model, restore_optimizer
+from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.training.batches import StepShare
+from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
+from hf_ddpm.training.importance import LossSecondMoment
+from hf_ddpm.training.sharding import restore_model, restore_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -24,43 +24,29 @@ from accelerate.utils import DistributedType, broadcast
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
-from hf_ddpm.averages import average_of, decay_at, update_average
-from hf_ddpm.build import (
-    make_accelerator,
-    make_batches,
-    make_model,
-    make_optimizer,
-    make_schedule,
-    make_scheduler,
-    open_stream,
-    prepare_model,
-    start_pushing,
-)
-from hf_ddpm.checkpoint import Checkpoint, RunLock, save_checkpoint
-from hf_ddpm.config import TrainConfig
-from hf_ddpm.curve import draw_curve
-from hf_ddpm.draws import draw_noise, draw_t, draw_uniform
-from hf_ddpm.exports import write_pipeline
-from hf_ddpm.heldout import HeldOut
-from hf_ddpm.importance import LossSecondMoment
-from hf_ddpm.models import as_denoiser
+from hf_ddpm.config import TrainConfig, make_scheduler
+from hf_ddpm.data.order import EMPTY
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.objectives import make_objective
-from hf_ddpm.pixels import to_float
-from hf_ddpm.processes import on_main_process
-from hf_ddpm.record import QUARTILES, Record
-from hf_ddpm.resume import check_rows, find_checkpoint, restore, share_steps
-from hf_ddpm.scheduler import PRIOR_WARNING
+from hf_ddpm.process import PRIOR_WARNING
+from hf_ddpm.publishing.upload import PublishError
+from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.runtime.signals import StopSignals, TrainingStopped
 from hf_ddpm.seeds import derive_seed
-from hf_ddpm.share import EMPTY
-from hf_ddpm.states import (
-    all_finite,
-    gather_model,
-    gather_optimizer,
-    reshard,
-    whole,
-)
-from hf_ddpm.stop import StopSignals, TrainingStopped
-from hf_ddpm.upload import PublishError
+from hf_ddpm.training.averages import average_of, decay_at, update_average
+from hf_ddpm.training.batches import make_batches, open_stream
+from hf_ddpm.training.checkpoint import Checkpoint, RunLock, save_checkpoint
+from hf_ddpm.training.curve import draw_curve
+from hf_ddpm.training.draws import draw_noise, draw_t, draw_uniform
+from hf_ddpm.training.exports import write_pipeline
+from hf_ddpm.training.heldout import HeldOut
+from hf_ddpm.training.importance import LossSecondMoment
+from hf_ddpm.training.launch import make_accelerator, start_pushing
+from hf_ddpm.training.log import QUARTILES, Record
+from hf_ddpm.training.network import make_model, make_optimizer, make_schedule, prepare_model
+from hf_ddpm.training.resume import check_rows, find_checkpoint, restore, share_steps
+from hf_ddpm.training.sharding import all_finite, gather_model, gather_optimizer, reshard, whole
 
 logger = logging.getLogger(__name__)
 

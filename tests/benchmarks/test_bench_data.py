@@ -20,7 +20,7 @@ import pytest
 from datasets import Features, Image, load_dataset
 from PIL import Image as PILImage
 
-from hf_ddpm.data import load_stream
+from hf_ddpm.data.stream import load_stream
 
 from .conftest import interleave
 

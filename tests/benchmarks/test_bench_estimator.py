@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_ddpm.data import load_stream
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.likelihood import (
     Bound,
     estimate_bound,
@@ -19,9 +22,6 @@ from hf_ddpm.likelihood import (
     pilot_proposal,
     with_variance,
 )
-from hf_ddpm.models import as_denoiser
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.pixels import to_float
 from tests.oracles import chain
 from tests.toy import mixture_denoiser, mixture_images
 

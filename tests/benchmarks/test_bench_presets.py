@@ -23,12 +23,12 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from hf_ddpm.averages import average_of, update_average
-from hf_ddpm.data import load_stream
-from hf_ddpm.draws import draw_noise, draw_t
-from hf_ddpm.models import _layout
-from hf_ddpm.pixels import to_float
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.data.stream import load_stream
+from hf_ddpm.models.presets import _layout
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.training.averages import average_of, update_average
+from hf_ddpm.training.draws import draw_noise, draw_t
 
 pytestmark = pytest.mark.bench
 

@@ -20,8 +20,8 @@ from datasets import Features, Image
 from torch import nn
 
 from hf_ddpm import TrainConfig, create_model, load_stream, train
-from hf_ddpm.pixels import to_float
-from hf_ddpm.record import Record
+from hf_ddpm.data.pixels import to_float
+from hf_ddpm.training.log import Record
 
 from .test_bench_data import png, smooth_images
 

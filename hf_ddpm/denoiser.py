@@ -1,0 +1,80 @@
+"""A denoiser: the one slot that every network fits, and how any model becomes one."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """A network in the one slot that every room shares; a closed form or a user's own model fits as well."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The model's output at x_t.
+
+        Args:
+            x_t: noisy images, shape (B, C, H, W).
+            t: zero-based step of each example, shape (B,), int64.
+
+        Returns:
+            The prediction, shape (B, C, H, W); (B, 2C, H, W) if the model learns its variances.
+        """
+        ...
+
+
+class _Adapted:
+    """A model whose answer is unwrapped to a tensor and checked for its shape."""
+
+    def __init__(self, model: Callable[..., Any], device: torch.device | None = None):
+        self.model, self.device = model, device
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        device = x_t.device if self.device is None else self.device
+        answer = self.model(x_t.to(device), t.to(device))
+        # Told apart by the answer, never by the model's class: DDP and torch.compile change that one.
+        output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample")
+        batch, channels, *sides = x_t.shape
+        if output.shape not in (x_t.shape, torch.Size((batch, 2 * channels, *sides))):
+            raise ValueError(
+                f"the model answered shape {tuple(output.shape)} to x_t of shape {tuple(x_t.shape)}; "
+                "allowed: the same shape, or twice the channels"
+            )
+        return output.to(x_t.device)
+
+
+def scoring_device(device: torch.device) -> torch.device:
+    """Where the bound of a network on `device` is computed: there, or on the CPU, as MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -> Denoiser:
+    """The model as a `Denoiser`; a denoiser made here is returned as it is.
+
+    Args:
+        model: module or function of (x_t, t) that answers a tensor, an object whose `.sample` is one
+            (diffusers' `UNet2DModel`, bare, in DDP or compiled), or a tuple that begins with one.
+        device: where the model is, if not where its inputs are: these go there, and the answer comes back.
+
+    Raises:
+        ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
+    """
+    if isinstance(model, type) or not callable(model):
+        raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
+    return model if isinstance(model, _Adapted) else _Adapted(model, device)
+
+
+class Counted:
+    """A denoiser that counts its calls, one per image and step, and shows them in `bar` if there is one."""
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], bar: Any = None):
+        self.denoiser, self.bar, self.count = denoiser, bar, 0
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's answer."""
+        self.count += len(x_t)
+        if self.bar is not None:
+            self.bar.update(len(x_t))
+        return self.denoiser(x_t, t)

@@ -1,0 +1,1 @@
+"""MEASURE: a model and a data set become numbers."""

@@ -1,0 +1,75 @@
+"""Pictures of an evaluation: the curves of the bound, and reconstructions from each noise level."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure  # never pyplot: no window, no global state
+
+from hf_ddpm.data.pixels import to_float, to_uint8
+from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.scored_model import Subject
+from hf_ddpm.generation.grids import plot_reconstructions, save_figure, to_pil
+from hf_ddpm.likelihood import RateDistortion, image_noise
+from hf_ddpm.parametrization import to_x0
+
+
+def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
+    """Bits/dim of a step over t, both logarithmic, and their sum from t up; returns the path.
+
+    Args:
+        curve: of `rate_distortion`.
+        path: a PNG file.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    t = curve.t.numpy() + 1
+    axes.plot(t, curve.step_bpd, color="C0", marker="." if len(t) < 100 else "", label="one step")
+    axes.plot(t, curve.step_bpd + curve.bpd, color="C1", label="this step and all above, with the prior")
+    axes.set(xscale="log", yscale="log", xlabel="t + 1 (noise grows to the right)", ylabel="bits/dim")
+    axes.set_title(
+        f"{curve.rate_bpd + curve.distortion_bpd:.3f} bits/dim = {curve.rate_bpd:.3f} rate + "
+        f"{curve.distortion_bpd:.3f} distortion (L₀, the point at the left)"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, path)
+
+
+def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
+    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(curve.bpd, curve.rmse_255, marker="." if len(curve.t) < 100 else "")
+    axes.set(
+        xlabel="bits/dim received", ylabel="RMSE of the predicted x₀, 0..255", ylim=(0, None), xlim=(0, None)
+    )
+    axes.set_title("Progressive code: from pure noise (left) to x at t = 0 (right)")
+    axes.grid(alpha=0.3)
+    return save_figure(figure, path)
+
+
+@torch.no_grad()
+def plot_reconstruction_levels(
+    subject: Subject, stream: ImageStream, rows: list[int], config: EvaluationConfig, path: Path
+) -> None:
+    """A picture of x_t above the predicted x_0, for some images (rows) and noise levels (columns)."""
+    process, device = subject.process, subject.device
+    x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
+    noise = image_noise(config.seed, rows, x_0)(0)
+    levels = np.unique(np.round(np.array([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99]) * (len(process) - 1)))
+    columns = [x_0, *(process.q_sample(x_0, noise, int(t)) for t in levels)]
+    predicted = [x_0]
+    for t, x_t in zip(levels.astype(int).tolist(), columns[1:], strict=True):
+        output = subject.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
+        predicted.append(
+            to_x0(process, subject.prediction_type, output[:, : x_0.shape[1]], x_t, t).clamp(-1, 1)
+        )
+    pictures = [
+        [to_pil(to_uint8(column[i])) for column in kind]
+        for i in range(len(rows))
+        for kind in (columns, predicted)
+    ]
+    labels = ["image", *(f"t = {process.timesteps[int(t)]}" for t in levels)]
+    plot_reconstructions(pictures, labels, path)

@@ -1,0 +1,1 @@
+"""GENERATE: a model becomes images."""

@@ -1,0 +1,1 @@
+"""PUBLISH: a model's folder goes to the Hub, with a card."""

@@ -1,0 +1,1 @@
+"""How a program runs: options, processes, signals, progress, messages and the disk. It knows no diffusion."""

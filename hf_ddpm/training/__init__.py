@@ -1,0 +1,1 @@
+"""TRAIN: a run, from its config to its pipeline."""
