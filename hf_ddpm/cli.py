@@ -1,70 +1,84 @@
 """The `hf-ddpm` console command; the scripts in train_scripts/ call the same functions.
 
-It turns words on a command line into calls; what words are, and how a command ends, is arguments.py's.
+It turns the words of a command line into one call. How words are read and how a command ends is the business
+of `runtime.arguments`. Each command imports what it needs once its words have been read, so that help and
+mistyped words are answered without loading torch.
 """
 
-import difflib
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from accelerate import PartialState
-
+from hf_ddpm import __version__
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.evaluate import evaluate
-from hf_ddpm.folders.layout import EVALUATION
-from hf_ddpm.folders.numbers import describe
-from hf_ddpm.generation.sample import sample
-from hf_ddpm.generation.samplers import SCHEDULERS
-from hf_ddpm.pictures import draw_interpolation
-from hf_ddpm.publishing.publish import collect, finishing_command, send
 from hf_ddpm.runtime.arguments import Parser, add_options, count, run, whole, wholes
-from hf_ddpm.runtime.messages import redact
-from hf_ddpm.runtime.processes import process_state
-from hf_ddpm.training.trainer import train
+from hf_ddpm.runtime.messages import nearest, redact
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`hf-ddpm COMMAND ...`."""
-    argv = sys.argv[1:] if argv is None else argv
-    usage = "usage: hf-ddpm COMMAND [options]; `hf-ddpm COMMAND --help` tells more\n\ncommands:\n"
-    usage += "".join(
-        f"  {name:12} {(command.__doc__ or '').splitlines()[0]}\n" for name, command in COMMANDS.items()
-    )
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage, end="")
-    elif argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(COMMANDS)}"
-        print(f"hf-ddpm: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
+    """`hf-ddpm COMMAND ...`.
+
+    Args:
+        argv: the words after `hf-ddpm`, by default those of the command line.
+    """
+    first, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
+    if first == "help" and rest:
+        first, rest = rest[0], ["--help"]
+    if first in ("help", "-h", "--help"):
+        print(_usage(), end="")
+    elif first == "--version":
+        print(f"hf-ddpm {__version__}")
+    elif first in COMMANDS:
+        run(COMMANDS[first], rest, f"hf-ddpm {first}")
     else:
-        run(COMMANDS[argv[0]], argv[1:], f"hf-ddpm {argv[0]}")
+        near = nearest(first, [*COMMANDS, "help", "--version"])
+        hint = f"allowed: {', '.join(COMMANDS)}" if near is None else f"did you mean {near!r}?"
+        print(f"hf-ddpm: error: unknown command {first!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    summaries = [(name, (command.__doc__ or "").splitlines()[0]) for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-ddpm COMMAND [options]",
+            "       hf-ddpm COMMAND --help",
+            "       hf-ddpm --version",
+            "",
+            "commands:",
+            *(f"  {name:12} {summary}" for name, summary in summaries),
+            "",
+        ]
+    )
 
 
 def train_command(argv: Sequence[str], prog: str) -> None:
     """Train a model on a stream of images, or go on with a run."""
     parser = Parser(
-        prog=prog,
+        prog,
+        "Train a DDPM on a stream of images. A value comes from its flag, else from the file, else it is the "
+        "default in square brackets; '-' and '_' in a flag's name mean the same. The same command continues "
+        "a run that was stopped, and comes to the same result as if it had not been. SIGTERM, Ctrl-C and "
+        "SIGUSR1 save a checkpoint and end with exit code 75. Use torchrun or `accelerate launch "
+        "--multi_gpu` for several processes.",
+        "example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
         usage="%(prog)s [--config FILE] [--key value ...]",
-        description="Train a DDPM. Values come from the defaults, then the file, then the flags; '-' and '_' "
-        "in a flag's name mean the same. The same command goes on with a run that was stopped, to the same "
-        "result; SIGTERM, Ctrl-C and SIGUSR1 save first, and end with exit code 75. Use torchrun or "
-        "`accelerate launch --multi_gpu` for several processes.",
-        epilog="example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
-        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file of the keys below, or a run's train_config.json"
+        "--config", metavar="FILE", help="TOML file of the keys below, or the train_config.json of a run"
     )
     add_options(parser, TrainConfig)
     values = vars(parser.parse(argv))
     config = TrainConfig.load(values.pop("config"), **values)
+
+    from hf_ddpm.runtime.processes import process_state
+    from hf_ddpm.training.trainer import train
+
     result = train(config)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         done = f"step {result.step}, {result.images} images seen"
         this_time = f", loss {result.loss:.4f}, {result.images_per_second:.1f} images/s"
         print(done + ("; nothing left to do" if math.isnan(result.loss) else this_time))
@@ -74,54 +88,73 @@ def train_command(argv: Sequence[str], prog: str) -> None:
 def sample_command(argv: Sequence[str], prog: str) -> None:
     """Draw images from a model: numbered PNG files and a grid."""
     parser = Parser(
-        prog=prog,
-        description="Draw images from a model. Image i depends on the seed and i only, not on the batch or "
-        "the number of processes; start it with `accelerate launch` to use several.",
-        epilog="example: %(prog)s runs/photos --num-images 16 --scheduler ddim --steps 50 --out samples",
-        allow_abbrev=False,
+        prog,
+        "Draw images from a model. Image number i depends on the seed and on i only, neither on the batch "
+        "size nor on the number of processes; start it with `accelerate launch` to use several.",
+        "example: %(prog)s runs/photos --num-images 16 --scheduler ddim --steps 50 --out samples",
     )
-    parser.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id")
-    parser.add_argument("--num-images", type=count, default=64, metavar="N", help="how many [64]")
+    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline, or its Hub id")
+    parser.add_argument("--num-images", type=count, default=64, metavar="N", help="number of images [64]")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for 00000.png, ..., grid.png")
     parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
-    parser.add_argument(
-        "--scheduler", metavar="NAME", help=f"sampler, by default the model's ({', '.join(SCHEDULERS)})"
+    scheduler = parser.add_argument("--scheduler", metavar="NAME")
+    parser.late_help[scheduler] = lambda: f"sampler, by default the model's ({', '.join(_samplers())})"
+    variance = parser.add_argument("--variance-type", metavar="NAME")
+    parser.late_help[variance] = lambda: (
+        f"reverse variance of the sampler ddpm ({', '.join(_fixed_variances())})"
     )
-    parser.add_argument(
-        "--variance-type", metavar="NAME", help="for the sampler ddpm (fixed_small, fixed_large)"
-    )
-    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of the noise [0]")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
         "--batch-size", type=count, default=64, metavar="N", help="images at once in each process [64]"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the samples that DIR holds, and nothing else in it"
+        "--overwrite", action="store_true", help="replace the samples in DIR, and nothing else there"
     )
     args = parser.parse(argv)
+
+    from hf_ddpm.generation.sample import sample
+
     sample(**vars(args))
+
+
+def _samplers() -> Iterable[str]:
+    from hf_ddpm.generation.samplers import SCHEDULERS
+
+    return SCHEDULERS
+
+
+def _fixed_variances() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED
+
+    return FIXED
 
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:
     """Measure a model's bits/dim on a data set, and its samples if asked."""
     parser = Parser(
-        prog=prog,
-        description="Measure the variational bound of images under a model in bits/dim, with its standard "
-        "error and plots, and optionally the quality of its samples. Killed, the same command goes on. An "
-        "image's numbers depend on the seed and its row alone; start it with `accelerate launch` to use "
-        "several processes.",
-        epilog="example: %(prog)s runs/photos photos/ --split test --num-images 1000",
-        allow_abbrev=False,
+        prog,
+        "Measure the variational bound of images under a model in bits/dim, with its standard error and "
+        "plots, and optionally the quality of its samples. If it was killed, the same command continues it. "
+        "The numbers of an image depend on the seed and on the image's row only; start it with `accelerate "
+        "launch` to use several processes.",
+        "example: %(prog)s runs/photos photos/ --split test --num-images 1000",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="pipeline folder or Hub id, also one of plain diffusers"
+        "model", metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
     )
     parser.add_argument(
-        "dataset", metavar="DATASET", help="Hub id, folder of images or of parquet files, or digits"
+        "dataset", metavar="DATASET", help="Hub id, folder of images or of parquet files, or 'digits'"
     )
     add_options(parser, EvaluationConfig, but=("model", "dataset"))
     config = EvaluationConfig(**vars(parser.parse(argv)))
+
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.folders.layout import EVALUATION
+    from hf_ddpm.folders.numbers import describe
+    from hf_ddpm.runtime.processes import process_state
+
     report = evaluate(config, redact(shlex.join([*prog.split(), *argv])))
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(describe(report))
         print(f"written: {Path(config.out or config.model).expanduser() / EVALUATION}")
 
@@ -129,67 +162,81 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
 def interpolate_command(argv: Sequence[str], prog: str) -> None:
     """Interpolate two images in a model's noise: a grid."""
     parser = Parser(
-        prog=prog,
-        description="Interpolate two images in a model's noise, Ho et al. 2020, section 4.4: they are noised "
-        "to step t, mixed, and denoised. The PNG file has a row for each t: A, the mixtures from A to B, and "
-        "B. Small t cross-fades pixels, large t forgets A and B. It uses one process.",
-        epilog="example: %(prog)s runs/digits digits:test:17 digits:test:4 --t 100,200,300 --out mixed.png",
-        allow_abbrev=False,
+        prog,
+        "Interpolate two images A and B in a model's noise (Ho et al. 2020, section 4.4): both are noised "
+        "to step t, mixed there, and denoised. The PNG file has a row for each t: A, the mixtures from A to "
+        "B, and B. A small t cross-fades pixels; a large t keeps little of A and B. It runs in one process.",
+        "example: %(prog)s runs/digits digits:test:17 digits:test:4 --t 100,200,300 --out mixed.png",
     )
-    parser.add_argument("model", metavar="MODEL", help="pipeline folder or Hub id, with the sampler ddpm")
-    for name in "ab":
-        parser.add_argument(
-            f"image_{name}",
-            metavar=name.upper(),
-            help="image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels",
-        )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
+    )
+    image = "image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels"
+    parser.add_argument("image_a", metavar="A", help=image)
+    parser.add_argument("image_b", metavar="B", help=image)
     parser.add_argument(
         "--t", type=wholes, dest="timesteps", metavar="T,T", help="steps, a row each [T/4,T/2,3T/4]"
     )
     parser.add_argument("--num-images", type=count, default=9, metavar="N", help="mixtures in a row [9]")
-    parser.add_argument("--out", required=True, metavar="FILE", help="PNG file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")
     parser.add_argument(
-        "--steps",
-        type=count,
-        metavar="K",
-        help="sampling steps from noise on, of which those below t are taken",
+        "--steps", type=count, metavar="K", help="sampling steps of the whole chain; only those below t run"
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of all noise [0]")
-    parser.add_argument("--image-column", metavar="NAME", help="of DATASET, by default the only one")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of all noise [0]")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the images in DATASET, by default the only one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     args = parser.parse(argv)
+
+    from hf_ddpm.pictures import draw_interpolation
+    from hf_ddpm.runtime.processes import process_state
+
     if process_state().is_main_process:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
+    args = vars(_publish_parser(prog).parse(argv))
+    model, repo_id, dry_run = args.pop("model"), args.pop("repo_id"), args.pop("dry_run")
+    private, message = args.pop("private"), args.pop("commit_message")
+
+    from hf_ddpm.publishing.publish import collect, finishing_command, send
+
+    publication = collect(model, repo_id, **args)
+    if not publication.portable:
+        print("plain diffusers will refuse this model: whoever uses it needs hf_ddpm")
+    if dry_run:
+        print(f"would be sent to {repo_id}, {args['revision'] or 'main'}:\n{publication.describe()}")
+        return
+    done = send(publication, private, finishing_command(model, repo_id, private=private, **args), message)
+    print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
+
+
+def _publish_parser(prog: str) -> Parser:
     parser = Parser(
-        prog=prog,
-        description="Send a model's folder to the Hugging Face Hub: the pipeline, a card filled from its "
-        "files, pictures, its evaluation and config, notes.md and commands.sh if you wrote them; no "
-        "checkpoints, optimizer states or logs. Sending the same again makes no second commit. The token is "
-        "that of `hf auth login` or of HF_TOKEN.",
-        epilog="example: %(prog)s runs/photos me/photos-ddpm --private --license apache-2.0",
-        allow_abbrev=False,
+        prog,
+        "Send a model's folder to the Hugging Face Hub: the pipeline, a card filled from its files, "
+        "pictures, its evaluation and config, and notes.md and commands.sh if you wrote them; no "
+        "checkpoints, optimizer states or logs. Sending the same again makes no second commit. The token "
+        "is that of `hf auth login` or of HF_TOKEN.",
+        "example: %(prog)s runs/photos me/photos-ddpm --private --license apache-2.0",
     )
-    parser.add_argument("model", metavar="MODEL", help="pipeline folder, such as a run's")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; made if it is not there")
+    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline, such as that of a run")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it is not there [main]")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, created if it does not exist [main]")
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
     parser.add_argument(
-        "--ema-decay",
-        type=float,
-        metavar="X",
-        help="send the weights of this decay, not the main ones",
+        "--ema-decay", type=float, metavar="X", help="send the weights averaged with this decay instead"
     )
-    parser.add_argument("--license", metavar="ID", help="of the weights, such as apache-2.0 or cc-by-4.0")
-    parser.add_argument("--dataset-license", metavar="ID", help="of the training images")
     parser.add_argument(
-        "--dataset-id",
-        metavar="ID",
-        help="training images on the Hub, by default those of the config",
+        "--license", metavar="ID", help="licence of the weights, such as apache-2.0 or cc-by-4.0"
+    )
+    parser.add_argument("--dataset-license", metavar="ID", help="licence of the training images")
+    parser.add_argument(
+        "--dataset-id", metavar="ID", help="Hub id of the training images, by default as the config says"
     )
     parser.add_argument(
         "--picture", metavar="FILE", help="PNG for the card, by default samples.png, else the newest grid"
@@ -199,19 +246,8 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
         action="store_true",
         help="add pipeline.py, for diffusers' custom_pipeline with trust_remote_code=True",
     )
-    parser.add_argument("--commit-message", metavar="TEXT", help="of the commit")
-    args = vars(parser.parse(argv))
-    model, repo_id, dry_run = args.pop("model"), args.pop("repo_id"), args.pop("dry_run")
-    private, message = args.pop("private"), args.pop("commit_message")
-    publication = collect(model, repo_id, **args)
-    where = f"{repo_id}, {args['revision'] or 'main'}"
-    if not publication.portable:
-        print("plain diffusers will refuse this model: whoever uses it needs hf_ddpm")
-    if dry_run:
-        print(f"would be sent to {where}:\n{publication.describe()}")
-        return
-    done = send(publication, private, finishing_command(model, repo_id, private=private, **args), message)
-    print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
+    parser.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
+    return parser
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {

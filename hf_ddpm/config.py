@@ -1,33 +1,71 @@
-"""Every choice of a training run: a frozen dataclass, checked when made.
+"""Every choice of a training run: a frozen dataclass, checked when it is constructed.
 
-They come from the defaults, a TOML file and flags, in this order; the resolved copy lies beside the
-weights. The file knows names, types and ranges; whether a data set or a folder exists is found out by who
-opens it.
+Values come from the defaults, a TOML file and flags, each overriding the one before; the resulting config is
+written beside the weights. This file knows names, types and ranges. Whether a data set or a folder exists is
+found out by the code that opens it.
+
+Importing this file loads no torch, so that `hf-ddpm` answers at once: what the choices are and which of them
+fit together is imported inside the functions that ask for it, from the modules that define it.
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import tomllib  # type: ignore[import-not-found]
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
-from hf_ddpm.data.pixels import FITS
-from hf_ddpm.objectives import OBJECTIVES, make_objective
-from hf_ddpm.parametrization import PREDICTION_TYPES
+from hf_ddpm.runtime.messages import nearest
 from hf_ddpm.runtime.options import check_options, option
-from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.schedules import SCHEDULES
 
-# Keys that a choice leaves without effect: nobody may set them and believe they act.
+if TYPE_CHECKING:
+    from hf_ddpm.scheduler import DDPMScheduler
+
+
+def _fits() -> Iterable[str]:
+    from hf_ddpm.data.pixels import FITS
+
+    return FITS
+
+
+def _presets() -> Iterable[str]:
+    from hf_ddpm.models import PRESETS
+
+    return PRESETS
+
+
+def _schedules() -> Iterable[str]:
+    from hf_ddpm.schedules import SCHEDULES
+
+    return SCHEDULES
+
+
+def _prediction_types() -> Iterable[str]:
+    from hf_ddpm.parametrization import PREDICTION_TYPES
+
+    return PREDICTION_TYPES
+
+
+def _variance_types() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED
+
+    return sorted((*FIXED, "learned_range"))
+
+
+def _objectives() -> Iterable[str]:
+    from hf_ddpm.objectives import OBJECTIVES
+
+    return OBJECTIVES
+
+
+# Keys that have no effect with a certain choice of another key; setting them is refused.
 UNUSED = {
     ("beta_schedule", "squaredcos_cap_v2"): ("beta_start", "beta_end"),
     ("beta_schedule", "laplace"): ("beta_start", "beta_end"),
@@ -35,7 +73,7 @@ UNUSED = {
     ("lr_scheduler", "constant"): ("lr_warmup_steps",),
 }
 
-# Keys that act together with a choice only.
+# Keys that have an effect only with a certain choice of another key; setting them without it is refused.
 NEEDS = {
     "t_sampler": ("objective", "bound"),
     "snr_gamma": ("objective", "min-snr"),
@@ -45,7 +83,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run, checked when made.
+    """All choices of a training run, checked when it is constructed.
 
     Raises:
         ValueError: a value has the wrong type or lies out of range; the message names the key and what is
@@ -54,19 +92,21 @@ class TrainConfig:
 
     # What it learns
     dataset: str = option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
-    split: str = option("train", "split of the data set")
+    split: str = option("train", "split of the data set to train on")
     image_column: str | None = option(None, "column of the images, by default the only one")
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
     )
-    channels: int | None = option(None, "1 gray, 3 RGB, by default the first image's", least=1)
+    channels: int | None = option(None, "1 for grey or 3 for RGB, by default the first image's", least=1)
     fit: str = option(
         "exact",
         "what to do with images of another size: refuse them, or a way of fitting them",
-        choices=FITS,
+        choices=_fits,
     )
     horizontal_flip: bool = option(False, "mirror images at random")
-    shuffle_buffer: int = option(1000, "images shuffled at once, 0 for the order of the files", least=0)
+    shuffle_buffer: int = option(
+        1000, "images that are shuffled at once; 0 keeps the order of the files", least=0
+    )
     skip_corrupt: bool = option(
         False, "skip and count training images that can't be read, instead of stopping"
     )
@@ -75,32 +115,34 @@ class TrainConfig:
     # The network and the process
     model: str = option(
         "digits",
-        "preset (cifar10, 256, fashion-mnist, digits, tiny; shallow-, deep-, conv-autoencoder, which know t "
-        "as ...-t), or a pipeline to go on from",
+        "preset, or folder or Hub id of a pipeline to go on from; the autoencoders ...-t are told the step",
+        examples=_presets,
     )
-    dropout: float | None = option(None, "by default the preset's", least=0.0, below=1.0)
-    num_train_timesteps: int = option(1000, "T", least=2)
-    beta_schedule: str = option("linear", "noise schedule", choices=tuple(SCHEDULES))
+    dropout: float | None = option(None, "dropout probability, by default the preset's", least=0.0, below=1.0)
+    num_train_timesteps: int = option(1000, "number of steps T of the process", least=2)
+    beta_schedule: str = option("linear", "noise schedule", choices=_schedules)
     beta_start: float = option(1e-4, "first beta", above=0.0, below=1.0)
     beta_end: float = option(0.02, "last beta", above=0.0, below=1.0)
-    rescale_betas_zero_snr: bool = option(False, "end the schedule at pure noise")
-    prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
+    rescale_betas_zero_snr: bool = option(False, "rescale the schedule so that it ends at pure noise")
+    prediction_type: str = option("epsilon", "what the network predicts", choices=_prediction_types)
     variance_type: str = option(
         "fixed_large",
         "reverse variance: beta_t, the posterior's, or one between them that the network learns",
-        choices=("fixed_large", "fixed_small", "learned_range"),
+        choices=_variance_types,
     )
     clip_sample: bool = option(True, "clip the predicted x_0 to [-1, 1] when sampling")
 
     # What is minimised
-    objective: str = option("simple", "the loss", choices=OBJECTIVES)
+    objective: str = option("simple", "the loss", choices=_objectives)
     t_sampler: str = option(
         "uniform",
-        "how steps are drawn; importance, for the objective bound, by the losses last seen there",
+        "how steps are drawn: all alike, or, for the objective bound, by the losses last seen at each step",
         choices=("uniform", "importance"),
     )
-    snr_gamma: float = option(5.0, "gamma of min-snr", above=0.0)
-    hybrid_weight: float = option(1e-3, "weight of the bound in hybrid, in bits/dim", above=0.0)
+    snr_gamma: float = option(5.0, "gamma of the objective min-snr", above=0.0)
+    hybrid_weight: float = option(
+        1e-3, "weight of the bound, in bits/dim, in the objective hybrid", above=0.0
+    )
 
     # Optimisation
     max_steps: int = option(10_000, "optimizer steps of the whole run", least=1)
@@ -113,59 +155,69 @@ class TrainConfig:
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
     lr_warmup_steps: int = option(500, "steps of linear warm-up", least=0)
-    adam_beta1: float = option(0.9, "AdamW", least=0.0, below=1.0)
-    adam_beta2: float = option(0.999, "AdamW", least=0.0, below=1.0)
-    adam_epsilon: float = option(1e-8, "AdamW", above=0.0)
-    weight_decay: float = option(0.0, "AdamW", least=0.0)
-    max_grad_norm: float = option(1.0, "clip the gradient's norm, 0 for never", least=0.0)
+    adam_beta1: float = option(0.9, "beta1 of AdamW", least=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "beta2 of AdamW", least=0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0.0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", least=0.0)
+    max_grad_norm: float = option(
+        1.0, "largest norm of the gradient, which is clipped to it; 0 never clips", least=0.0
+    )
     ema_decay: str = option(
         "0.9999",
         "decay of the averaged weights, warmed up as (1 + n)/(10 + n); several, as in 0.999,0.9999, are "
-        "tracked side by side, and the first is the pipeline's",
+        "tracked side by side, and the first gives the pipeline's weights",
         joined=",",
     )
-    seed: int = option(0, "of weights, order, noise and samples", least=0, below=2**63)
+    seed: int = option(0, "seed of weights, order, noise and samples", least=0, below=2**63)
 
     # How it runs
     mixed_precision: str | None = option(
-        None, "by default as accelerate launch says, else no", choices=("no", "fp16", "bf16")
+        None,
+        "precision of the network, by default as accelerate launch says, else no",
+        choices=("no", "fp16", "bf16"),
     )
-    gradient_checkpointing: bool = option(False, "less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
     compile: bool = option(False, "torch.compile the network")
-    channels_last: bool = option(False, "memory format of convolutions")
+    channels_last: bool = option(False, "use the memory format channels_last for convolutions")
 
     # What it leaves behind
-    output_dir: str = option("runs/ddpm", "folder of the run, which is the pipeline's folder too")
-    resume: str = option("auto", "auto: go on if output_dir holds this run; never; or a checkpoint's folder")
+    output_dir: str = option("runs/ddpm", "folder of the run, which is also the pipeline's folder")
+    resume: str = option(
+        "auto", "auto, to continue this run if the output folder holds it; never; or a checkpoint's folder"
+    )
     checkpoint_every: int = option(
         1000, "steps between checkpoints; one is also saved before each grid and evaluation", least=1
     )
-    keep_checkpoints: int = option(2, "newest checkpoints to keep", least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", least=1)
     log_every: int = option(50, "steps between log lines", least=1)
     max_loss: float = option(
         100.0,
-        "stop if the mean loss of a logged interval is above, as a multiple of guessing zero",
+        "stop if the mean loss between two log lines is above this multiple of the loss of predicting zero",
         above=0.0,
     )
     sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
     sample_num_images: int = option(64, "images in a grid", least=1)
-    sample_steps: int | None = option(None, "steps of sampling a grid, by default all T", least=1)
-    evaluate_every: int = option(0, "steps between bits/dim of held-out images, 0 for never", least=0)
+    sample_steps: int | None = option(None, "sampling steps of a grid, by default all T", least=1)
+    evaluate_every: int = option(
+        0, "steps between measurements of held-out images in bits/dim, 0 for never", least=0
+    )
     evaluate_split: str = option("test", "split of the held-out images")
-    evaluate_num_images: int = option(256, "how many of them, at most", least=2)
-    evaluate_num_evals: int = option(20, "network evaluations for each", least=2)
+    evaluate_num_images: int = option(256, "how many held-out images, at most", least=2)
+    evaluate_num_evals: int = option(20, "network evaluations for each held-out image", least=2)
     trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
     push_to_hub: str | None = option(None, "Hub repository to push to while training, as user/name")
     push_every: int = option(1000, "steps between pushes, in the background", least=1)
-    push_private: bool = option(False, "make that repository private")
-    license: str | None = option(None, "of the weights, for the model card: apache-2.0, cc-by-4.0, ...")
-    dataset_license: str | None = option(None, "of the images, for the model card")
-    dataset_id: str | None = option(None, "of the images on the Hub, for the model card")
+    push_private: bool = option(False, "make the repository of --push-to-hub private")
+    license: str | None = option(None, "licence of the weights, for the model card, such as apache-2.0")
+    dataset_license: str | None = option(None, "licence of the images, for the model card")
+    dataset_id: str | None = option(None, "Hub id of the images, for the model card")
 
     def __post_init__(self) -> None:
         check_options(self)
-        self.size  # noqa: B018  refuses what is not a size
-        self.ema_decays  # noqa: B018  refuses what are not decays
+        self.size  # noqa: B018  raises for text that is no size
+        self.ema_decays  # noqa: B018  raises for text that is no list of decays
         if self.sample_steps is not None and self.sample_steps > self.num_train_timesteps:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
@@ -175,7 +227,10 @@ class TrainConfig:
                 f"prediction_type is {self.prediction_type!r}, which can't sample from "
                 "rescale_betas_zero_snr's pure noise; allowed with it: sample, v_prediction, mean"
             )
-        make_objective(self.objective, self.prediction_type, self.variance_type)  # refuses what doesn't fit
+        # Importing it takes seconds, which a value that is refused above need not wait for.
+        from hf_ddpm.objectives import make_objective
+
+        make_objective(self.objective, self.prediction_type, self.variance_type)  # raises if they don't fit
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, (key, choice) in NEEDS.items():
             if getattr(self, name) != defaults[name] and getattr(self, key) != choice:
@@ -205,7 +260,7 @@ class TrainConfig:
 
     @property
     def ema_decays(self) -> dict[str, float]:
-        """The decays of `ema_decay`, each by its text, in order."""
+        """The decays of `ema_decay` as numbers by the text that was given for each, in the order given."""
         decays = {}
         for text in (part.strip() for part in self.ema_decay.split(",")):
             if not re.fullmatch(r"0(\.\d+)?", text) or text in decays:
@@ -218,15 +273,15 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike | None = None, **changes: Any) -> "TrainConfig":
-        """The defaults, changed by a file and then by keywords.
+        """The defaults, overridden by a file and then by keywords.
 
         Args:
-            path: a TOML file, or the JSON file that a run left behind.
-            **changes: keys of this class; strings are read as their types.
+            path: a TOML file, or the train_config.json of a run.
+            **changes: keys of this class; text is read as the key's type.
 
         Raises:
-            ValueError: an unreadable file, an unknown key (the nearest is named), a value of the wrong type
-                or range.
+            ValueError: the file can't be read, a key is unknown (the message names the nearest), or a value
+                has the wrong type or lies out of range.
         """
         values = {} if path is None else _read(Path(path))
         where = f"config file {os.fspath(path)!r}: " if path is not None else ""
@@ -234,8 +289,8 @@ class TrainConfig:
         for source, names in ((where, values), ("", changes)):
             for name in names:
                 if name not in known:
-                    near = difflib.get_close_matches(name, known, 1, cutoff=0)
-                    raise ValueError(f"{source}unknown key {name!r}; did you mean {near[0]!r}?")
+                    near = nearest(name, known, cutoff=0)
+                    raise ValueError(f"{source}unknown key {name!r}; did you mean {near!r}?")
         try:
             return cls(**{**values, **changes})
         except ValueError as error:
@@ -245,7 +300,7 @@ class TrainConfig:
             ) from None
 
     def to_json(self) -> str:
-        """Every key and value, indented JSON; `load` reads it."""
+        """Every key with its value as indented JSON, which `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -263,11 +318,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def make_scheduler(config: TrainConfig) -> DDPMScheduler:
-    """The scheduler of a run: its process trains, its config is saved."""
-    constant = (
-        config.beta_schedule == "constant"
-    )  # diffusers has no word for it, but a linear one can be flat
+def make_scheduler(config: TrainConfig) -> "DDPMScheduler":
+    """The scheduler of a run: its process is trained, and its config is saved with the weights."""
+    from hf_ddpm.scheduler import DDPMScheduler
+
+    # diffusers has no word for a constant schedule, but a linear one whose ends agree is constant.
+    constant = config.beta_schedule == "constant"
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule="linear" if constant else config.beta_schedule,  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ SCRIPT = ROOT / "train_scripts" / "train.py"
 TIMES = {"images_per_second", "seconds"}  # what of a log line tells the time
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hf_ddpm.cli", "tests.launching"])
+JOURNEYS = ["training.trainer", "generation.sample", "evaluation.evaluate", "publishing.publish", "pictures"]
+FORKS.set_forkserver_preload([*(f"hf_ddpm.{name}" for name in ("cli", *JOURNEYS)), "tests.launching"])
 
 
 def environment(**changes: str) -> dict[str, str]:

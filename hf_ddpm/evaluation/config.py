@@ -1,12 +1,29 @@
-"""Every choice of an evaluation: a frozen dataclass, checked when made."""
+"""Every choice of an evaluation: a frozen dataclass, checked when it is constructed.
+
+Importing this file loads no torch, so that `hf-ddpm` answers at once: the choices are imported from the
+modules that define them when they are first asked for.
+"""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hf_ddpm.data.pixels import FITS
 from hf_ddpm.runtime.options import check_options, option
 
-# Keys of an evaluation that act only together with another one, or with one of several.
+
+def _fits() -> Iterable[str]:
+    from hf_ddpm.data.pixels import FITS
+
+    return (fit for fit in FITS if fit != "random_crop")  # a measurement leaves nothing to chance
+
+
+def _fixed_variances() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED
+
+    return sorted(FIXED)
+
+
+# Keys that have an effect only together with another key, or with one of several.
 NEEDS = {
     "num_samples": ("extractor", "nearest_dataset"),
     "sampling_steps": ("extractor", "nearest_dataset"),
@@ -19,7 +36,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What `hf-ddpm evaluate` does, checked when made.
+    """All choices of an evaluation, checked when it is constructed.
 
     Raises:
         ValueError: a value has the wrong type or lies out of range.
@@ -28,24 +45,28 @@ class EvaluationConfig:
     model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote")
     dataset: str = option("", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
     split: str = option("test", "split of the data set")
-    num_images: int | None = option(None, "how many, a random subset; by default all of the split", least=1)
-    image_column: str | None = option(None, "column of the images, by default the only one")
-    fit: str = option(
-        "exact", "what to do with images of another size, noted in the result", choices=FITS[:4]
+    num_images: int | None = option(
+        None, "how many images, a random subset; by default all of the split", least=1
     )
+    image_column: str | None = option(None, "column of the images, by default the only one")
+    fit: str = option("exact", "what to do with images of another size, noted in the result", choices=_fits)
 
     exact: bool = option(False, "evaluate every step once instead of a few per image")
     num_evals_per_image: int = option(20, "network evaluations per image of the estimate", least=2)
-    pilot_images: int = option(0, "images that a proposal is learned from; 0 takes the default one", least=0)
+    pilot_images: int = option(
+        0, "images from which it is learned how often to draw each step; 0 takes a default", least=0
+    )
     variance_type: str | None = option(
-        None, "reverse variance, by default the model's", choices=("fixed_large", "fixed_small")
+        None, "reverse variance, by default the model's", choices=_fixed_variances
     )
     clip_x0: bool = option(True, "clip the predicted x_0 to [-1, 1], as published evaluations do")
-    decoder: str = option("exact", "of L_0; tanh is the published code's", choices=("exact", "tanh"))
+    decoder: str = option(
+        "exact", "decoder of L_0; tanh is the published code's approximation", choices=("exact", "tanh")
+    )
     steps: int | None = option(None, "steps of the chain, by default all T", least=2)
     first_variance: str = option(
         "spaced",
-        "whose second step's variance serves L_0 of a shorter chain: its own, or the full one's",
+        "whose second step gives the variance of L_0: that of a shorter chain, or that of the full one",
         choices=("spaced", "full"),
     )
 
@@ -56,19 +77,21 @@ class EvaluationConfig:
         None, "look for each sample's nearest image in this data set: Hub id, folder, or 'digits'"
     )
     nearest_split: str = option("train", "split of that data set")
-    num_samples: int = option(1000, "samples drawn for these two, and held-out images beside them", least=2)
-    sampling_steps: int | None = option(None, "steps of drawing them, by default all T", least=1)
-    num_reference: int | None = option(
-        None, "real images that the extractor compares them with, by default as many", least=2
+    num_samples: int = option(
+        1000, "samples for the extractor and the nearest images, and as many held-out images", least=2
     )
-    reference: str | None = option(None, "file of the reference's features, written or reused")
+    sampling_steps: int | None = option(None, "sampling steps of these samples, by default all T", least=1)
+    num_reference: int | None = option(
+        None, "real images that the extractor compares the samples with, by default as many", least=2
+    )
+    reference: str | None = option(None, "file of the real images' features: read if it exists, else written")
 
     compare_with: str | None = option(
-        None, "folder of an evaluation of another model, for a paired difference"
+        None, "folder with the evaluation of another model, for the difference per image"
     )
     out: str | None = option(None, "folder for the results, by default MODEL if that is a folder")
-    overwrite: bool = option(False, "replace an evaluation that is there")
-    seed: int = option(0, "of the images chosen, the noise and the samples", least=0, below=2**63)
+    overwrite: bool = option(False, "replace an evaluation that the folder holds")
+    seed: int = option(0, "seed of the chosen images, the noise and the samples", least=0, below=2**63)
     batch_size: int = option(64, "images at once in each process", least=1)
 
     def __post_init__(self) -> None:

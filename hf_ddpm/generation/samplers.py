@@ -4,7 +4,6 @@ It knows config keys, log records and errors of diffusers; it knows no images.
 """
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
 # What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.
@@ -44,8 +43,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
         ValueError: the name is unknown (the nearest is named).
     """
     if name not in SCHEDULERS:
-        near = difflib.get_close_matches(name, SCHEDULERS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, SCHEDULERS)
         raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
     config = whole_config(pipeline.scheduler)
     if config.get("timestep_spacing") != "trailing":  # a choice; the other two are samplers' defaults
@@ -85,7 +83,7 @@ def diffusers_messages() -> Iterator[list[str]]:
     """Collect diffusers' warnings instead of printing them, and let it show no bar."""
     found: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(" ".join(record.getMessage().split()))
+    handler.emit = lambda record: found.append(one_line(record.getMessage(), limit=None))
     library = logging.getLogger("diffusers")
     handlers, level, bar = library.handlers, library.level, diffusers_logging.is_progress_bar_enabled()
     library.handlers = [handler]

@@ -5,13 +5,13 @@ file knows shapes and layouts. It deliberately does not know what the output mea
 nor how a network is trained or saved.
 """
 
-import difflib
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from hf_ddpm.models.networks import NETWORKS
+from hf_ddpm.runtime.messages import did_you_mean
 
 
 def _layout(
@@ -96,8 +96,7 @@ def create_model(
         ValueError: an argument is not as above; the message names it and what is allowed.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(preset, PRESETS)
         raise ValueError(f"preset {preset!r} is unknown{hint}; allowed: {', '.join(PRESETS)}")
     config = dict(PRESETS[preset])
     network = NETWORKS[config.pop("_class_name")]

@@ -91,14 +91,14 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, " ".join((error.server_message or "").split())
+        status, said = error.response.status_code, one_line(error.server_message or "", None)
         words = REASONS.get(status, "the Hub answered with an error")
         return redact(f"{words} (status {status}{': ' * bool(said)}{said})", token)
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return reason(error.__cause__, token)
     if isinstance(error, HTTPError):
-        return f"the Hub can't be reached: {redact(one_line(error), token)}"  # type: ignore[arg-type]
-    return redact(one_line(error), token)  # type: ignore[arg-type]
+        return f"the Hub can't be reached: {redact(one_line(error), token)}"
+    return redact(one_line(error), token)
 
 
 def _asked_wait(error: Exception) -> float:

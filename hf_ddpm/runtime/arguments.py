@@ -1,63 +1,94 @@
 """Words on a command line: a parser whose errors are one line, flags of options, and how a command ends.
 
-It knows no command.
+This file knows no command. It imports neither torch nor accelerate, so that help and mistyped words are
+answered at once.
 """
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
-
-from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.messages import nearest, one_line, redact
+from hf_ddpm.runtime.options import listed
 from hf_ddpm.runtime.signals import EXIT_CODE, TrainingStopped
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line that names the nearest flag."""
+    """An argparse parser whose errors are one line that names the nearest flag.
+
+    A flag is never abbreviated, so that adding one can't change what an old command line means.
+
+    Attributes:
+        late_help: functions that return the help text of an argument when the help is printed, for texts that
+            list what takes seconds to import. They escape "%" as "%%", as argparse asks for.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None, usage: str | None = None):
+        super().__init__(prog, usage, description, epilog, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-4 and -8x8 are (bad) values, no flags
+        self.late_help: dict[argparse.Action, Callable[[], str]] = {}
 
     def error(self, message: str) -> typing.NoReturn:
-        """Say it in one line, and end with exit code 2."""
+        """Print one line to stderr, and end with exit code 2."""
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
+    def format_help(self) -> str:
+        """The whole help, `late_help` included."""
+        for argument, text in self.late_help.items():
+            argument.help = text()
+        return super().format_help()
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; `-` and `_` inside a flag's name mean the same."""
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-4 and -8x8 are values too, bad ones
+        """The values of the arguments; `-` and `_` inside a flag's name mean the same.
+
+        A mistyped flag is named before anything else is complained of.
+        """
         words = [_dashed(word) for word in argv]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in words[: words.index("--")] if "--" in words else words:
+            if _is_flag(word) and word.partition("=")[0] not in flags:
+                self._refuse(word, flags)
         values, unknown = self.parse_known_args(words)
         if unknown:
-            flags = [
-                flag for action in self._actions for flag in action.option_strings if flag.startswith("--")
-            ]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            self.error(
-                f"unknown argument {unknown[0]!r}"
-                + (f"; did you mean {near[0]}?" if near else "; see --help")
-            )
+            self._refuse(unknown[0], flags)
         return values
+
+    def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:
+        near = nearest(word.partition("=")[0], [flag for flag in flags if flag.startswith("--")])
+        hint = "see --help" if near is None else f"did you mean {near}?"
+        self.error(f"unknown argument {word!r}; {hint}")
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse takes a word for a long flag; it takes words with a space for values."""
+    return word.startswith("--") and " " not in word.partition("=")[0]
 
 
 def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    return name.replace("_", "-") + equals + value if _is_flag(word) else word
 
 
 def run(
     command: Callable[[Sequence[str], str], None], argv: Sequence[str] | None = None, prog: str = ""
 ) -> None:
-    """Call a command; bad input is one line on stderr and exit code 2, a failed run one line and 1.
+    """Call a command, and turn how it ends into an exit code and one line on stderr.
 
-    A training run that a signal stopped, and that the same command goes on with, has 75.
+    Exit codes: 0, done; 2, bad input (a ValueError); 1, a run that failed; 75, a training run that a signal
+    stopped and that the same command continues; 130, Ctrl-C. With HF_DDPM_TRACEBACK set, errors are raised.
+
+    Args:
+        command: a function of the words after the command, and of the program's name for messages.
+        argv: these words, by default those of the command line.
+        prog: that name, by default the script's.
     """
     prog = prog or Path(sys.argv[0]).name
     try:
@@ -67,10 +98,12 @@ def run(
             raise
         bad_input = isinstance(error, ValueError)
         words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
-        print(f"{prog}: {words} {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{prog}: {words} {redact(one_line(error, limit=None))}", file=sys.stderr)
         sys.exit(2 if bad_input else 1)
     except TrainingStopped as stopped:
-        if PartialState().is_main_process:
+        from hf_ddpm.runtime.processes import process_state
+
+        if process_state().is_main_process:
             print(f"{prog}: {stopped}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
@@ -78,25 +111,44 @@ def run(
         sys.exit(130)
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, but: Sequence[str] = ()) -> None:
-    """A flag for every field of a dataclass of options, `but` for some; none has a value unless typed."""
+def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:
+    """Add a flag for every field of a dataclass of options.
+
+    A flag that is not typed sets nothing, so that the values of a file can be told from typed ones.
+
+    Args:
+        parser: it gets the flags.
+        options: a dataclass whose fields `option` made.
+        but: names of fields that get no flag.
+    """
     for option in dataclasses.fields(options):
         if option.name in but:
             continue
-        rules, kind = option.metadata, option.type
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        text = rules["help"] + (f" ({', '.join(map(str, rules['choices']))})" if "choices" in rules else "")
-        default = "" if option.default in (None, "") else f" [{option.default}]"
-        if bool in kinds:
-            default = default.lower()  # as it is typed
-        parser.add_argument(
+        kinds = _kinds(option)
+        argument = parser.add_argument(
             "--" + option.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
-            help=(text + default).replace("%", "%%"),
             nargs="?" if bool in kinds else None,  # a bare flag means true
             const="true" if bool in kinds else None,
         )
+        parser.late_help[argument] = partial(_help, option)
+
+
+def _kinds(option: dataclasses.Field) -> tuple[type, ...]:
+    """The types that a field is declared with, None's last."""
+    kind: typing.Any = option.type
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _help(option: dataclasses.Field) -> str:
+    """A field's help text, what it allows in brackets, and its default."""
+    names = listed(option.metadata, "choices") + listed(option.metadata, "examples")
+    default = "" if option.default in (None, "") else f" [{option.default}]"
+    if bool in _kinds(option):
+        default = default.lower()  # as it is typed
+    text = option.metadata["help"] + (f" ({', '.join(map(str, names))})" if names else "") + default
+    return text.replace("%", "%%")
 
 
 def count(word: str) -> int:

@@ -1,7 +1,8 @@
-"""Words for people: errors in one line, the name that was meant, and text without secrets.
+"""Words for people: an error in one line, the name that was meant, and text without secrets.
 
-Whatever is written down, printed or raised goes through `redact` where a token may be in it. It knows how the
-Hub's tokens and passwords in addresses look, and the token of the environment.
+Text that is written down, printed or raised goes through `redact` where it may hold a token. This file knows
+what the Hub's tokens and passwords in addresses look like, and which environment variables hold a token. It
+imports the standard library only.
 """
 
 import difflib
@@ -15,16 +16,16 @@ IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # scheme://user:password@h
 IN_QUERY = re.compile(r"(?i)([?&](?:access_)?token=)[^&\s'\"]+")
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 HIDDEN = "***"
-LEAST = 8  # shorter values of a variable could be ordinary words
+LEAST = 8  # a shorter value of a variable could be an ordinary word
 
 
 def redact(text: str, *secrets: Any) -> str:
     """The text with every token and password replaced by ***.
 
     Args:
-        text: any.
-        *secrets: further secrets to look for, such as a token that was passed as an argument; what is no text
-            is left alone.
+        text: any text.
+        *secrets: further secrets to look for, such as a token that was passed as an argument; anything that
+            is not text is ignored.
     """
     for secret in (*secrets, *(os.environ.get(name) for name in VARIABLES)):
         if isinstance(secret, str) and len(secret) >= LEAST:
@@ -32,17 +33,35 @@ def redact(text: str, *secrets: Any) -> str:
     return TOKENS.sub(HIDDEN, IN_ADDRESS.sub(HIDDEN, IN_QUERY.sub(rf"\1{HIDDEN}", text)))
 
 
-def one_line(error: Exception) -> str:
-    """The error's words without line breaks, for a message of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: object, limit: int | None = 300) -> str:
+    """The words of an error, or a text, without line breaks.
+
+    Args:
+        error: an exception, or text.
+        limit: the most characters that are kept; None keeps all.
+
+    Returns:
+        One line; the name of the exception's class where it has no words.
+    """
+    no_words = type(error).__name__ if isinstance(error, BaseException) else ""
+    return " ".join(str(error).split())[:limit] or no_words
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that is most like this one; None if none is (as `difflib.get_close_matches` judges)."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
+def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """The known word that is most like this one.
+
+    Args:
+        word: what was typed.
+        known: the words that are allowed.
+        cutoff: how alike they must be, from 0 (anything) to 1 (equal), as `difflib.get_close_matches` counts.
+
+    Returns:
+        One of the known words; None if none is that much alike.
+    """
+    return next(iter(difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)), None)
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[object]) -> str:
     """The words "(did you mean 'linear'?)" after a space; nothing if no known word is like the given one."""
-    near = nearest(str(word), known)
-    return f" (did you mean {near!r}?)" if near else ""
+    near = nearest(word, known)
+    return "" if near is None else f" (did you mean {near!r}?)"

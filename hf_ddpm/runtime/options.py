@@ -1,33 +1,48 @@
-"""Options of a command as a frozen dataclass: each field has a default, a help text and a rule.
+"""Options of a command as a frozen dataclass: each field has a default, a help text and rules.
 
-The command line, TOML files and Python calls all end here. The file knows types and ranges, and no option.
+The command line, TOML files and Python calls all set the same fields. This file knows types and ranges, and
+no particular option. It imports the standard library and `messages` only.
 """
 
 import dataclasses
-import difflib
 import math
 import operator
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.messages import did_you_mean, redact
 
 BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
-    """A field with its `--help` text and its rules: `choices`, bounds as in `BOUNDS`, or `joined`.
+    """A field of a dataclass of options.
 
-    `joined` is for text that lists numbers: what stands between them where a file or a call gives numbers.
+    Args:
+        default: the value where none is given.
+        help: what `--help` says of it.
+        **rules: `above`, `least` and `below` are bounds of a number. `choices` are the allowed values.
+            `examples` are values that `--help` lists although others are allowed. Both are a collection, or a
+            function that returns one when it is first needed, so that it may import what defines them.
+            `joined` is for text that lists numbers: the text that stands between them if a file or a call
+            gives numbers instead.
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
+def listed(rules: Mapping[str, Any], rule: str) -> list[Any]:
+    """The values of the rule `choices` or `examples`; none where there is no such rule."""
+    values = rules.get(rule, ())
+    return list(typing.cast(Iterable[Any], values() if callable(values) else values))
+
+
 def check_options(options: Any) -> None:
-    """Give every field of a frozen dataclass its type (strings are read), and check its rule.
+    """Give every field of a frozen dataclass the type it is declared with, and check its rules.
+
+    Text is read as the type: "12" is a whole number, "true" is true, "none" is None.
 
     Raises:
         ValueError: a value has the wrong type or lies out of range; the message names the key and what is
@@ -40,7 +55,7 @@ def check_options(options: Any) -> None:
 
 
 def _typed(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> Any:
-    """`value` as the type of its key; strings, as from the command line, are read."""
+    """`value` as the type of its key; text, as from the command line, is read."""
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind, optional = kinds[0], type(None) in kinds
     if optional and (value is None or str(value).lower() == "none"):
@@ -70,10 +85,9 @@ def _typed(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     if value is None:
         return
-    if "choices" in rules and value not in rules["choices"]:
-        near = difflib.get_close_matches(str(value), [str(c) for c in rules["choices"]], 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name} is {value!r}{hint}; allowed: {', '.join(str(c) for c in rules['choices'])}")
+    if "choices" in rules and value not in (choices := listed(rules, "choices")):
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"{name} is {value!r}{did_you_mean(value, choices)}; allowed: {allowed}")
     bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
     if not all(BOUNDS[rule][0](value, bound) for rule, bound in bounds.items()):
         allowed = " and ".join(f"{BOUNDS[rule][1]} {bound:g}" for rule, bound in bounds.items())

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.batches import StepShare
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
@@ -185,5 +186,5 @@ def restore(
         if t_sampler is not None:
             t_sampler.load_state_dict(start.optimizer["t_sampler"])
     except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error

@@ -109,7 +109,7 @@ def do_alone(study: Study, name: str) -> None:
 
 def study_command(argv: Sequence[str], prog: str) -> None:
     """Do the study, or go on with one that was interrupted."""
-    parser = Parser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog, __doc__ or "")
     parser.add_argument("--out", default="runs/study", type=Path, metavar="DIR", help="[runs/study]")
     parser.add_argument("--page", type=Path, metavar="DIR", help="where README.md and pictures go, too")
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, metavar="N", help=f"[{MAX_STEPS}]")
