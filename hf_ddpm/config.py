@@ -80,6 +80,9 @@ NEEDS = {
     "hybrid_weight": ("objective", "hybrid"),
 }
 
+# Prediction types whose target holds the noise alone: where x_t is pure noise, they say nothing about x_0.
+NOISE_ALONE = ("epsilon", "score")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -222,10 +225,11 @@ class TrainConfig:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "score"):
+        if self.rescale_betas_zero_snr and self.prediction_type in NOISE_ALONE:
+            allowed = ", ".join(name for name in _prediction_types() if name not in NOISE_ALONE)
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, which can't sample from "
-                "rescale_betas_zero_snr's pure noise; allowed with it: sample, v_prediction, mean"
+                f"rescale_betas_zero_snr's pure noise; allowed with it: {allowed}"
             )
         # Importing it takes seconds, which a value that is refused above need not wait for.
         from hf_ddpm.objectives import make_objective

@@ -210,6 +210,11 @@ def test_the_nearest_choice_is_named():
     assert "did you mean 'linear'?" in refused(lr_scheduler="lineer")
 
 
+def test_registered_objectives_are_choices(monkeypatch):
+    monkeypatch.setattr("hf_ddpm.objectives.OBJECTIVES", {"mine": None})
+    assert refused(objective="simple") == "objective is 'simple'; allowed: mine"
+
+
 def test_values_that_contradict_each_other():
     assert refused(sample_steps=51, num_train_timesteps=50) == "sample_steps is 51; allowed: <= 50 (T)"
     assert "allowed with it: sample, v_prediction" in refused(rescale_betas_zero_snr=True)

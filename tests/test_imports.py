@@ -30,9 +30,7 @@ def fresh(code: str) -> list[str]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "names", [MATHEMATICS, ["gaussian"], ["likelihood"]], ids=["all", "gaussian", "likelihood"]
-)
+@pytest.mark.parametrize("names", [MATHEMATICS, ["gaussian"], ["likelihood"]], ids=" ".join)
 def test_the_mathematics_loads_no_hugging_face_library(names):
     assert fresh("\n".join(f"import hf_ddpm.{name}" for name in names)) == ["torch"]
 

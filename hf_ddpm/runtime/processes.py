@@ -1,4 +1,7 @@
-"""Several processes as one: what process 0 does and finds, told to all of them."""
+"""Several processes that act as one: process 0 does what is done once, and tells the others what came of it.
+
+accelerate starts and counts the processes; this file knows nothing of what they do.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,15 +15,17 @@ KINDS = {kind.__name__: kind for kind in (ValueError, OSError, RuntimeError)}
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns on process 0, on all of them; they wait for it. What it raises there, all raise.
+    """Call `work` on process 0 alone, and return what it returns, or raise what it raises, on all processes.
+
+    All processes call this function, and wait in it until the work is done.
 
     Args:
         accelerator: the processes.
-        work: something to be done once; its answer is small and plain.
+        work: what is to be done once; what it returns is small and can be pickled.
 
     Raises:
-        ValueError, OSError, RuntimeError: `work` raised it on process 0; other kinds are RuntimeError on the
-            others.
+        ValueError, OSError, RuntimeError: `work` raised it on process 0. An error of another kind is raised
+            there as it is, and on the other processes as a RuntimeError.
     """
     answer: list[Any] = [None, None, ()]
     error: Exception | None = None
@@ -43,6 +48,7 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def process_state() -> PartialState:
-    """The launch's processes and this one's device, joined on CPUs too."""
+    """The processes of this launch and the device of this one; the same object at every call."""
+    # Without `cpu=True`, accelerate takes each of several processes on CPUs for a launch of its own.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
-    return PartialState(cpu=on_cpu)  # else two processes on CPUs each believe to be alone
+    return PartialState(cpu=on_cpu)

@@ -1,16 +1,25 @@
-"""What long work shows: one bar, redrawn rarely where it goes to a log file."""
+"""The progress bar of long work, which is redrawn rarely where it goes to a log file."""
 
 import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 
-# A log file wants a line of progress now and then.
+# Seconds between two drawings: a terminal is redrawn often, and a log file gets a line now and then.
 REFRESH = 0.5 if sys.stderr.isatty() else 15.0
 
 
 def progress(what: str, total: int, unit: str, show: bool, leave: bool = True, initial: int = 0) -> Any:
-    """A bar of `total` units, a context; `show` on one process only."""
+    """A progress bar, used as a context; its `update(n)` counts n more units.
+
+    Args:
+        what: the word in front of the bar.
+        total: how many units there are.
+        unit: what is counted, such as "image".
+        show: whether it is drawn; True on one process only.
+        leave: whether it stays on the screen when it is full.
+        initial: how many units are done already.
+    """
     return tqdm(
         total=total,
         initial=initial,

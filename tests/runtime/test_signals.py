@@ -1,4 +1,4 @@
-"""stop.py: signals become a flag, and all processes learn of it at the same step."""
+"""signals.py: signals become a flag, and all processes learn of it at the same step."""
 
 import os
 import signal
