@@ -62,15 +62,18 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, or a module of this package, which is imported now."""
-    if name in _HOMES:
-        globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        return value
-    # Names with underscores are Python's own questions, such as `__path__`, never modules of ours.
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Type checkers would read it as saying that the package has every name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of this package; it is imported now."""
+        if name in _HOMES:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+            return value
+        # Python asks for names such as `__path__`, which are never modules.
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
