@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.batches import StepShare
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
@@ -186,5 +185,5 @@ def restore(
         if t_sampler is not None:
             t_sampler.load_state_dict(start.optimizer["t_sampler"])
     except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
-        reason = one_line(error)
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error
