@@ -20,7 +20,7 @@ from hf_ddpm.folders.numbers import describe
 from hf_ddpm.generation.sample import sample
 from hf_ddpm.generation.samplers import SCHEDULERS
 from hf_ddpm.pictures import draw_interpolation
-from hf_ddpm.publishing.publish import collect, finishing_command, send
+from hf_ddpm.publishing.publish import collect
 from hf_ddpm.runtime.arguments import Parser, add_options, count, run, whole, wholes
 from hf_ddpm.runtime.messages import redact
 from hf_ddpm.runtime.processes import process_state
@@ -210,7 +210,7 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
     if dry_run:
         print(f"would be sent to {where}:\n{publication.describe()}")
         return
-    done = send(publication, private, finishing_command(model, repo_id, private=private, **args), message)
+    done = publication.send(private=private, commit_message=message)
     print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
 
 
