@@ -109,7 +109,7 @@ def _scratch(place: Path) -> Iterator[Path]:
         yield place
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and (error.filename or not error.errno):
-            raise  # the message names a file already, or there is no more to say
+            raise  # it names its file: the system's errors in `filename`, those of `named` in their words
         raise OSError(f"can't write {str(place)!r}: {one_line(error)}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
