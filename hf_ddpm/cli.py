@@ -202,7 +202,7 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
     model, repo_id, dry_run = args.pop("model"), args.pop("repo_id"), args.pop("dry_run")
     private, message = args.pop("private"), args.pop("commit_message")
 
-    from hf_ddpm.publishing.publish import collect, finishing_command, send
+    from hf_ddpm.publishing.publish import collect
 
     publication = collect(model, repo_id, **args)
     if not publication.portable:
@@ -210,7 +210,7 @@ def publish_command(argv: Sequence[str], prog: str) -> None:
     if dry_run:
         print(f"would be sent to {repo_id}, {args['revision'] or 'main'}:\n{publication.describe()}")
         return
-    done = send(publication, private, finishing_command(model, repo_id, private=private, **args), message)
+    done = publication.send(private=private, commit_message=message)
     print(f"{'published' if done.changed else 'nothing has changed'}: {done.url}")
 
 

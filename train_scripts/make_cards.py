@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load, save
 
 from hf_ddpm.cli import run
-from hf_ddpm.folders.layout import CARD, EVALUATION, EVALUATION_TENSORS, PLOTS
+from hf_ddpm.folders.layout import CARD, CARD_FACTS, EVALUATION, EVALUATION_TENSORS, PLOTS, TENSORS
 from hf_ddpm.publishing.card import CardFacts, make_card, read_json_file
 from hf_ddpm.publishing.publish import Publication, collect
 
@@ -17,7 +17,7 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 def make_cards(argv: Sequence[str], prog: str) -> None:
-    """Write the cards, or say which are stale."""
+    """Write the cards of all runs, or say which of them are stale."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--folder", default=CARDS, type=Path, metavar="DIR", help="of the runs [model_cards]")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 2 if a card is stale")
@@ -57,31 +57,31 @@ def make_cards(argv: Sequence[str], prog: str) -> None:
 
 
 def card_folders(parent: Path) -> list[Path]:
-    """The folders of published runs."""
-    return sorted(path.parent for path in parent.glob("*/card.json"))
+    """The folders of published runs, in order."""
+    return sorted(path.parent for path in parent.glob(f"*/{CARD_FACTS}"))
 
 
 def card_of(folder: Path) -> str:
     """The card of a published run's folder in model_cards/, from the files in it.
 
     Raises:
-        ValueError: its `card.json` is missing or says what `CardFacts` doesn't know.
+        ValueError: its `card.json` is missing, or has a key that `CardFacts` doesn't have.
     """
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     try:
-        return make_card(files, CardFacts(**read_json_file(files, "card.json")))
+        return make_card(files, CardFacts(**read_json_file(files, CARD_FACTS)))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{str(folder)!r} is no folder of a card: {error}") from error
 
 
 def save_card_folder(publication: Publication, folder: Path, *, half_weights: bool = False) -> None:
-    """Write what a card is made of, and the card: a folder of model_cards/.
+    """Write a folder of model_cards/: what a card is made of, and the card.
 
     Args:
         publication: what `collect` found.
         folder: where to; an evaluation in it is deleted, as it may be of other weights.
-        half_weights: write the weights too, in float16, so that the folder loads, but no evaluation of them
-            before they were rounded; else write no weights.
+        half_weights: whether the weights are written too, in float16, so that the folder loads. The
+            evaluation is left out then, as it measured the weights before they were rounded.
 
     Raises:
         ValueError: weights that float16 can't hold; nothing has been written then.
@@ -89,7 +89,7 @@ def save_card_folder(publication: Publication, folder: Path, *, half_weights: bo
     evaluation, contents = (EVALUATION, EVALUATION_TENSORS, *PLOTS), {}
     for path, content in publication.files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()
-        if not path.endswith(".safetensors"):
+        if not path.endswith(TENSORS):
             contents[path] = data
         elif half_weights:
             contents[path] = _halved(path, data)
@@ -101,7 +101,7 @@ def save_card_folder(publication: Publication, folder: Path, *, half_weights: bo
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     facts = {key: value for key, value in dataclasses.asdict(publication.facts).items() if value is not None}
-    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if half_weights:
         (folder / CARD).write_text(card_of(folder), encoding="utf-8")
 

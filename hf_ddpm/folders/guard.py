@@ -1,8 +1,8 @@
-"""What a model's folder says, checked before anything is allocated: sizes, weights, names of files.
+"""Checks of a folder that may come from a stranger, before any memory is allocated for what it describes.
 
-A folder may come from a stranger. Its weights files bound everything: a network is made on the "meta" device,
-which allocates nothing, and only as far as the numbers in the files would fill it. The file knows JSON and
-safetensors headers; it loads nothing.
+The sizes of the weights files bound everything: the network that `config.json` describes is made on torch's
+"meta" device, which allocates nothing, and is refused as soon as it has more weights than those files hold.
+This module reads JSON files and the headers of safetensors files. It loads no weights.
 """
 
 import json
@@ -18,19 +18,19 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hf_ddpm.folders.layout import WEIGHTS
+from hf_ddpm.folders.layout import CONFIG, TENSORS, is_weights
 from hf_ddpm.runtime.messages import one_line
 
 MAX_PIXELS = 2**26  # of an image: 8192 x 8192
-MAX_STEPS = 1_000_000  # of a process: the largest number in a scheduler's config
-SLACK = 2  # a network may have so many times the numbers of its weights files: old layouts differ a little
+MAX_STEPS = 1_000_000  # of a process; no other whole number in a scheduler's config is larger
+SLACK = 2  # a network may have twice the weights of its files: diffusers' older layouts differ a little
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The keys and values of a JSON file.
 
     Raises:
-        ValueError: there is none, or it can't be read.
+        ValueError: the file is missing, can't be read, or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -44,17 +44,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a network's weights in their folder, one or several shards; none if absent."""
-    name = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    pattern = re.compile(rf"{re.escape(name)}(-\d+-of-\d+)?\.safetensors")
-    return sorted(path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name))
+    """The safetensors files of a network's weights, one file or several shards; [] where there are none."""
+    return sorted(path for path in folder.glob(f"*{TENSORS}") if is_weights(path.name, variant))
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
     """Refuse a scheduler's config whose tables would fill the memory.
 
     Raises:
-        ValueError: a number is larger than any process has steps.
+        ValueError: a whole number is larger than the number of steps that a process may have.
     """
     for key, value in config.items():
         if isinstance(value, int) and abs(value) > MAX_STEPS:
@@ -64,20 +62,22 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
 def check_network(network: type[ModelMixin], folder: Path, variant: str | None = None) -> None:
     """Refuse weights and a config that don't belong together, or that would fill the memory.
 
+    Missing files pass: diffusers' loader names them.
+
     Args:
-        network: the class that the folder is for.
-        folder: with `config.json` and the weights.
-        variant: as in diffusers' `from_pretrained`.
+        network: the class of the network.
+        folder: holds its `config.json` and its weights.
+        variant: of the weights, as in diffusers' `from_pretrained`.
 
     Raises:
-        ValueError: shards outside the folder, a weights file that is not safetensors, images too large, or a
-            network of more weights than the files hold. Missing files are left to diffusers' loader.
+        ValueError: the index of the shards names other files than those beside it, a weights file is not
+            safetensors, the images are too large, or the network has more weights than the files hold.
     """
     for index in folder.glob("*.index*.json"):
         check_shards(index)
-    if not (folder / "config.json").is_file() or not (files := weights_files(folder, variant)):
+    if not (folder / CONFIG).is_file() or not (files := weights_files(folder, variant)):
         return
-    check_size(config := read_json(folder / "config.json"))
+    check_size(config := read_json(folder / CONFIG))
     tensors = numbers = 0
     for file in files:
         try:
@@ -91,10 +91,10 @@ def check_network(network: type[ModelMixin], folder: Path, variant: str | None =
 
 
 def check_shards(index: Path) -> None:
-    """Refuse an index file of sharded weights that names anything but files beside it.
+    """Refuse an index of sharded weights that names anything but safetensors files beside it.
 
     Raises:
-        ValueError: a name with a folder in it, or one that is not safetensors; or the index can't be read.
+        ValueError: it does, or it can't be read.
     """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -105,10 +105,10 @@ def check_shards(index: Path) -> None:
 
 
 def check_size(config: Mapping[str, Any]) -> None:
-    """Refuse images that no memory holds.
+    """Refuse images that would fill the memory.
 
     Raises:
-        ValueError: `sample_size` is no side or pair of sides, or too large.
+        ValueError: `sample_size` is neither a side in pixels nor a pair of them, or is too large.
     """
     size = config.get("sample_size")
     if size is None:
@@ -125,28 +125,29 @@ def make_empty(
     numbers: float = float("inf"),
     tensors: float = float("inf"),
 ) -> nn.Module:
-    """The network on the "meta" device: shapes, and no memory.
+    """The network on torch's "meta" device: its tensors have shapes, but no memory.
 
     Args:
         network: its class.
         config: content of its `config.json`.
         numbers: how many weights it may have; making it stops there.
-        tensors: and in how many tensors.
+        tensors: in how many tensors these may be.
 
     Raises:
-        ValueError: it has more, or its class doesn't take the config.
+        ValueError: it has more of either, or its class doesn't take the config.
     """
-    thread, found = threading.get_ident(), [0, 0]
+    thread, found = threading.get_ident(), [0, 0]  # so far: weights, tensors
 
     def count(module: nn.Module, name: str, weight: torch.Tensor | None) -> None:
         if weight is None or threading.get_ident() != thread:  # the hook sees every module of the process
             return
+        before = tuple(found)
         found[0], found[1] = found[0] + weight.numel(), found[1] + 1
         if found[0] > numbers or found[1] > tensors:
             raise ValueError(
-                f"config.json describes a network of more than {found[0] - weight.numel()} weights in "
-                f"{found[1] - 1} tensors, but its files hold {numbers // SLACK} in {tensors // SLACK}; "
-                "allowed: a config and weights of the same network"
+                f"{CONFIG} describes a network of more than {before[0]} weights in {before[1]} tensors, but "
+                f"its files hold {numbers // SLACK} in {tensors // SLACK}; allowed: a config and weights of "
+                "the same network"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -156,6 +157,6 @@ def make_empty(
     except ValueError:
         raise
     except Exception as error:  # what a class raises on a config that is not its own
-        raise ValueError(f"{network.__name__} can't be made from config.json: {one_line(error)}") from error
+        raise ValueError(f"{network.__name__} can't be made from {CONFIG}: {one_line(error)}") from error
     finally:
         hook.remove()

@@ -1,9 +1,9 @@
-"""What a pipeline's folder names as its parts, and the way of a folder from the Hub.
+"""The classes that `model_index.json` names: what is written there, and how it is read safely.
 
-`model_index.json` says [library, class] for each part. What plain diffusers runs rightly is written
-["diffusers", class], so that it loads anywhere. What only this package runs is written ["hf_ddpm", class],
-which plain diffusers refuses with an error, whether or not hf_ddpm is imported; here it is looked up in
-`models.NETWORKS`. No module that a folder names is ever imported.
+The file says [library, class] for the network and for the scheduler. What plain diffusers runs rightly is
+written ["diffusers", class], so that it loads anywhere. What only this package runs is written ["hf_ddpm",
+class]: plain diffusers refuses such a folder, whether or not hf_ddpm is imported, and this package finds the
+class in `models.NETWORKS`. No module that a folder names is ever imported.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,36 +16,47 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from hf_ddpm.folders.guard import check_network, check_scheduler, read_json, weights_files
-from hf_ddpm.folders.layout import INDEX, WEIGHTS
+from hf_ddpm.folders.layout import (
+    CONFIG,
+    INDEX,
+    SCHEDULER,
+    SCHEDULER_CONFIG,
+    SCHEDULER_FILE,
+    TENSORS,
+    UNET,
+    WEIGHTS,
+    weights_name,
+)
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.scheduler import PACKAGE, DDPMScheduler
 
-# Keywords of `from_pretrained` that are about the way from the Hub.
+# The keywords of `from_pretrained` that say how files come from the Hub.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 def __getattr__(name: str) -> Any:
-    """A network class by name: diffusers' loader looks for attributes of a module (see `resolve`)."""
+    """A network class as an attribute of this module, which is where diffusers' loader looks (`resolve`)."""
     if name in NETWORKS:
         return NETWORKS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def entries(network: Any, scheduler: Any) -> dict[str, list[str]]:
-    """What a pipeline of the two writes into its index; only what it runs rightly is left to plain diffusers.
+    """The entries of a pipeline's index for its two parts: [library, class] of each.
 
-    Plain diffusers knows two outputs: C channels, and 2C under its own scheduler with "learned_range".
+    The network is left to plain diffusers only where that runs it rightly: if it has as many channels out as
+    in, or twice as many under a `DDPMScheduler` with "learned_range".
     """
-    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    network = getattr(network, "_orig_mod", network)  # a network of torch.compile holds the original
     kind, config = type(network), getattr(network, "config", {})
     learns = config.get("out_channels") != config.get("in_channels")
     splits = isinstance(scheduler, diffusers.DDPMScheduler)
     plain = not learns or (splits and scheduler.config.get("variance_type") == "learned_range")
     plain = plain and _is_diffusers(kind.__module__)
-    module = scheduler.__module__  # the instance's word, see DDPMScheduler.register_to_config
+    module = scheduler.__module__  # which our scheduler sets by its config: DDPMScheduler.register_to_config
     return {
-        "unet": ["diffusers" if plain else PACKAGE, kind.__name__],
-        "scheduler": ["diffusers" if _is_diffusers(module) else module, type(scheduler).__name__],
+        UNET: ["diffusers" if plain else PACKAGE, kind.__name__],
+        SCHEDULER: ["diffusers" if _is_diffusers(module) else module, type(scheduler).__name__],
     }
 
 
@@ -54,40 +65,44 @@ def _is_diffusers(module: str) -> bool:
 
 
 def needs_us(index: Mapping[str, Any]) -> bool:
-    """Whether plain diffusers refuses a folder with this index."""
+    """Whether a folder with this index loads with hf_ddpm only."""
     return any(isinstance(part, list) and part[0] != "diffusers" for part in index.values())
 
 
 def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = True) -> dict[str, Any]:
-    """The index in words that diffusers' loader finds classes by.
+    """The index with entries by which diffusers' loader finds each part's class.
 
     Args:
         index: content of `model_index.json`.
-        given: parts that the caller brings along, whose entries don't matter.
-        strict: refuse other parts that are not known here; else they stay as they are.
+        given: names of the parts that the caller passes to the loader; their entries don't matter.
+        strict: whether another part of an unknown class is refused; else its entry stays as it is.
 
     Raises:
-        ValueError: a part is missing, or is of a class that is not known here.
+        ValueError: with `strict`, a part is missing, or its class is not known here.
     """
-    found, bases = dict(index), {"unet": ModelMixin, "scheduler": SchedulerMixin}
+    found, bases = dict(index), {UNET: ModelMixin, SCHEDULER: SchedulerMixin}
     if strict and not isinstance(name := index.get("_class_name"), str):
         raise ValueError(f"_class_name in {INDEX} is {name!r}; allowed: the name of a pipeline class")
     for part, base in bases.items():
         entry = index.get(part)
-        known = None if part in given else _known(part, entry)
-        if known is None and strict and part not in given:
-            words = f"{part} in {INDEX} is {entry!r}, which is not known here; allowed: "
-            if part == "scheduler":
-                raise ValueError(
-                    words + "[library, class] of a scheduler of diffusers, or scheduler= at loading"
-                )
+        if part in given:
+            found[part] = ["diffusers", base.__name__]
+        elif (known := _known(part, entry)) is not None:
+            found[part] = known
+        elif strict:
             raise ValueError(
-                words + f"[library, class] of {', '.join(NETWORKS)}, another class after "
-                "hf_ddpm.models.register_network, or unet= at loading"
+                f"{part} in {INDEX} is {entry!r}, which is not known here; allowed: {_allowed(part)}"
             )
-        if known is not None or part in given:
-            found[part] = known or ["diffusers", base.__name__]
     return found
+
+
+def _allowed(part: str) -> str:
+    if part == SCHEDULER:
+        return "[library, class] of a scheduler of diffusers, or scheduler= at loading"
+    return (
+        f"[library, class] of {', '.join(NETWORKS)}, another class after "
+        "hf_ddpm.models.register_network, or unet= at loading"
+    )
 
 
 def _known(part: str, entry: Any) -> list[str] | None:
@@ -95,7 +110,7 @@ def _known(part: str, entry: Any) -> list[str] | None:
     if not (isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(w, str) for w in entry)):
         return None
     library, kind = entry
-    if part == "unet":
+    if part == UNET:
         known = kind in NETWORKS and library in ("diffusers", PACKAGE, NETWORKS[kind].__module__)
         return [__name__, kind] if known else None
     if library == PACKAGE and kind == DDPMScheduler.__name__:
@@ -109,52 +124,51 @@ def _is_scheduler(kind: str) -> bool:
 
 
 def check_folder(folder: Path, variant: str | None = None, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Refuse a pipeline's folder that names what is not known here, or whose parts are of absurd sizes.
+    """Refuse a pipeline's folder that names an unknown class, or whose parts would fill the memory.
 
     Args:
         folder: of a pipeline; its parts in folders of their own, or all at the root as in old repositories.
         variant: of the weights, as in diffusers' `from_pretrained`.
-        given: parts that the caller brings along.
+        given: names of the parts that the caller passes to the loader, which are not looked at.
 
     Returns:
         The content of `model_index.json`.
 
     Raises:
-        ValueError: as said; the message names the culprit.
+        ValueError: the folder is refused; the message names the file or the entry.
     """
     index = read_json(folder / INDEX)
     found = resolve(index, given)
-    if "scheduler" not in given:
-        file = part_folder(folder, "scheduler") / "scheduler_config.json"
+    if SCHEDULER not in given:
+        file = part_folder(folder, SCHEDULER) / SCHEDULER_CONFIG
         check_scheduler(read_json(file) if file.is_file() else {})
-    if "unet" not in given:
-        place = part_folder(folder, "unet")
-        check_network(NETWORKS[found["unet"][1]], place, variant)
-        if (place / "config.json").is_file() and not weights_files(place, variant):
-            name = f"{WEIGHTS}.safetensors" if variant is None else f"{WEIGHTS}.{variant}.safetensors"
-            raise ValueError(f"there is no file named {name}, and pickles (.bin) are never loaded")
+    if UNET not in given:
+        place = part_folder(folder, UNET)
+        check_network(NETWORKS[found[UNET][1]], place, variant)
+        if (place / CONFIG).is_file() and not weights_files(place, variant):
+            raise ValueError(
+                f"there is no file named {weights_name(variant)}, and pickles (.bin) are never loaded"
+            )
     return index
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """Where a part's files are."""
+    """Where a part's files are: in a folder of its name, or at the root as in old repositories."""
     return folder / part if (folder / part).is_dir() else folder
 
 
 def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
-    """A pipeline's files from the Hub or its cache: JSON and safetensors, never pickles or code.
+    """Download a pipeline's JSON and safetensors files, but for those in the cache; no pickles, no code.
 
     Args:
         repo_id: on the Hub.
-        variant: of the weights.
-        **options: of `HUB_OPTIONS`, as in `snapshot_download`.
+        variant: of the weights, as in diffusers' `from_pretrained`.
+        **options: keywords of `huggingface_hub.snapshot_download` that `HUB_OPTIONS` lists.
 
     Returns:
         The folder in the cache.
     """
-    weights = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    names = ["config.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
-    names.append(f"{WEIGHTS}.safetensors.index*.json")
-    patterns = [INDEX, "scheduler_config.json", "scheduler/scheduler_config.json"]
-    patterns += [prefix + name for prefix in ("", "unet/") for name in names]
+    shards = weights_name(variant).removesuffix(TENSORS) + f"-*-of-*{TENSORS}"
+    names = [CONFIG, weights_name(variant), shards, f"{WEIGHTS}{TENSORS}.index*.json"]
+    patterns = [INDEX, SCHEDULER_CONFIG, SCHEDULER_FILE, *names, *(f"{UNET}/{name}" for name in names)]
     return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))

@@ -1,12 +1,41 @@
-"""Numbers of a card: evaluation.json and a run's last log lines as tables, words and the Hub's metadata."""
+"""Readers of what was measured: `evaluation.json`, and the last numbers of a run's log.
 
-from collections.abc import Mapping
+`evaluation.json` is an object of these sections; bits are bits per dimension, {value, stderr} is a mean over
+images with its standard error (null for a single image), and those marked ° may be missing.
+
+    bits_per_dim      variance_type; bpd, rate_bpd, distortion_bpd, prior_bpd: {value, stderr}
+    other_variance °  the same under the other fixed variance
+    method            name, steps, evaluations_per_image, clip_x0, decoder, seed, … : how bits/dim were taken
+    data              dataset, split, fit, shape, num_images (scored), num_rows (of the split), fingerprint,
+                      trained_on (whether the model was trained on this split)
+    model             name, weights (a digest), process (a digest), prediction_type
+    comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
+    sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
+                      scheduler, sampling_steps, variance_type; a label with
+                      " std " in it is a spread, not a metric
+    memorisation °    dataset, split, num_rows, fingerprint, quantile, near (grey levels), trained_on;
+                      samples and heldout: {num_images, share_near, median_distance (grey levels),
+                      exact_copies}; scheduler, sampling_steps, variance_type
+    seconds, processes, device, command, date, versions
+
+evaluation/report.py writes it. No other module reads it, but for a comparison of two evaluations, in that
+folder. A log is described in training/log.py.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
 TASK = "unconditional-image-generation"
+BITS = (("bits/dim", "bpd"), ("rate", "rate_bpd"), ("distortion (L₀)", "distortion_bpd"))  # rows of the table
+HUB_BITS = (  # the Hub's name of the metric, its key, what it is called
+    ("bits_per_dim", "bpd", "bits/dim, upper bound"),
+    ("rate", "rate_bpd", "rate, bits/dim"),
+    ("distortion", "distortion_bpd", "distortion, bits/dim"),
+)
 METRICS = {  # first word of a label in evaluation.json: the Hub's name of the metric
     "FID": "fid",
     "KID": "kid",
@@ -15,130 +44,131 @@ METRICS = {  # first word of a label in evaluation.json: the Hub's name of the m
     "KD": "kernel_distance",
     "CS": "classifier_score",
 }
+LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
 
-def _number(part: Mapping[str, Any], digits: int = 3) -> str:
-    stderr = part["stderr"]
-    return f"{part['value']:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+def with_error(number: Mapping[str, float | None], digits: int) -> str:
+    """A number {value, stderr} as "3.499 ± 0.017", with so many digits after the point."""
+    return f"{number['value']:.{digits}f}" + _error(number, digits)
 
 
-def bits_table(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of bits/dim: what it is made of, for each fixed variance."""
-    columns = [report["bits_per_dim"]] + ([report["other_variance"]] if "other_variance" in report else [])
-    rows = [
-        [words, *(_number(column[key]) for column in columns)]
-        for words, key in (
-            ("bits/dim", "bpd"),
-            ("rate", "rate_bpd"),
-            ("distortion (L₀)", "distortion_bpd"),
-        )
-    ]
-    method, data = report["method"], report["data"]
-    clipped = "clipped" if method["clip_x0"] else "unclipped"
-    fitted = (
-        "" if data["fit"] == "exact" else f" The images were changed to the model's size ({data['fit']})."
-    )
+def _error(number: Mapping[str, float | None], digits: int) -> str:
+    return "" if number["stderr"] is None else f" ± {number['stderr']:.{digits}f}"
+
+
+# An evaluation
+
+
+def measured_weights(report: Mapping[str, Any]) -> str | None:
+    """The digest of the weights that were measured (`models.weights_digest`); None if it isn't said."""
+    return report.get("model", {}).get("weights")
+
+
+def card_words(report: Mapping[str, Any], call: Callable[[str], str | None]) -> dict[str, Any]:
+    """What a card says of an evaluation.
+
+    Args:
+        report: the content of `evaluation.json`; {} where there is none.
+        call: what the card calls a data set, by its name in the report.
+
+    Returns:
+        bits and samples, each a table with words beside it, memory, a sentence, and evaluation_command, a
+        command line; None for what was not measured.
+    """
+    if not report:
+        return dict.fromkeys(("bits", "samples", "memory", "evaluation_command"))
+    memory = report.get("memorisation")
     return {
-        "columns": [f"variance `{column['variance_type']}`" for column in columns],
-        "rows": rows,
-        "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
-        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder.{fitted}",
+        "bits": _bits_table(report, call),
+        "samples": _samples_table(report),
+        "memory": memory and describe_memorisation(memory, call(memory["dataset"])),
+        "evaluation_command": report.get("command"),
     }
 
 
-def samples_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of sample metrics beside their floor."""
+def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) -> dict[str, Any]:
+    """The table of bits/dim: what it is made of, for each fixed variance."""
+    columns = _variances(report)
+    method, data = report["method"], report["data"]
+    clipped = "clipped" if method["clip_x0"] else "unclipped"
+    fitted = f" The images were changed to the model's size ({data['fit']})."
+    return {
+        "num_images": data["num_images"],
+        "dataset": call(data["dataset"]),
+        "split": data["split"],
+        "trained_on": data["trained_on"],
+        "columns": [f"variance `{column['variance_type']}`" for column in columns],
+        "rows": [[words, *(with_error(column[key], 3) for column in columns)] for words, key in BITS],
+        "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
+        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder."
+        + ("" if data["fit"] == "exact" else fitted),
+    }
+
+
+def _samples_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The table of sample metrics beside their floor: what other real images reach."""
     found = report.get("sample_metrics")
     if found is None:
         return None
-    names = [name for name in found["samples"] if " std " not in name]
-    rows = [[name, *(f"{found[kind][name]:.4g}" for kind in ("samples", "floor"))] for name in names]
     return {
         "network": f"`{found['extractor']}`",
         "num_samples": found["num_samples"],
         "num_floor": found["num_floor"],
-        "rows": rows,
+        "rows": [[name, f"{ours:.4g}", f"{floor:.4g}"] for name, ours, floor in _metrics(found)],
         "method": f"Samples of {found['scheduler']} in {found['sampling_steps']} steps, compared with "
         f"{found['num_reference']} real images.",
     }
 
 
-def hub_results(report: Mapping[str, Any], dataset_id: str | None) -> list[EvalResult]:
-    """The numbers as the Hub's metadata, which it shows beside the card."""
+def hub_results(report: Mapping[str, Any], id_of: Callable[[str], str | None]) -> list[EvalResult] | None:
+    """An evaluation's numbers as the metadata that the Hub shows beside a card; None where there are none.
+
+    Args:
+        report: the content of `evaluation.json`; {} where there is none.
+        id_of: the Hub's id of a data set, by its name in the report; None if it has none.
+    """
+    if not report:
+        return None
     data = report["data"]
-    kind = dataset_id or Path(data["dataset"]).name
+    kind = id_of(data["dataset"]) or Path(data["dataset"]).name
     on = {"task_type": TASK, "dataset_type": kind, "dataset_name": kind, "dataset_split": data["split"]}
-    results = []
-    for numbers in (report["bits_per_dim"], report.get("other_variance")):
-        for metric, key in (("bits_per_dim", "bpd"), ("rate", "rate_bpd"), ("distortion", "distortion_bpd")):
-            if numbers is None:
-                continue
-            value, stderr = numbers[key]["value"], numbers[key]["stderr"]
-            error = "" if stderr is None else f", ± {stderr:.3f}"
-            words = {"bpd": "bits/dim, upper bound"}.get(key, f"{metric}, bits/dim")
-            name = f"{words} ({numbers['variance_type']}{error})"
-            results.append(
-                EvalResult(**on, metric_type=metric, metric_value=round(value, 4), metric_name=name)
-            )
-    found = report.get("sample_metrics", {"samples": {}})
-    for name, value in found["samples"].items():
-        if (metric := METRICS.get(name.split(" ")[0])) and " std " not in name:
-            name = f"{name}, {found['num_samples']} samples"
-            value = float(f"{value:.4g}")
-            results.append(EvalResult(**on, metric_type=metric, metric_value=value, metric_name=name))
-    return results
-
-
-def heldout_words(training: Mapping[str, Any]) -> str | None:
-    """Held-out bits/dim that training noted."""
-    if "heldout_bpd" not in training:
-        return None
-    return _number({"value": training["heldout_bpd"], "stderr": training.get("heldout_stderr")})
-
-
-def training_words(training: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The run's last numbers, fit to be read."""
-    if training is None:
-        return None
-    loss = {"loss": f"{training['loss']:.4f}"} if "loss" in training else {}
-    seconds = training.get("seconds", 0)
-    time = {"minutes": f"{seconds / 60:,.0f}"} if seconds > 90 else {}
-    return {**training, **loss, **time}
+    found = []  # the Hub's metric, value, words
+    for numbers in _variances(report):
+        for metric, key, words in HUB_BITS:
+            error = _error(numbers[key], 3)
+            words = f"{words} ({numbers['variance_type']}{',' * bool(error)}{error})"
+            found.append((metric, round(numbers[key]["value"], 4), words))
+    if metrics := report.get("sample_metrics"):
+        for name, ours, _ in _metrics(metrics):
+            if metric := METRICS.get(name.split(" ")[0]):
+                found.append((metric, float(f"{ours:.4g}"), f"{name}, {metrics['num_samples']} samples"))
+    return [EvalResult(**on, metric_type=m, metric_value=v, metric_name=words) for m, v, words in found]
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report in a few lines for a terminal."""
-    method, data = report["method"], report["data"]
-    lines = []
-    for numbers in (report["bits_per_dim"], report.get("other_variance")):
-        if numbers is not None:
-            rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
-            lines.append(
-                f"{_words(numbers['bpd'])} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
-                f"+ distortion {distortion:.4f}"
-            )
+    """An evaluation in a few lines for a terminal."""
+    method, data, lines = report["method"], report["data"], []
+    for numbers in _variances(report):
+        rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
+        lines.append(
+            f"{with_error(numbers['bpd'], 4)} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
+            f"+ distortion {distortion:.4f}"
+        )
     fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
     lines.append(
         f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
     )
-    if "comparison" in report:
-        found = report["comparison"]
-        both = _words({"value": found["difference_bpd"], "stderr": found["stderr"]})
+    if found := report.get("comparison"):
+        both = with_error({"value": found["difference_bpd"], "stderr": found["stderr"]}, 4)
         lines.append(
             f"{both} bits/dim difference to {found['with']['name']} ({' - '.join(found['variance_types'])})"
         )
-    if "sample_metrics" in report:
-        found = report["sample_metrics"]
-        for name, value in found["samples"].items():
-            if " std " in name:
-                continue
-            lines.append(
-                f"{name}: {value:.4g} of {found['num_samples']} samples, {found['floor'][name]:.4g} of "
-                f"{found['num_floor']} real images"
-            )
-    if "memorisation" in report:
-        lines.append(describe_memorisation(report["memorisation"]))
+    if found := report.get("sample_metrics"):
+        of = f"of {found['num_samples']} samples", f"of {found['num_floor']} real images"
+        lines += [f"{name}: {ours:.4g} {of[0]}, {floor:.4g} {of[1]}" for name, ours, floor in _metrics(found)]
+    if found := report.get("memorisation"):
+        lines.append(describe_memorisation(found))
     return "\n".join(lines)
 
 
@@ -146,7 +176,7 @@ def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) 
     """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
     ours, floor = found["samples"], found["heldout"]
     where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
-    where += "" if found.get("trained_on", True) else " (on which no record says that it was trained)"
+    where += "" if found["trained_on"] else " (on which no record says that it was trained)"
     return (
         f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "
         f"levels (RMSE) of {where}, against {floor['share_near']:.1%} of {floor['num_images']} held-out "
@@ -155,6 +185,50 @@ def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) 
     )
 
 
-def _words(value: Mapping[str, Any]) -> str:
-    stderr = value["stderr"]
-    return f"{value['value']:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+def _variances(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sections of bits/dim, one for each variance that was scored."""
+    return [report[key] for key in ("bits_per_dim", "other_variance") if key in report]
+
+
+def _metrics(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Section "sample_metrics" without the spreads: label, value of the samples, value of real images."""
+    return [
+        (name, ours, found["floor"][name]) for name, ours in found["samples"].items() if " std " not in name
+    ]
+
+
+# A run's log
+
+
+def last_numbers(log: Path) -> dict[str, Any] | None:
+    """The last value of each number of a run's log that a card tells; None if the log has none.
+
+    Returns:
+        step, images, and, where they were logged, seconds, loss, and heldout_bpd, heldout_stderr,
+        heldout_images and heldout_step, of the last time that held-out images were scored.
+    """
+    found: dict[str, Any] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            numbers = json.loads(line)
+        except ValueError:  # a killed run may leave half a line
+            continue
+        found |= {key: numbers[key] for key in LOGGED if key in numbers}
+        if "heldout_bpd" in numbers:
+            found["heldout_step"] = numbers["step"]
+    return found if "images" in found else None
+
+
+def training_words(numbers: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `last_numbers` found, in words for a card: loss, minutes and heldout are texts, where known."""
+    if numbers is None:
+        return None
+    words = dict(numbers)
+    if "loss" in numbers:
+        words["loss"] = f"{numbers['loss']:.4f}"
+    if numbers.get("seconds", 0) > 90:
+        words["minutes"] = f"{numbers['seconds'] / 60:,.0f}"
+    if "heldout_bpd" in numbers:
+        number = {"value": numbers["heldout_bpd"], "stderr": numbers.get("heldout_stderr")}
+        words["heldout"] = with_error(number, 3)
+    return words

@@ -1,7 +1,7 @@
-"""DDPMPipeline: noise → model → scheduler → image.
+"""DDPMPipeline: noise → network → scheduler → image, Ho et al. 2020, algorithm 2.
 
-It knows the sampling loop. What a step does is the scheduler's; what the network says of one x_t is
-predictor.py's; folders and the Hub are portable.py's.
+This module knows the sampling loop. What a step does is the scheduler's matter, what the network says of one
+x_t is predictor.py's, and folders and the Hub are portable.py's.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     """What a call of the pipeline returns.
 
     Attributes:
-        images: the samples, in the asked output type.
+        images: the samples, in the output type that was asked for.
         pred_original_images: for each position in `pred_original_steps`, as given, the predicted x_0 there.
     """
 
@@ -140,7 +140,7 @@ class DDPMPipeline(PredictingPipeline):
         *,
         callback_on_step_end: Callback | None = None,
     ) -> Tensor:
-        """Draw x_0 given x_t: algorithm 2 from step t on, over t, t − 1, ..., 0.
+        """Draw x_0 given x_t: algorithm 2 from step t on, over the steps t, t − 1, ..., 0.
 
         Args:
             x_t (`torch.Tensor`): the state after step t, (B, C, H, W), of a variance that fits t, such as
@@ -148,9 +148,9 @@ class DDPMPipeline(PredictingPipeline):
             t (`int`): zero-based step of the training process.
             generator (`torch.Generator` or a list of B of them, *optional*): of the noise of the steps. With
                 a list, an image depends on its own x_t and generator only; equal seeds mean equal noise.
-            num_inference_steps (`int`, *optional*): K, as in a call that samples: the steps executed are t
-                and those below it of the K that a call would take, about K·t/T. x_t may be at any t.
-            callback_on_step_end (`Callable`, *optional*): as in a call that samples.
+            num_inference_steps (`int`, *optional*): K, as when sampling from noise. The steps taken are t
+                itself, which need not be one of the K, and those of the K below t: about K·t/T steps.
+            callback_on_step_end (`Callable`, *optional*): as when sampling from noise.
 
         Returns:
             The images, about in [−1, 1], (B, C, H, W), on the network's device and in its dtype.
@@ -184,7 +184,7 @@ class DDPMPipeline(PredictingPipeline):
         """One batch from noise: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
         if not isinstance(scheduler, DDPMScheduler):
-            scheduler.set_timesteps(num_steps)  # again for each batch: the others keep state
+            scheduler.set_timesteps(num_steps)  # forgets the batch before: other schedulers keep state
         x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
         return self._run(x * scheduler.init_noise_sigma, generator, places, callback)
 
@@ -217,7 +217,7 @@ class DDPMPipeline(PredictingPipeline):
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The predicted x_0 of a step: the scheduler's own, or by the process of its config."""
+        """The predicted x_0 of a step: the scheduler's own, or, if it has none, that of the process."""
         if getattr(result, "pred_original_sample", None) is not None:
             return result.pred_original_sample
         if t != t.round():
@@ -235,10 +235,13 @@ class DDPMPipeline(PredictingPipeline):
         max_batch_size: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
     ) -> tuple[tuple[int, int, int], int, int]:
-        """Refuse what `__call__` can't do, before any work; its arguments and errors.
+        """Refuse what `__call__` can't do, before any work, and set the scheduler to the number of steps.
+
+        Arguments and errors are those of `__call__`.
 
         Returns:
-            The images' shape (C, H, W), K, and the number of the network's calls (more than K for some).
+            The images' shape (C, H, W); K; and how often the network is called for an image, which is more
+            than K for some samplers.
         """
         count = "whole numbers >= 1"
         _require(_is_count(batch_size), "batch_size", batch_size, count)

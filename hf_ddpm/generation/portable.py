@@ -1,6 +1,6 @@
-"""A pipeline's folder: written so that plain diffusers loads what it can run, read from a folder or the Hub.
+"""A pipeline's folder: written so that plain diffusers loads what it can run; read from a disk or the Hub.
 
-It knows files and the Hub, and no sampling.
+This module knows files and the Hub. It knows nothing of sampling.
 """
 
 import json
@@ -14,35 +14,35 @@ from typing import Any, TypeVar
 import diffusers
 
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, resolve
-from hf_ddpm.folders.layout import INDEX
+from hf_ddpm.folders.layout import INDEX, SCHEDULER, UNET
 from hf_ddpm.generation.samplers import diffusers_messages, load_reason
-from hf_ddpm.publishing.publish import collect, send
+from hf_ddpm.publishing.publish import collect
+from hf_ddpm.publishing.upload import Retry
 from hf_ddpm.runtime.messages import redact
 
 logger = logging.getLogger(__name__)
-# Parts passed to a running `from_pretrained`, which calls `load_config` without them.
+# Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
 PASSED: ContextVar[frozenset[str]] = ContextVar("PASSED", default=frozenset())
 Pipeline = TypeVar("Pipeline", bound="PortablePipeline")
 
 
 class PortablePipeline(diffusers.DDPMPipeline):
-    """A `diffusers.DDPMPipeline` whose folder says who can run it, and that reads no pickle and runs no code.
+    """A `diffusers.DDPMPipeline` whose folder says who can run it, and which loads no pickles and no code.
 
-    What plain diffusers can run rightly is written in its words, and loads where hf_ddpm is not installed.
-    What it can't (network classes that it doesn't have, "learned" variances, "mean" and "score" predictions)
-    is written as hf_ddpm's: plain diffusers refuses such a folder, and `from_pretrained` of this class loads
-    it.
+    What plain diffusers runs rightly is written in its words, and loads where hf_ddpm is not installed. What
+    it doesn't (network classes that it lacks, "learned" variances, "mean" and "score" predictions) is
+    written as hf_ddpm's: plain diffusers refuses such a folder, and `from_pretrained` of this class loads it.
     """
 
     def to_json_string(self) -> str:
         """Content of `model_index.json`."""
         index = json.loads(super().to_json_string()) | entries(self.unet, self.scheduler)
-        index["_class_name"] = diffusers.DDPMPipeline.__name__  # which a subclass of ours may not be called
+        index["_class_name"] = diffusers.DDPMPipeline.__name__  # whatever a subclass of ours is called
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Diffusers' `load_config`, with entries by which its loader finds the classes known here."""
+        """What diffusers' `load_config` reads, with entries by which its loader finds our classes."""
         config: Any = super().load_config(*args, **kwargs)
         return resolve(config, PASSED.get(), strict=False) if isinstance(config, dict) else config
 
@@ -58,9 +58,9 @@ class PortablePipeline(diffusers.DDPMPipeline):
         Args:
             save_directory: the folder.
             safe_serialization: only `True`.
-            push_to_hub: publish the folder as well, with `repo_id` (by default its name) and other keywords
-                of `push_to_hub` in `kwargs`.
-            **kwargs: as in diffusers, such as `variant`.
+            push_to_hub: publish the folder as well.
+            **kwargs: `variant` and `max_shard_size` as in diffusers, and with `push_to_hub`, `repo_id` (by
+                default the folder's name) and the keywords of the method `push_to_hub`.
 
         Raises:
             ValueError: `safe_serialization=False` (pickles are never written), a network that is not
@@ -81,14 +81,37 @@ class PortablePipeline(diffusers.DDPMPipeline):
             raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
         super().save_pretrained(save_directory, safe_serialization=True, **saving)
         if push_to_hub:
-            self._publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            _publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
-        """Publish the pipeline on the Hub, with a card: `hf_ddpm.hub.publish` of a folder saved for it.
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool = False,
+        token: str | bool | None = None,
+        *,
+        revision: str | None = None,
+        license: str | None = None,
+        dataset_license: str | None = None,
+        dataset_id: str | None = None,
+        picture: str | os.PathLike | None = None,
+        custom_pipeline: bool = False,
+        retry: Retry | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hub, with a card: `hf_ddpm.publishing.publish` of a temporary folder.
 
         Args:
             repo_id: "user/name", or "name" for your own namespace; made if it is not there.
-            **kwargs: of `publish`, such as `private`, `revision`, `token`, `commit_message` and `license`.
+            commit_message: by default says which package sent it.
+            private: whether the repository is made private.
+            token: by default the environment's, or that of `hf auth login`.
+            revision: branch, made if it is not there; by default main.
+            license: of the weights, an identifier of the Hub such as "apache-2.0".
+            dataset_license: of the training images.
+            dataset_id: of the training images on the Hub.
+            picture: a PNG file for the card.
+            custom_pipeline: whether `pipeline.py` is added, for diffusers' `custom_pipeline`.
+            retry: how often to try, and how long to wait in between.
 
         Returns:
             The repository's address.
@@ -99,14 +122,20 @@ class PortablePipeline(diffusers.DDPMPipeline):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return self._publish(folder, repo_id, **kwargs)
-
-    @staticmethod
-    def _publish(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> str:
-        sending = {key: kwargs.pop(key) for key in ("token", "retry") if key in kwargs}
-        private, message = bool(kwargs.pop("private", False)), kwargs.pop("commit_message", None)
-        publication = collect(folder, repo_id, **kwargs)
-        return send(publication, private, "call it again", message, **sending).url
+            return _publish(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                license=license,
+                dataset_license=dataset_license,
+                dataset_id=dataset_id,
+                picture=picture,
+                custom_pipeline=custom_pipeline,
+                retry=retry,
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -132,7 +161,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
         if folder.exists() and not (folder / INDEX).is_file():
             raise ValueError(f"model folder {shown!r} has no {INDEX}: it is not a pipeline folder")
         token: Any = kwargs.get("token")
-        passed = frozenset({"unet", "scheduler"} & set(kwargs))
+        passed = frozenset({UNET, SCHEDULER} & set(kwargs))
         from_hub, trusted = not folder.exists(), bool(kwargs.get("trust_remote_code"))
         try:
             with diffusers_messages() as messages:
@@ -160,3 +189,24 @@ class PortablePipeline(diffusers.DDPMPipeline):
         if from_hub:
             pipeline.register_to_config(_name_or_path=name)  # not the cache's folder
         return pipeline
+
+
+def _publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = False,
+    token: str | bool | None = None,
+    retry: Retry | None = None,
+    **collecting: Any,
+) -> str:
+    """Publish the folder; other keywords are those of `collect`."""
+    publication = collect(folder, repo_id, **collecting)
+    return publication.send(
+        private=bool(private),
+        commit_message=commit_message,
+        token=token,
+        retry=retry,
+        remedy="call it again",
+    ).url

@@ -1,6 +1,7 @@
 """What a pipeline's network says of one x_t: E[x_0 | x_t] and the score, whatever its prediction type.
 
-It knows the network and the process that it was trained for. Sampling is pipeline.py's.
+This module knows the network and the process that it was trained for, and no sampler: that a network can be
+asked about any x_t and that images are drawn with it step by step are two subjects. Drawing is pipeline.py's.
 """
 
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ class PredictingPipeline(PortablePipeline):
         """The process of T steps that the network was trained for, whatever `set_timesteps` chose.
 
         Raises:
-            ValueError: the scheduler is not one of a DDPM, so that its config doesn't say it.
+            ValueError: the scheduler's config doesn't say it: the scheduler is not one of a DDPM.
         """
         return training_scheduler(self.scheduler).process
 
@@ -55,9 +56,9 @@ class PredictingPipeline(PortablePipeline):
 
             E[√ᾱ_t x_0 | x_t] = x_t + (1 − ᾱ_t) ∇ log q(x_t)        (Tweedie)
 
-        It is of the noised data. The *conditional* score ∇ log q(x_t | x_0) = −ε/√(1 − ᾱ_t) needs the x_0
-        that x_t was made of; the marginal one is its mean given x_t. Arguments and errors as in `predict_x0`,
-        but every prediction type has a score at ᾱ_t = 0.
+        This is the score of the noised data. The *conditional* score ∇ log q(x_t | x_0) = −ε/√(1 − ᾱ_t)
+        needs the x_0 that x_t was made of; the marginal score is its mean given x_t. Arguments and errors are
+        those of `predict_x0`, but that every prediction type has a score at ᾱ_t = 0.
 
         Returns:
             The score, shape and dtype of x_t.
@@ -65,7 +66,7 @@ class PredictingPipeline(PortablePipeline):
         return to_score(self.process, self.scheduler.config["prediction_type"], self._answer(x_t, t), x_t, t)
 
     def _answer(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The network's output, without a learned variance."""
+        """The network's output at x_t, (B, C, H, W): of a network that learns variances, the first half."""
         if x_t.ndim != 4 or not x_t.is_floating_point():
             raise ValueError(
                 f"x_t is {x_t.dtype} of shape {tuple(x_t.shape)}; allowed: floating point, (B, C, H, W)"
@@ -96,11 +97,11 @@ class PredictingPipeline(PortablePipeline):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; diffusers would ask it, and only its own models answer."""
+        """Where the network is. It need not be one of diffusers' models, which alone know their device."""
         return self._weight.device
 
     def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
-        """Move the network, in place: diffusers' `to`, or `nn.Module.to` where the network is not theirs."""
+        """Move the network in place: diffusers' `to`, or `nn.Module.to` of a network of another kind."""
         if isinstance(self.unet, nn.Module) and not hasattr(self.unet, "dtype"):
             self.unet.to(*args, **kwargs)
             return self
@@ -108,6 +109,6 @@ class PredictingPipeline(PortablePipeline):
 
     @property
     def _weight(self) -> Tensor:
-        """Any of the network's weights, for its device and dtype."""
+        """Any of the network's weights, for its device and dtype; an empty tensor where it has none."""
         parameters = self.unet.parameters() if isinstance(self.unet, nn.Module) else iter(())
         return next((p for p in parameters if p.is_floating_point()), torch.empty(0))

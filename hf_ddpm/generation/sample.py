@@ -1,26 +1,26 @@
 """Drawing images from a model into a folder: numbered PNG files and a grid, on one or more processes.
 
-Image i depends on the seed and i alone. The file knows folders and processes; the images are the pipeline's.
+Image i depends on the seed and i alone. This module knows folders and processes; pipeline.py makes the
+images.
 """
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from hf_ddpm.folders.layout import GRID, SAMPLE, sample_name
 from hf_ddpm.generation.grids import image_grid, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.generation.samplers import swap_scheduler
+from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import REFRESH
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.variances import LEARNED
 
-GRID_IMAGES = 100  # a grid shows at most so many of the samples
-OURS = re.compile(r"\d{5,}\.png|grid\.png")  # what `sample` writes, and may replace
+GRID_IMAGES = 100  # the grid shows at most so many of the samples
 
 
 def sample(
@@ -34,19 +34,30 @@ def sample(
     batch_size: int = 64,
     overwrite: bool = False,
 ) -> Path:
-    """Write `num_images` numbered PNG files and a grid of the first hundred; returns the grid's path.
+    """Write `num_images` numbered PNG files and a grid of the first hundred.
 
-    Everything is checked before the folder is touched, and old samples go when their successors are there.
+    Everything is checked before the folder is touched. Old samples are deleted when the new ones are there.
+
+    Args:
+        model: a pipeline's folder or Hub id.
+        num_images: how many.
+        out: the folder; made if it is not there.
+        steps: sampling steps, by default all T.
+        scheduler: a key of `SCHEDULERS`; by default the model's own.
+        variance_type: "fixed_small" or "fixed_large", for the sampler "ddpm"; by default the model's own.
+        seed: of all noise, ≥ 0.
+        batch_size: images at once in each process.
+        overwrite: whether samples that the folder holds may be replaced.
+
+    Returns:
+        The grid's path.
 
     Raises:
         ValueError: a number out of range, a folder that can't be written or holds samples already, a bad
             model, a sampler that is unknown or can't do this.
     """
-    for name, value, least in (
-        ("num_images", num_images, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
+    least_values = (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
+    for name, value, least in least_values:
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
     if variance_type not in (None, "fixed_small", "fixed_large"):
@@ -69,8 +80,8 @@ def sample(
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
-    _prepare_folder(folder, overwrite)  # every process looks before any of them writes
-    state.wait_for_everyone()
+    _check_folder(folder, overwrite)
+    state.wait_for_everyone()  # every process has looked before any of them writes
 
     pipeline.set_progress_bar_config(
         desc="sample", leave=False, disable=not state.is_main_process, mininterval=REFRESH
@@ -80,26 +91,22 @@ def sample(
         indices = mine[start : start + batch_size]
         images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
         for i, image in zip(indices, images, strict=True):
-            save_image(image, folder / f"{i:05d}.png")
+            save_image(image, folder / sample_name(i))
     state.wait_for_everyone()
 
-    grid = folder / "grid.png"
+    grid = folder / GRID
     if state.is_main_process:
-        names = [f"{i:05d}.png" for i in range(num_images)]
+        names = [sample_name(i) for i in range(num_images)]
         save_image(image_grid([Image.open(folder / name) for name in names[:GRID_IMAGES]]), grid)
         for name in _samples_in(folder) - {*names, grid.name}:
             (folder / name).unlink()
-        print(f"{num_images} images and grid.png in {folder}")
+        print(f"{num_images} images and {GRID} in {folder}")
     return grid
 
 
-def _prepare_folder(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise ValueError(f"out {str(folder)!r} can't be written: {error.strerror}") from None
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if reason := why_not_writable(folder):
+        raise ValueError(f"out {str(folder)!r} can't be written: {reason}")
     if not overwrite and _samples_in(folder):
         raise ValueError(
             f"out {str(folder)!r} holds samples already; allowed: another folder, or --overwrite"
@@ -107,4 +114,5 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _samples_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if OURS.fullmatch(path.name)}
+    """The names of the files that `sample` wrote into a folder, and may replace."""
+    return {path.name for path in folder.glob("*") if SAMPLE.fullmatch(path.name) or path.name == GRID}

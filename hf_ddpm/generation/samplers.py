@@ -1,6 +1,6 @@
-"""diffusers' samplers by name, and its loader's habits: what a pipeline must know of the library around it.
+"""What a pipeline must know of diffusers: its samplers by name, its configs, its messages and errors.
 
-It knows config keys, log records and errors of diffusers; it knows no images.
+This module knows no images.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
-# What of a scheduler's config decides what the network's answers mean; every scheduler of a DDPM has them.
+# Keys of a scheduler's config that say what the network was trained for: every scheduler of a DDPM has them.
 NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
@@ -46,18 +46,19 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
         hint = did_you_mean(name, SCHEDULERS)
         raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
     config = whole_config(pipeline.scheduler)
-    if config.get("timestep_spacing") != "trailing":  # a choice; the other two are samplers' defaults
+    # "trailing" is somebody's choice and stays; the other two are defaults, of which each sampler has its own
+    if config.get("timestep_spacing") != "trailing":
         config.pop("timestep_spacing", None)
     if name == "pndm":
-        config["set_alpha_to_one"] = True  # end at x_0, not at step 0's noise level
+        config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
     pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
-    """Ours, of the process that a sampler's config says the network was trained for.
+    """Our scheduler of the process that the network was trained for, by the config of any sampler.
 
     Raises:
-        ValueError: the config lacks what says it, which `from_config` would fill in with a default.
+        ValueError: the config lacks a key that says it; `from_config` would fill in a default.
     """
     if isinstance(scheduler, DDPMScheduler):
         return scheduler
@@ -70,17 +71,17 @@ def training_scheduler(scheduler: Any) -> DDPMScheduler:
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:
-    """A config that another class can be made from.
+    """A scheduler's config without the note of which keys were left at their default.
 
-    `from_config` takes what is noted as left at the old class's default to be the new class's default, but
-    these differ: Heun's betas are others.
+    `from_config` of another class would replace those keys by its own defaults, which differ: Heun's betas
+    are not DDPM's.
     """
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
 
 @contextlib.contextmanager
 def diffusers_messages() -> Iterator[list[str]]:
-    """Collect diffusers' warnings instead of printing them, and let it show no bar."""
+    """Collect diffusers' warnings in the list instead of printing them, and hide its progress bars."""
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(one_line(record.getMessage(), limit=None))
@@ -99,7 +100,7 @@ def diffusers_messages() -> Iterator[list[str]]:
 
 
 def load_reason(error: Exception) -> str:
-    """Why loading failed, in one line: diffusers' words, and what safetensors said before them."""
+    """Why loading failed, in one line: diffusers' words, and those of safetensors if it was the cause."""
     cause: Any = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__

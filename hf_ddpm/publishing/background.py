@@ -1,6 +1,7 @@
-"""Publishing while a network trains: snapshots that a thread uploads, the newest first.
+"""Publishing while a network trains: a thread uploads snapshots of the run's folder, always the newest.
 
-Training never waits and never fails for it. It knows threads and files; what is sent is publication.py's.
+Training neither waits for an upload nor fails with it. This module knows threads and snapshots; what is sent
+is publish.py's.
 """
 
 import logging
@@ -10,25 +11,16 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from hf_ddpm.folders.layout import SNAPSHOTS, TENSORS
 from hf_ddpm.publishing.card import CardFacts
-from hf_ddpm.publishing.publish import (
-    check_repo_id,
-    collect,
-    find_dataset_id,
-    finishing_command,
-    needed_files,
-    send,
-)
+from hf_ddpm.publishing.publish import check_repo_id, collect, command_line, find_dataset_id, needed_files
 from hf_ddpm.publishing.upload import PublishError, Retry
 from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
-
-SCRATCH = ".push"
 
 
 @dataclass(frozen=True)
@@ -42,11 +34,13 @@ class BackgroundPush:
 
     Args:
         run: the run's folder; snapshots lie in it, in a hidden folder.
-        repo_id: "user/name", or "name"; made by the first upload if it is not there.
+        repo_id: "user/name", or "name" for your own namespace; made by the first upload if it is not there.
         private: whether it is made private.
-        retry: how often an upload is tried; its waits end early when a newer snapshot is there.
+        license: of the weights, as in `publish`.
+        dataset_license: of the training images.
+        dataset_id: of the training images on the Hub; by default what `find_dataset_id` finds.
         token: by default the environment's, or that of `hf auth login`.
-        **options: of `hub.collect`: `revision`, `license`, `dataset_license`, `dataset_id`, `ema_decay`.
+        retry: how often an upload is tried; its waits end early when a newer snapshot is there.
 
     Raises:
         ValueError: a bad repo_id or licence.
@@ -58,42 +52,48 @@ class BackgroundPush:
         repo_id: str,
         *,
         private: bool = False,
-        retry: Retry | None = None,
+        license: str | None = None,
+        dataset_license: str | None = None,
+        dataset_id: str | None = None,
         token: str | bool | None = None,
-        **options: Any,
+        retry: Retry | None = None,
     ):
         check_repo_id(repo_id)
-        self._run, self._repo_id, self._private, self._token = Path(run), repo_id, private, token
-        self._retry, self._options = retry or Retry(attempts=8), options
-        CardFacts(repo_id, **options)  # refuses a bad licence now, not in the thread
-        self._command = finishing_command(self._run, repo_id, private=private, **options)
+        self._run, self._repo_id, self._private = Path(run), repo_id, private
+        self._token, self._retry = token, retry or Retry(attempts=8)
+        facts = {"license": license, "dataset_license": dataset_license, "dataset_id": dataset_id}
+        self._command = command_line(self._run, repo_id, {"private": private, **facts})
+        # A bad licence is refused now, not in the thread
+        self._facts = CardFacts(
+            repo_id, license=license, dataset_license=dataset_license, dataset_id=dataset_id
+        )
         self._changed = threading.Condition()
         self._waiting: _Snapshot | None = None
         self._closing, self._deadline = False, float("inf")
-        self._count = 0
-        self._newest: int | None = None
-        self._published: int | None = None
+        self._count = 0  # snapshots taken
+        self._newest: int | None = None  # step of the last call of `push`
+        self._published: int | None = None  # step of the last upload that succeeded
         self._failure: str | None = None
         self._url: str | None = None
         self._bars = not are_progress_bars_disabled()
-        shutil.rmtree(self._run / SCRATCH, ignore_errors=True)  # of a run that was killed
-        disable_progress_bars()  # the run has a bar of its own
+        shutil.rmtree(self._run / SNAPSHOTS, ignore_errors=True)  # a killed run may have left some
+        disable_progress_bars()  # the run shows a bar of its own
         self._thread = threading.Thread(target=self._work, name="push to hub", daemon=True)
         self._thread.start()
 
     def push(self, step: int) -> None:
         """Take a snapshot of the folder as it is now, and upload it when the upload before is done.
 
-        It returns as soon as the snapshot is there, and raises nothing. A snapshot that still waits is
-        dropped: the newest is what counts.
+        It returns as soon as the snapshot is there, and raises nothing. An older snapshot that still waits
+        for its upload is dropped.
 
         Args:
             step: optimizer steps done, for the commit's message.
         """
         self._newest, self._count = step, self._count + 1
-        place = self._run / SCRATCH / f"{self._count}"  # not the step's: that may come twice
+        place = self._run / SNAPSHOTS / f"{self._count}"  # not the step's: that may come twice
         try:
-            take_snapshot(self._run, place, self._options.get("ema_decay"))
+            take_snapshot(self._run, place)
         except Exception as error:  # whatever it is, training goes on
             shutil.rmtree(place, ignore_errors=True)
             self._fail(step, f"no snapshot of the folder: {one_line(error)}")
@@ -105,10 +105,10 @@ class BackgroundPush:
             shutil.rmtree(old.folder, ignore_errors=True)
 
     def finish(self, timeout: float | None = None) -> str | None:
-        """Wait for the last snapshot's upload, and end.
+        """Wait until the last snapshot is uploaded, and end the thread.
 
         Args:
-            timeout: seconds to wait at most; None for as long as `retry` goes on.
+            timeout: seconds to wait at most; by default as long as `retry` goes on.
 
         Returns:
             The repository's address; None if nothing was pushed.
@@ -127,7 +127,7 @@ class BackgroundPush:
         if self._thread.is_alive():
             self._failure = f"{self._repo_id!r} was not published in {timeout:g} s; then: {self._command}"
         else:
-            shutil.rmtree(self._run / SCRATCH, ignore_errors=True)
+            shutil.rmtree(self._run / SNAPSHOTS, ignore_errors=True)
         if self._newest != self._published:
             words = str(self._failure)
             raise PublishError(words if self._command in words else f"{words}; then: {self._command}")
@@ -146,11 +146,20 @@ class BackgroundPush:
     def _upload(self, snapshot: _Snapshot) -> None:
         retry = Retry(self._retry.attempts, self._retry.first_wait, self._retry.longest_wait, self._sleep)
         try:
-            dataset_id = self._options.get("dataset_id") or find_dataset_id(self._run)
-            options: dict[str, Any] = self._options | {"dataset_id": dataset_id}
-            publication = collect(snapshot.folder, self._repo_id, **options)
-            message = f"Step {snapshot.step}"
-            done = send(publication, self._private, self._command, message, self._token, retry)
+            publication = collect(
+                snapshot.folder,
+                self._repo_id,
+                license=self._facts.license,
+                dataset_license=self._facts.dataset_license,
+                dataset_id=self._facts.dataset_id or find_dataset_id(self._run),
+            )
+            done = publication.send(
+                private=self._private,
+                commit_message=f"Step {snapshot.step}",
+                token=self._token,
+                retry=retry,
+                remedy=self._command,
+            )
         except Exception as error:  # whatever it is, training goes on
             self._fail(snapshot.step, redact(one_line(error), self._token))
             return
@@ -158,7 +167,7 @@ class BackgroundPush:
         logger.info("step %d is on the Hub: %s", snapshot.step, done.url)
 
     def _sleep(self, seconds: float) -> bool:
-        """Wait before another try; whether there is to be one."""
+        """Wait before another try; False if there is to be none, for a newer snapshot or the deadline."""
         with self._changed:
             seconds = min(seconds, self._deadline - time.monotonic())
             newer = self._changed.wait_for(lambda: self._waiting is not None, max(seconds, 0))
@@ -171,17 +180,17 @@ class BackgroundPush:
         logger.warning("step %d was not pushed, training goes on: %s", step, words)
 
 
-def take_snapshot(run: Path, place: Path, ema_decay: float | None = None) -> None:
-    """Keep what of a run's folder is published as it is now, in another folder of the same disk.
+def take_snapshot(run: Path, place: Path) -> None:
+    """Keep what of a run's folder is published, as it is now, in another folder of the same disk.
 
-    Weights get a second name, which costs nothing: the run replaces such files, and doesn't write into them.
-    Small files are copied, and so is everything where files can't have two names.
+    Files of tensors get a second name, which costs nothing: the run replaces such files, and never writes
+    into them. Small files are copied, and so is everything on disks where files can't have two names.
     """
     shutil.rmtree(place, ignore_errors=True)
-    for file in needed_files(run, ema_decay):
+    for file in needed_files(run):
         target = place / file.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".safetensors":
+        if file.suffix == TENSORS:
             try:
                 os.link(file, target)
                 continue

@@ -1,7 +1,7 @@
 """Model cards: model_cards/TEMPLATE.md, filled from the files that a model's repository holds.
 
-A card says nothing that its files don't: a number that is missing is left out. It knows what the files mean,
-and neither where they come from nor where they go.
+A card says nothing that these files and `CardFacts` don't say; what is missing is left out. This module does
+not know where the files come from or where they go, and folders/numbers.py reads evaluation.json for it.
 """
 
 import dataclasses
@@ -24,26 +24,22 @@ from hf_ddpm.folders.layout import (
     CURVE,
     EVALUATION,
     INDEX,
+    NETWORK_FILE,
     NOTES,
     PLOTS,
     RECORD,
     SAMPLES_PICTURE,
+    SCHEDULER_FILE,
     SHOWN,
+    UNET,
 )
-from hf_ddpm.folders.numbers import (
-    TASK,
-    bits_table,
-    describe_memorisation,
-    heldout_words,
-    hub_results,
-    samples_table,
-    training_words,
-)
+from hf_ddpm.folders.numbers import TASK, card_words, hub_results, training_words
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.runtime.messages import redact
 
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
+# Written into every card. A README.md without it is a person's own, and is published as it is.
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/data/digits/README.md
@@ -51,19 +47,19 @@ DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/data/digits/REA
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says besides the model's own files; `card.json` in a folder of model_cards/.
+    """What a card says that the files in the repository don't; card.json in a folder of model_cards/.
 
     Attributes:
         repo_id: "user/name" on the Hub.
         revision: branch, None for main.
         license: of the weights, as the Hub writes it: "apache-2.0", "cc-by-4.0", "other".
-        dataset_license: of the training images.
-        dataset_id: of the training images on the Hub; None if they are not there.
-        ema_decay: of the averaged weights, where others than the run's main ones are meant.
-        training: last numbers of the run's log: step, images, seconds, loss, bits/dim of held-out images.
+        dataset_license: of the training images, written likewise.
+        dataset_id: the Hub's id of the training images; None if they are not there.
+        ema_decay: decay of the averaged weights; None if it is not known.
+        training: the last numbers of the run's log, as `folders.numbers.last_numbers` finds them.
 
     Raises:
-        ValueError: a licence that is no identifier.
+        ValueError: a licence that is not an identifier.
     """
 
     repo_id: str
@@ -84,29 +80,32 @@ class CardFacts:
 
 
 def make_card(files: Files, facts: CardFacts) -> str:
-    """The card of a model, Markdown with the Hub's metadata in front.
+    """The card of a model: Markdown, with the Hub's metadata in front.
 
     Args:
-        files: what the repository holds; weights are not needed.
+        files: the content of the repository's files, by path; weights are not needed.
         facts: what the files don't say.
 
     Raises:
-        ValueError: a file that can't be read as what it should be.
+        ValueError: a file can't be read.
+        KeyError, TypeError, AttributeError: a file doesn't hold what it should.
     """
-    index, network_config = read_json_file(files, INDEX), read_json_file(files, "unet/config.json")
+    index, network_config = read_json_file(files, INDEX), read_json_file(files, NETWORK_FILE)
     schedule, config = _schedule(files), read_json_file(files, RECORD)
-    evaluation = read_json_file(files, EVALUATION)
+    evaluation, training = read_json_file(files, EVALUATION), training_words(facts.training)
     dataset, license = config.get("dataset"), facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if dataset == "digits" and facts.dataset_id is None:
         dataset_license = dataset_license or "cc-by-4.0"
-    heldout = heldout_words(facts.training) if facts.training and not evaluation else None
-    same = evaluation.get("data", {}).get("dataset") in (dataset, facts.dataset_id)
-    evaluated_id = facts.dataset_id if same else None
-    memory = evaluation.get("memorisation")
-    searched_id = facts.dataset_id if memory and memory["dataset"] in (dataset, facts.dataset_id) else None
-    name = facts.repo_id.split("/")[-1]
-    portable = not needs_us(index)
+
+    def id_of(name: str | None) -> str | None:
+        """The Hub's id of a data set; None for others than the training images."""
+        return facts.dataset_id if name in (dataset, facts.dataset_id) else None
+
+    def call(name: str | None) -> str | None:
+        return _dataset_words(name, id_of(name))
+
+    name, portable = facts.repo_id.split("/")[-1], not needs_us(index)
     data = ModelCardData(
         library_name="diffusers" if portable else "hf_ddpm",
         pipeline_tag=TASK,
@@ -114,7 +113,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         license=license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         model_name=name,
-        eval_results=hub_results(evaluation, evaluated_id) if evaluation else None,
+        eval_results=hub_results(evaluation, id_of),
     )
     words = {
         "mark": MARK,
@@ -122,7 +121,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "repo_id": facts.repo_id,
         "revision": facts.revision,
         "shape": _shape(network_config),
-        "network": index["unet"][1],
+        "network": index[UNET][1],
         "parameters": f"{_parameters(index, network_config):,}",
         "ema": f"averaged over the training with decay {facts.ema_decay}" if facts.ema_decay else None,
         "steps": schedule.get("num_train_timesteps"),
@@ -134,15 +133,10 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "curve": CURVE if CURVE in files else None,
         "commands": _text(files, COMMANDS),
         "plots": [(caption, file) for file, caption in PLOTS.items() if file in files],
-        "evaluation": evaluation,
-        "evaluated": _dataset_words(evaluation["data"]["dataset"], evaluated_id) if evaluation else None,
-        "bits": bits_table(evaluation) if evaluation else None,
-        "samples": samples_table(evaluation) if evaluation else None,
-        "memory": memory and describe_memorisation(memory, _dataset_words(memory["dataset"], searched_id)),
-        "heldout": heldout,
-        "training": training_words(facts.training),
+        **card_words(evaluation, call),
+        "training": training,
         "seed": config.get("seed"),
-        "dataset": _dataset_words(dataset, facts.dataset_id),
+        "dataset": call(dataset),
         "split": config.get("split"),
         "dataset_license": dataset_license,
         "license": license,
@@ -154,14 +148,18 @@ def make_card(files: Files, facts: CardFacts) -> str:
 
 
 def template() -> str:
-    """The text of model_cards/TEMPLATE.md, which an installed package holds as well."""
+    """The text of model_cards/TEMPLATE.md, of which an installed package holds a copy."""
     package = Path(__file__).parents[1]
     places = (package / "TEMPLATE.md", package.parent / "model_cards" / "TEMPLATE.md")
     return next(place for place in places if place.is_file()).read_text(encoding="utf-8")
 
 
 def read_json_file(files: Files, path: str) -> dict[str, Any]:
-    """A EVALUATION file's content, empty if it is not there."""
+    """The keys and values of a JSON file; {} if it is not there.
+
+    Raises:
+        ValueError: it can't be read, or holds something else.
+    """
     found = files.get(path)
     if found is None:
         return {}
@@ -175,7 +173,7 @@ def read_json_file(files: Files, path: str) -> dict[str, Any]:
 
 
 def _text(files: Files, path: str) -> str | None:
-    """A text file's content, None if it is not there."""
+    """The content of a text file; None if it is not there."""
     found = files.get(path)
     if found is None:
         return None
@@ -184,9 +182,9 @@ def _text(files: Files, path: str) -> str | None:
 
 
 def _schedule(files: Files) -> dict[str, Any]:
-    """The scheduler's config, with diffusers' defaults for what an old one doesn't say."""
+    """The scheduler's config, with diffusers' defaults for what a config of an older diffusers lacks."""
     defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
-    config = read_json_file(files, "scheduler/scheduler_config.json")
+    config = read_json_file(files, SCHEDULER_FILE)
     if config.get("_class_name") == "DDPMScheduler":
         defaults["variance_type"] = "fixed_small"
     return defaults | config
@@ -202,19 +200,19 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 
 def _parameters(index: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    network = make_empty(NETWORKS[index["unet"][1]], config)
+    network = make_empty(NETWORKS[index[UNET][1]], config)
     return sum(weight.numel() for weight in network.parameters())
 
 
 def _dataset_words(name: str | None, dataset_id: str | None) -> str | None:
-    """What a card calls a data set: a link if it is on the Hub, else its folder's name, not where it lay."""
+    """What a card calls a data set: a link if it is on the Hub, else its folder's name without the path."""
     if dataset_id is not None:
         return f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})"
     return DIGITS if name == "digits" else name and Path(name).name
 
 
 def _command(config: Mapping[str, Any]) -> str:
-    """The command line of a run: what differs from the defaults."""
+    """The command line that starts a run like this: the options that differ from the defaults."""
     words = ["hf-ddpm", "train"]
     for field in dataclasses.fields(TrainConfig):
         value = config.get(field.name, field.default)

@@ -1,12 +1,11 @@
-"""What of a model's folder is published, and with which card.
+"""Publishing: a model's folder goes to the Hub in one commit, with a card.
 
-A list of what goes, not of what stays: whatever else a run's folder holds, no user of the model needs it.
+What is sent is a list of what goes, never of what stays: whatever else a run's folder holds, no user of the
+model needs it. This module knows folders; the requests to the Hub are upload.py's.
 """
 
-import json
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,19 +21,30 @@ from hf_ddpm.folders.index import check_folder, needs_us, part_folder
 from hf_ddpm.folders.layout import (
     CARD,
     COMMANDS,
+    CONFIG,
     CURVE,
     CUSTOM_PIPELINE,
     EVALUATION,
-    GRIDS,
     INDEX,
     LOG,
+    NETWORK_FILE,
     NOTES,
     PLOTS,
     RECORD,
     SAMPLES_PICTURE,
+    SCHEDULER,
+    SCHEDULER_CONFIG,
+    SCHEDULER_FILE,
     SHOWN,
-    WEIGHTS,
+    TENSORS,
+    UNET,
+    WEIGHTS_INDEX,
+    decay_of,
+    is_weights,
+    newest_grid,
+    weights_name,
 )
+from hf_ddpm.folders.numbers import last_numbers, measured_weights
 from hf_ddpm.models import NETWORKS, weights_digest
 from hf_ddpm.publishing.card import MARK, CardFacts, make_card
 from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
@@ -42,10 +52,60 @@ from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
 
-EMA_WEIGHTS = re.compile(rf"{WEIGHTS}\.ema_(0|0[._]\d+)\.safetensors")
-TOLD = (NOTES, COMMANDS)  # what a person says of a model, and the pictures made of it
-DRAWN = (CURVE, SAMPLES_PICTURE, *SHOWN)
-LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
+TOLD = (NOTES, COMMANDS)  # what a person says of a model
+DRAWN = (CURVE, SAMPLES_PICTURE, *SHOWN)  # the pictures made of it
+
+
+def publish(
+    model: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    ema_decay: float | None = None,
+    license: str | None = None,
+    dataset_license: str | None = None,
+    dataset_id: str | None = None,
+    picture: str | os.PathLike | None = None,
+    custom_pipeline: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    retry: Retry | None = None,
+) -> Published:
+    """Send a model's folder to the Hub in one commit; sending the same again makes none.
+
+    Args:
+        model: folder of a pipeline or of a run; `collect` says what is sent of it, and what the arguments
+            from `revision` to `custom_pipeline` mean.
+        repo_id: "user/name", or "name" for your own namespace; made if it is not there.
+        private: whether the repository is made private.
+        revision: branch, made if it is not there; by default main.
+        ema_decay: decay of the weights that are sent.
+        license: of the weights.
+        dataset_license: of the training images.
+        dataset_id: of the training images.
+        picture: for the card.
+        custom_pipeline: whether `pipeline.py` is added.
+        commit_message: by default says which package sent it.
+        token: by default the environment's, or that of `hf auth login`.
+        retry: how often to try, and how long to wait in between.
+
+    Raises:
+        ValueError: a bad argument or folder; nothing was sent.
+        PublishError: the Hub refused or could not be reached; the message names the command that finishes it.
+    """
+    publication = collect(
+        model,
+        repo_id,
+        revision=revision,
+        ema_decay=ema_decay,
+        license=license,
+        dataset_license=dataset_license,
+        dataset_id=dataset_id,
+        picture=picture,
+        custom_pipeline=custom_pipeline,
+    )
+    return publication.send(private=private, commit_message=commit_message, token=token, retry=retry)
 
 
 @dataclass(frozen=True)
@@ -56,17 +116,59 @@ class Publication:
         files: content by path in the repository.
         facts: what the card was made with.
         portable: whether plain diffusers loads it.
+        command: the command line that publishes it, but for `--private`.
     """
 
     files: Mapping[str, Path | bytes]
     facts: CardFacts
     portable: bool
+    command: str
 
     def describe(self) -> str:
         """Every file with its size, a line each."""
         sizes = {path: _size(content) for path, content in sorted(self.files.items())}
         lines = [f"{size:>14,} bytes  {path}" for path, size in sizes.items()]
         return "\n".join([*lines, f"{sum(sizes.values()):>14,} bytes  in {len(sizes)} files"])
+
+    def send(
+        self,
+        *,
+        private: bool = False,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        retry: Retry | None = None,
+        remedy: str | None = None,
+    ) -> Published:
+        """Upload it in one commit; if the repository holds the same already, no commit is made.
+
+        Args:
+            private: whether the repository is made private.
+            commit_message: by default says which package sent it.
+            token: by default the environment's, or that of `hf auth login`.
+            retry: how often to try, and how long to wait in between.
+            remedy: what the error tells to do when it fails; by default the command that publishes this.
+
+        Raises:
+            ValueError: a private repository was asked for, and there is a public one.
+            PublishError: the Hub refused or could not be reached.
+        """
+        try:
+            return upload(
+                self.files,
+                self.facts.repo_id,
+                obsolete=is_main_weights,
+                message=redact(commit_message or "Upload with hf_ddpm"),
+                private=private,
+                revision=self.facts.revision,
+                token=token,
+                retry=retry,
+            )
+        except Exception as error:  # what the Hub's client raises has no common class
+            words = redact(reason(error, token), token)
+            if isinstance(error, ValueError) and not hasattr(error, "response"):
+                raise ValueError(words) from None
+            remedy = remedy or self.command + " --private" * private
+            raise PublishError(f"{self.facts.repo_id!r} was not published: {words}; then: {remedy}") from None
 
 
 def collect(
@@ -107,43 +209,33 @@ def collect(
     check_repo_id(repo_id)
     if not (folder / INDEX).is_file():
         raise ValueError(f"model {shown!r} is no folder with a {INDEX}; allowed: a pipeline's folder")
-    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    place = part_folder(folder, "unet")
-    weights = _weights(place, ema_decay, main_decay(config))
+    config = _config(folder)
     is_main = ema_decay in (None, main_decay(config))
-    variant = None if is_main else next(iter(weights.values())).stem.removeprefix(f"{WEIGHTS}.")
+    weights = _weights(folder, ema_decay)
+    variant = None if is_main else next(iter(weights.values())).name.split(".")[1]
     try:
         index = check_folder(folder, variant)
     except ValueError as error:
         raise ValueError(f"model {shown!r} can't be published: {error}") from error
-    files: dict[str, Path | bytes] = {INDEX: folder / INDEX}
-    files["scheduler/scheduler_config.json"] = part_folder(folder, "scheduler") / "scheduler_config.json"
-    files["unet/config.json"] = place / "config.json"
-    files |= {f"unet/{name}": path for name, path in weights.items()}
-    for path in files.values():
-        if isinstance(path, Path) and not path.is_file():
-            raise ValueError(f"model {shown!r} has no {path.relative_to(folder).as_posix()}")
+    files: dict[str, Path | bytes] = {**_pipeline_files(folder, shown), **weights}
 
     # What was said and measured of it, in files of their own
     if config:
-        files[RECORD] = redact((folder / RECORD).read_text(encoding="utf-8")).encode()
-    if (folder / EVALUATION).is_file() and _measured(
-        folder / EVALUATION, index, place / "config.json", list(weights.values())
-    ):
-        files[EVALUATION] = redact((folder / EVALUATION).read_text(encoding="utf-8")).encode()
-        files |= {name: folder / name for name in PLOTS if (folder / name).is_file()}
+        files[RECORD] = folder / RECORD
+    if _measured(folder, index, list(weights.values())):
+        files |= {name: folder / name for name in (EVALUATION, *PLOTS) if (folder / name).is_file()}
     if is_main:
-        if grids := sorted((folder / GRIDS).glob("step-*.png")):
-            files[SAMPLES_PICTURE] = grids[-1]
+        if grid := newest_grid(folder):
+            files[SAMPLES_PICTURE] = grid
         files |= {name: folder / name for name in (*TOLD, *DRAWN) if (folder / name).is_file()}
     _refuse_links(folder, [folder / RECORD, folder / EVALUATION, folder / CARD, *files.values()])
-    files |= {name: redact(_text(folder / name)).encode() for name in TOLD if name in files}
+    for name in {RECORD, EVALUATION, *TOLD} & set(files):
+        files[name] = redact(_text(folder / name)).encode()
     if picture is not None:
         files[SAMPLES_PICTURE] = _readable_picture(Path(picture).expanduser())
     if custom_pipeline:
         files[CUSTOM_PIPELINE] = b"from hf_ddpm import DDPMPipeline\n"
 
-    # The card, from these files
     facts = CardFacts(
         repo_id=repo_id,
         revision=None if revision == "main" else revision,
@@ -151,34 +243,48 @@ def collect(
         dataset_license=dataset_license or config.get("dataset_license"),
         dataset_id=dataset_id or find_dataset_id(folder),
         ema_decay=main_decay(config) if is_main else ema_decay,
-        training=_training(folder / LOG),
+        training=last_numbers(folder / LOG),
     )
-    own = folder / CARD
-    if own.is_file() and MARK not in (text := _text(own)):
-        files[CARD] = redact(text).encode()
-    else:
-        try:
-            files[CARD] = make_card(files, facts).encode()
-        except (KeyError, TypeError, AttributeError) as error:
-            words = f"the files of {shown!r} are not what they should be, {type(error).__name__}: {error}"
-            raise ValueError(f"{words}; allowed: files as hf_ddpm writes them") from error
-    return Publication(files, facts, not needs_us(index))
+    own = _own_card(folder)
+    files[CARD] = _new_card(files, facts, shown) if own is None else own
+    options = {
+        "revision": revision,
+        "ema_decay": ema_decay,
+        "license": license,
+        "dataset_license": dataset_license,
+        "dataset_id": dataset_id,
+        "picture": picture,
+        "custom_pipeline": custom_pipeline,
+    }
+    return Publication(files, facts, not needs_us(index), command_line(model, repo_id, options))
 
 
-def needed_files(folder: Path, ema_decay: float | None = None) -> list[Path]:
-    """What of a model's folder `collect` may read: the files of a snapshot.
+def _own_card(folder: Path) -> bytes | None:
+    """The README.md that a person wrote; None where there is none, or one of ours."""
+    text = _text(folder / CARD) if (folder / CARD).is_file() else MARK
+    return None if MARK in text else redact(text).encode()
+
+
+def _new_card(files: Mapping[str, Path | bytes], facts: CardFacts, shown: str) -> bytes:
+    try:
+        return make_card(files, facts).encode()
+    except (KeyError, TypeError, AttributeError) as error:
+        words = f"the files of {shown!r} are not what they should be, {type(error).__name__}: {error}"
+        raise ValueError(f"{words}; allowed: files as hf_ddpm writes them") from error
+
+
+def needed_files(run: Path) -> list[Path]:
+    """What `collect` may read of a run's folder, for its main weights: the files of a snapshot.
 
     Raises:
         ValueError: one of them is a link out of the folder.
     """
-    names = (INDEX, RECORD, EVALUATION, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
-    names += ("scheduler/scheduler_config.json", "unet/config.json")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    grids = sorted((folder / GRIDS).glob("step-*.png"))[-1:]
-    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    weights = _weights(folder / "unet", ema_decay, main_decay(config)).values()
-    _refuse_links(folder, [*found, *grids, *weights])
-    return [*found, *grids, *weights]
+    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, EVALUATION, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
+    found = [run / name for name in names if (run / name).is_file()]
+    found += [grid] if (grid := newest_grid(run)) else []
+    found += _weights(run).values()
+    _refuse_links(run, found)
+    return found
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -196,22 +302,9 @@ def check_repo_id(repo_id: str) -> None:
         ) from None
 
 
-def _weights(place: Path, ema_decay: float | None, main: float | None = None) -> dict[str, Path]:
-    """The weights files by the name under which they are published; those of a decay become the main ones."""
-    if ema_decay in (None, main):
-        files = [*weights_files(place), *place.glob(f"{WEIGHTS}.safetensors.index.json")]
-        return {path.name: path for path in files}
-    found = {
-        float(match[1].replace("_", ".")): path
-        for path in place.glob("*")
-        if (match := EMA_WEIGHTS.fullmatch(path.name))
-    }
-    if ema_decay not in found:
-        decays = ", ".join(str(decay) for decay in sorted({*found, *([] if main is None else [main])}))
-        raise ValueError(
-            f"ema_decay is {ema_decay}, of which there are no weights; allowed: {decays or 'none'}"
-        )
-    return {f"{WEIGHTS}.safetensors": found[ema_decay]}
+def _config(folder: Path) -> dict[str, Any]:
+    """How a run was started; {} if the folder is not a run's."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def main_decay(config: Mapping[str, Any]) -> float | None:
@@ -222,30 +315,60 @@ def main_decay(config: Mapping[str, Any]) -> float | None:
         return None
 
 
+def _pipeline_files(folder: Path, shown: str) -> dict[str, Path]:
+    """The files of a pipeline but for its weights, by their path in a repository."""
+    files = {
+        INDEX: folder / INDEX,
+        SCHEDULER_FILE: part_folder(folder, SCHEDULER) / SCHEDULER_CONFIG,
+        NETWORK_FILE: part_folder(folder, UNET) / CONFIG,
+    }
+    for path in files.values():
+        if not path.is_file():
+            raise ValueError(f"model {shown!r} has no {path.relative_to(folder).as_posix()}")
+    return files
+
+
+def _weights(folder: Path, ema_decay: float | None = None) -> dict[str, Path]:
+    """The weights files by their path in a repository, where those of any decay are the main ones."""
+    place, main = part_folder(folder, UNET), main_decay(_config(folder))
+    if ema_decay in (None, main):
+        return {f"{UNET}/{path.name}": path for path in [*weights_files(place), *place.glob(WEIGHTS_INDEX)]}
+    found = {decay: path for path in place.glob("*") if (decay := decay_of(path.name)) is not None}
+    if ema_decay not in found:
+        decays = ", ".join(str(decay) for decay in sorted({*found, *([] if main is None else [main])}))
+        raise ValueError(
+            f"ema_decay is {ema_decay}, of which there are no weights; allowed: {decays or 'none'}"
+        )
+    return {f"{UNET}/{weights_name()}": found[ema_decay]}
+
+
 def is_main_weights(path: str) -> bool:
-    """Whether a file of a repository is read as weights, or as shards of them, by who names no variant."""
-    name = rf"{WEIGHTS}(-\d+-of-\d+)?\.safetensors|{WEIGHTS}\.safetensors\.index\.json"
-    return re.fullmatch(rf"(unet/)?({name})", path) is not None
+    """Whether diffusers reads a repository's file as weights, or as their index, if no variant is named."""
+    name = path.removeprefix(f"{UNET}/")
+    return is_weights(name) or name == WEIGHTS_INDEX
 
 
-def _measured(report: Path, index: Mapping[str, Any], config: Path, weights: list[Path]) -> bool:
-    """Whether an evaluation is of these weights: a run goes on after it, and may hold several."""
-    found = read_json(report)
-    network = make_empty(NETWORKS[index["unet"][1]], read_json(config))
+def _measured(folder: Path, index: Mapping[str, Any], weights: list[Path]) -> bool:
+    """Whether the folder's evaluation is of these weights: a run goes on after it, and may hold several."""
+    if not (folder / EVALUATION).is_file():
+        return False
+    network = make_empty(NETWORKS[index[UNET][1]], read_json(part_folder(folder, UNET) / CONFIG))
     tensors = {}
     for file in weights:
-        if file.suffix == ".safetensors":
+        if file.suffix == TENSORS:
             with safe_open(file, "pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
     # In float32, as a pipeline has them once it is loaded, whatever the file's precision
     tensors = {name: z.float() if z.is_floating_point() else z for name, z in tensors.items()}
-    same = found.get("model", {}).get("weights") == weights_digest(network.config, tensors)  # type: ignore[arg-type]
+    digest = weights_digest(network.config, tensors)  # type: ignore[arg-type]
+    same = measured_weights(read_json(folder / EVALUATION)) == digest
     if not same:
-        logger.warning("%s is of other weights than these: its numbers and plots are left out", report.name)
+        logger.warning("%s is of other weights than these: its numbers and plots are left out", EVALUATION)
     return same
 
 
 def _refuse_links(folder: Path, files: Iterable[Path | bytes]) -> None:
+    """A link could bring a file of somebody's machine into the repository."""
     for path in files:
         if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()):
             name, shown = path.relative_to(folder).as_posix(), redact(os.fspath(folder))
@@ -269,12 +392,12 @@ def _readable_picture(path: Path) -> Path:
 
 
 def find_dataset_id(folder: Path) -> str | None:
-    """Hub id of the data set that a run was trained on, None where that can't be told.
+    """The Hub's id of the data set that a run was trained on; None where that can't be told.
 
-    The config's `dataset` may be a folder relative to where the run was started. That place is known where
-    the config's relative `output_dir` leads to the run; there, what is no file is the Hub's.
+    The `dataset` of the config may be a folder, relative to where the run was started. That was here if the
+    config's relative `output_dir` leads from here to the run; then what is not a file here is on the Hub.
     """
-    config = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    config = _config(folder)
     if config.get("dataset_id") is not None:
         return config["dataset_id"]
     dataset, out = str(config.get("dataset")), Path(str(config.get("output_dir")))
@@ -287,97 +410,12 @@ def find_dataset_id(folder: Path) -> str | None:
     return dataset if dataset.count("/") == 1 else None
 
 
-def _training(log: Path) -> dict[str, Any] | None:
-    """The last numbers of a run's log; None if it has none."""
-    found: dict[str, Any] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
-            numbers = json.loads(line)
-        except ValueError:  # a killed run may leave half a line
-            continue
-        found |= {key: numbers[key] for key in LOGGED if key in numbers}
-        if "heldout_bpd" in numbers:
-            found["heldout_step"] = numbers["step"]
-    return found if "images" in found else None
-
-
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def publish(
-    model: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-    retry: Retry | None = None,
-    **options: Any,
-) -> Published:
-    """Send a model's folder to the Hub in one commit; sending the same again makes none.
-
-    Args:
-        model: folder of a pipeline or of a run; `collect` says what is sent of it.
-        repo_id: "user/name", or "name" for your own namespace; made if it is not there.
-        private: whether the repository is made private.
-        commit_message: by default says which package sent it.
-        token: by default the environment's, or that of `hf auth login`.
-        retry: how often to try, and how long to wait in between.
-        **options: of `collect`: `revision`, `ema_decay`, `license`, `dataset_license`, `dataset_id`,
-            `picture`, `custom_pipeline`.
-
-    Raises:
-        ValueError: a bad argument or folder; nothing was sent.
-        PublishError: the Hub refused or could not be reached; the message names the command that finishes it.
-    """
-    command = finishing_command(model, repo_id, private=private, **options)
-    return send(collect(model, repo_id, **options), private, command, commit_message, token, retry)
-
-
-def send(
-    publication: Publication,
-    private: bool,
-    command: str,
-    message: str | None = None,
-    token: str | bool | None = None,
-    retry: Retry | None = None,
-) -> Published:
-    """Upload what `collect` found.
-
-    Args:
-        publication: what.
-        private: whether the repository is made private.
-        command: that finishes it, for the error.
-        message: of the commit.
-        token: of the Hub.
-        retry: how often.
-
-    Raises:
-        ValueError: a private repository was asked for, and there is a public one.
-        PublishError: it failed.
-    """
-    facts = publication.facts
-    try:
-        return upload(
-            publication.files,
-            facts.repo_id,
-            obsolete=is_main_weights,
-            message=redact(message or "Upload with hf_ddpm"),
-            private=private,
-            revision=facts.revision,
-            token=token,
-            retry=retry,
-        )
-    except Exception as error:  # what the Hub's client raises has no common class
-        words = redact(reason(error, token), token)
-        if isinstance(error, ValueError) and not hasattr(error, "response"):
-            raise ValueError(words) from None
-        raise PublishError(f"{facts.repo_id!r} was not published: {words}; then: {command}") from None
-
-
-def finishing_command(model: str | os.PathLike, repo_id: str, **options: Any) -> str:
-    """The command line that publishes this; options of `publish` and `collect`."""
+def command_line(model: str | os.PathLike, repo_id: str, options: Mapping[str, Any]) -> str:
+    """The command line that publishes a folder; options by their names in `publish`."""
     words = ["hf-ddpm", "publish", os.fspath(model), repo_id]
     for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"

@@ -1,6 +1,7 @@
-"""Files → one commit on the Hub, with retries: the Hub's client repeats uploads, but no commit that fails.
+"""Files → one commit on the Hub, tried again where that may help.
 
-It knows requests and their errors; which files are sent, and why, is publication.py's.
+The Hub's client repeats uploads of files by itself, but not the commit. This module knows requests and their
+errors; which files are sent, and why, is publish.py's.
 """
 
 import logging
@@ -22,7 +23,17 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # What httpx (httpx2 for hub 2) raises when nothing answers shares a base class with the Hub's own errors.
 HTTPError: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
-PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # worth another try; 412: another commit came first
+PASSING = (
+    408,
+    409,
+    412,
+    425,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # errors worth another try; 412: a commit came between
 REASONS = {
     401: "the Hub doesn't know the token, or there is none: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: it needs the permission to write to this repository",
@@ -41,9 +52,9 @@ class Retry:
 
     Attributes:
         attempts: at most so many tries.
-        first_wait: seconds after the first failure; doubled after each.
-        longest_wait: seconds, at most; a wait that the Hub asks for may be as long.
-        sleep: waits so many seconds, and says whether to go on.
+        first_wait: seconds to wait after the first failure; doubled after each.
+        longest_wait: seconds to wait at most, even where the Hub asks for more.
+        sleep: called with the seconds to wait; False means that no other try is to follow.
     """
 
     attempts: int = 5
@@ -87,7 +98,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def reason(error: BaseException, token: str | bool | None = None) -> str:
-    """Why it failed, in one line without secrets."""
+    """Why a request failed, in one line without secrets."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
@@ -102,19 +113,19 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
 
 
 def _asked_wait(error: Exception) -> float:
-    """Seconds that the Hub asks to wait for."""
+    """The seconds that the Hub's answer asks to wait for; 0 if it asks for none."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(asked) if asked.isdecimal() else 0.0
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where it went.
+    """Where the files are now.
 
     Attributes:
         url: the repository's address.
-        commit: its newest commit.
-        changed: whether this call made it.
+        commit: id of its newest commit.
+        changed: whether this call made that commit.
     """
 
     url: str
@@ -138,12 +149,12 @@ def upload(
     Args:
         files: content by path in the repository.
         repo_id: "user/name" or "name".
-        obsolete: whether a path of the repository that is not in `files` goes.
+        obsolete: says of a path in the repository that is not in `files` whether it is deleted.
         message: of the commit.
         private: whether the repository is made private.
         revision: a branch, by default main.
         token: by default the environment's, or that of `hf auth login`.
-        retry: how often.
+        retry: how often to try, and how long to wait in between.
 
     Raises:
         ValueError: a private repository was asked for, and there is a public one.
@@ -171,7 +182,8 @@ def upload(
         gone = sorted(path for path in there - set(files) if obsolete(path))
 
         def operations() -> list[Any]:
-            # Anew for each try: a commit whose answer got lost is there, and the Hub is asked what differs
+            # Made anew for each try. The client asks the Hub which files differ, so that a commit that was
+            # made although its answer got lost is not made twice
             added = [CommitOperationAdd(path, content) for path, content in files.items()]
             return added + [CommitOperationDelete(path) for path in gone]
 
@@ -181,7 +193,7 @@ def upload(
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Within, this thread's warnings of the Hub's client are not printed: what matters is said here."""
+    """Keep the Hub's client from printing this thread's warnings: `Retry` says what matters of them."""
     thread, client = threading.get_ident(), logging.getLogger("huggingface_hub")
 
     def keep(record: logging.LogRecord) -> bool:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.runtime.disk import _free, named, write_folder
+from hf_ddpm.runtime.disk import free_path, named, write_folder
 
 try:
     import fcntl
@@ -159,7 +159,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it is kept for a look and never chosen; returns its new name."""
-    return folder.rename(_free(folder.with_name(f"damaged-{folder.name}")))
+    return folder.rename(free_path(folder.with_name(f"damaged-{folder.name}")))
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -10,8 +10,9 @@ import time
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
 
+from hf_ddpm.folders.layout import SNAPSHOTS
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.publishing.background import SCRATCH, BackgroundPush, take_snapshot
+from hf_ddpm.publishing.background import BackgroundPush, take_snapshot
 from hf_ddpm.publishing.upload import PublishError, Retry
 from hf_ddpm.runtime.disk import update_folder
 from hf_ddpm.scheduler import DDPMScheduler
@@ -56,7 +57,9 @@ class Gate:
 
 
 def messages(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "hf_ddpm.background"]
+    return [
+        record.getMessage() for record in caplog.records if record.name == "hf_ddpm.publishing.background"
+    ]
 
 
 def test_pushes_go_up_one_after_the_other(run, local_hub):
@@ -67,7 +70,7 @@ def test_pushes_go_up_one_after_the_other(run, local_hub):
     assert files[WEIGHTS] == (run / WEIGHTS).read_bytes() and local_hub.private == {f"models/{REPO}"}
     assert b"license: mit" in files["README.md"] and b"24 images seen" in files["README.md"]
     assert not any("checkpoints" in path or "log" in path or "ema" in path for path in files)
-    assert not (run / SCRATCH).exists() and not are_progress_bars_disabled()
+    assert not (run / SNAPSHOTS).exists() and not are_progress_bars_disabled()
 
 
 def test_nothing_pushed_is_no_failure(run, local_hub):
@@ -87,7 +90,7 @@ def test_training_does_not_wait_and_the_newest_wins(run, local_hub, monkeypatch)
         push.push(step)
         assert time.perf_counter() - started < 2  # that it doesn't wait for the gate: the snapshot alone
     assert len(set(sent.values())) == 4 and local_hub.commits(REPO) == 0
-    assert sorted(os.listdir(run / SCRATCH)) == ["1", "4"]
+    assert sorted(os.listdir(run / SNAPSHOTS)) == ["1", "4"]
     gate.open()
     push.finish()
     assert local_hub.commits(REPO) == 2 and local_hub.files(REPO)[WEIGHTS] == sent[4]
@@ -156,7 +159,7 @@ def test_a_failure_is_one_line_and_the_next_push_makes_up_for_it(run, local_hub,
 def test_the_last_failure_is_raised_and_names_the_command(run, local_hub, caplog):
     push = BackgroundPush(run, REPO, private=True, dataset_license="cc-by-4.0", retry=FAST)
     push.push(1)
-    while local_hub.requests == [] or not push._published:
+    while local_hub.requests == [] or any((run / SNAPSHOTS).iterdir()):  # gone when it is uploaded
         time.sleep(0.01)
     local_hub.fail(r"^POST .*/repos/create", times=9)
     push.push(2)
@@ -164,7 +167,7 @@ def test_the_last_failure_is_raised_and_names_the_command(run, local_hub, caplog
     with pytest.raises(PublishError, match="the Hub can't be reached: ") as error:
         push.finish()
     assert str(error.value).endswith(f"; then: {command}") and "\n" not in str(error.value)
-    assert not are_progress_bars_disabled() and not (run / SCRATCH).exists()
+    assert not are_progress_bars_disabled() and not (run / SNAPSHOTS).exists()
 
 
 def test_a_newer_snapshot_ends_the_waiting_for_an_older_one(run, local_hub, caplog):
@@ -240,9 +243,9 @@ def test_a_folder_that_cannot_be_published_stops_nothing(run, local_hub, caplog)
 
 
 def test_what_a_killed_run_left_goes(run):
-    (run / SCRATCH / "1").mkdir(parents=True)
+    (run / SNAPSHOTS / "1").mkdir(parents=True)
     BackgroundPush(run, REPO).finish()
-    assert not (run / SCRATCH).exists()
+    assert not (run / SNAPSHOTS).exists()
 
 
 @pytest.mark.parametrize(

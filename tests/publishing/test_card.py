@@ -328,6 +328,7 @@ def test_memorisation_is_told(run_folder, tmp_path):
     of = {"num_images": 12, "share_near": 0.25, "median_distance": 20.04, "exact_copies": 2}
     floor = {"num_images": 300, "share_near": 0.01, "median_distance": 31.0, "exact_copies": 0}
     found = {"dataset": "/home/me/images", "split": "train", "num_rows": 99, "near": 12.34}
+    found["trained_on"] = True
     report["memorisation"] = found | {"samples": of, "heldout": floor}
     (run / "evaluation.json").write_text(json.dumps(report))
     text = " ".join(card(run).split())
@@ -336,3 +337,8 @@ def test_memorisation_is_told(run_folder, tmp_path):
         in text
     )
     assert "median distance 20.0 against 31.0, exact copies 2 against 0." in text and "/home/me" not in text
+    report["memorisation"]["trained_on"] = False
+    (run / "evaluation.json").write_text(json.dumps(report))
+    assert "images, train (on which no record says that it was trained), against" in " ".join(
+        card(run).split()
+    )

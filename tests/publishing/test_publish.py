@@ -1,4 +1,4 @@
-"""hub.py, publication.py, upload.py: what is sent, once; what is tried again and what not; the command."""
+"""publish.py, upload.py: what is sent, once; what is tried again and what not; the command."""
 
 import json
 import os
@@ -115,14 +115,6 @@ def test_other_averaged_weights_are_looked_at_too(run_folder, tmp_path):
         collect(folder, REPO, ema_decay=0.9)
 
 
-def test_weights_under_the_name_that_the_trainer_once_gave(run_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run_folder, folder)
-    name = "diffusion_pytorch_model.ema_{}.safetensors"
-    (folder / "unet" / name.format("0_9")).rename(folder / "unet" / name.format("0.9"))
-    assert "unet/diffusion_pytorch_model.safetensors" in collect(folder, REPO, ema_decay=0.9).files
-
-
 def test_weights_that_were_in_shards_before(tiny_folder, tmp_path, local_hub):
     pipeline = DDPMPipeline.from_pretrained(tiny_folder)
     pipeline.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
@@ -159,6 +151,22 @@ def test_saving_may_push_too(tiny_folder, tmp_path, local_hub):
         pipeline.save_pretrained(tmp_path / "mine", license="mit")
 
 
+def test_every_argument_reaches_the_command_that_finishes_it(run_folder, local_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    picture = run_folder / "samples" / "step-00000003.png"
+    options = {"revision": "v2", "ema_decay": 0.9, "license": "mit", "dataset_license": "cc0-1.0"}
+    options |= {"dataset_id": "me/photos", "picture": picture, "custom_pipeline": True}
+    with pytest.raises(PublishError) as error:
+        publish(run_folder, REPO, private=True, **options)
+    assert str(error.value).endswith(
+        f"; then: hf-ddpm publish {run_folder} {REPO} --revision v2 --ema-decay 0.9 --license mit "
+        f"--dataset-license cc0-1.0 --dataset-id me/photos --picture {picture} --custom-pipeline --private"
+    )
+    pipeline = DDPMPipeline.from_pretrained(run_folder)
+    with pytest.raises(PublishError, match=r"; then: call it again$"):  # its folder is gone by then
+        pipeline.push_to_hub(REPO)
+
+
 # What goes wrong
 
 
@@ -170,7 +178,7 @@ def test_what_may_pass_is_tried_again(request_line, fault, run_folder, local_hub
     local_hub.fail(request_line, times=2, **fault)
     publish(run_folder, REPO, retry=FAST)
     assert set(local_hub.files(REPO)) == RUN and local_hub.commits(REPO) == 1
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_ddpm.upload"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_ddpm.publishing.upload"]
     assert len(said) == 2 and all("trying again in" in words and "\n" not in words for words in said)
 
 
