@@ -22,9 +22,10 @@ from hf_ddpm.data.stream import load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.parts import Parts
-from hf_ddpm.evaluation.quality import QualityConfig, SampleQuality
+from hf_ddpm.evaluation.quality import SampleQuality
+from hf_ddpm.evaluation.report import sample_metrics_section
 from hf_ddpm.evaluation.samples import Drawing
-from hf_ddpm.evaluation.scored_model import load_subject
+from hf_ddpm.evaluation.scored_model import load_scored_model
 from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
 from hf_ddpm.generation.grids import save_image
 from hf_ddpm.seeds import image_generators
@@ -179,22 +180,30 @@ def score_run(folder: Path) -> dict[str, Any]:
 def floor_of_l_0(folder: Path) -> float:
     """Bits/dim of L_0 on the held-out digits if x̂_0 is x_0 itself; both fixed variances have this σ_0."""
     images = to_float(torch.cat(list(load_stream("digits", "test").batches(256, epochs=1))))
-    log_variance = load_subject(str(folder), torch.device("cpu")).process.log_variance("fixed_small")[0]
+    log_variance = load_scored_model(str(folder), torch.device("cpu")).process.log_variance("fixed_small")[0]
     return float(bits_per_dim(-discretized_gaussian_log_likelihood(images, images, log_variance).mean(), 1))
 
 
 def sample_run(study: Study, folder: Path, variance_type: str) -> dict[str, Any]:
     """Sample with a variance, measure against real digits, and leave a picture of the first samples."""
-    subject, stream = load_subject(str(folder), torch.device("cpu")), load_stream("digits", "train")
-    pipeline = subject.pipeline
+    model, stream = load_scored_model(str(folder), torch.device("cpu")), load_stream("digits", "train")
+    pipeline = model.pipeline
     pipeline.scheduler.variance_type = variance_type
-    steps = min(study.sampling_steps or len(subject.process), len(subject.process))
-    how = QualityConfig(str(CLASSIFIER), study.num_samples, NUM_REFERENCE, None, 0, BATCH_SIZE)
-    quality = SampleQuality(how, stream, stream.num_rows(), {})
-    drawing = Drawing(pipeline, study.num_samples, steps, 0, BATCH_SIZE)
+    steps = min(study.sampling_steps or len(model.process), len(model.process))
+    config = EvaluationConfig(
+        model=str(folder),
+        dataset="digits",
+        split="train",
+        extractor=str(CLASSIFIER),
+        num_samples=study.num_samples,
+        num_reference=NUM_REFERENCE,
+        sampling_steps=steps,
+        batch_size=BATCH_SIZE,
+    )
+    quality, drawing = SampleQuality(config, stream), Drawing(pipeline, config)
     try:
-        features = drawing.run(subject.weights_digest(), folder, quality.extractor, keep=False)
-        found = quality.run(features) | drawing.facts
+        features = drawing.run(model.weights_digest, folder, quality.extractor, keep=False)
+        found = sample_metrics_section(quality.run(features), drawing)
         pictures: Any = pipeline(
             NUM_PICTURES, image_generators(0, range(NUM_PICTURES)), steps, return_dict=False
         )[0]
