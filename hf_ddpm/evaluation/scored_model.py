@@ -1,7 +1,6 @@
 """The model that is evaluated: a pipeline's network, and the process and variance that it is scored with.
 
-It refuses what would make the number false, such as a scheduler that contradicts the training record beside
-it.
+What would make the numbers false is refused, such as a scheduler that contradicts the training record beside it.
 """
 
 import functools
@@ -24,7 +23,7 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import FIXED, LEARNED
 
-# What a scheduler and a training record must agree on, and what their disagreement is told by.
+# A scheduler's settings that an error names when they differ from those of the training record
 PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
 
 
@@ -49,8 +48,8 @@ class ScoredModel:
     @property
     def other_variance(self) -> Literal["fixed_small", "fixed_large"] | None:
         """The other fixed variance, which can be scored without the network; None if this one is learned."""
-        others: dict[str, Any] = {"fixed_small": "fixed_large", "fixed_large": "fixed_small"}
-        return others.get(self.variance_type)
+        others: Any = [name for name in FIXED if name != self.variance_type]
+        return others[0] if self.variance_type in FIXED else None
 
     @property
     def denoiser(self) -> Denoiser:

@@ -1,6 +1,5 @@
 """shards.py: what is read of files, held in memory and left open."""
 
-import contextlib
 import gc
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Array3D, Features, Image, List, Value
 
-from hf_ddpm.data import shards as rows_module
+from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.stream import load_stream
 from tests.data.pictures import every, filled, grey_folder, noise, picture_folder, png, write_parquet
@@ -21,29 +20,19 @@ from tests.launching import ROOT
 
 
 class Spy:
-    """Counts what pyarrow reads of parquet files."""
+    """Counts what pyarrow reads of parquet files: how often it starts on one, and rows."""
 
     def __init__(self, monkeypatch):
         self.files, self.rows = 0, 0
-        open_parquet, spy = rows_module._open_parquet, self
+        iter_batches, spy = pq.ParquetFile.iter_batches, self
 
-        class File:
-            def __init__(self, file):
-                self._file = file
-                self.metadata, self.num_row_groups = file.metadata, file.num_row_groups
+        def counted(file, *args, **kwargs):
+            spy.files += 1
+            for batch in iter_batches(file, *args, **kwargs):
+                spy.rows += len(batch)
+                yield batch
 
-            def iter_batches(self, *args, **kwargs):
-                spy.files += 1
-                for batch in self._file.iter_batches(*args, **kwargs):
-                    spy.rows += len(batch)
-                    yield batch
-
-        @contextlib.contextmanager
-        def opened(name):
-            with open_parquet(name) as file:
-                yield File(file)
-
-        monkeypatch.setattr(rows_module, "_open_parquet", opened)
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
 
 
 def tiny_rows(folder, count, shards, row_group_size):
@@ -70,18 +59,21 @@ def test_a_process_reads_only_its_strips(tmp_path, monkeypatch):
 
 def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
     tiny_rows(tmp_path, 300, shards=3, row_group_size=50)
-    counted, count = [], rows_module.Shards._count_in_footer
+    opened, open_file = [], pq.ParquetFile.__init__
     monkeypatch.setattr(
-        rows_module.Shards, "_count_in_footer", lambda *args: counted.append(args[1]) or count(*args)
+        pq.ParquetFile, "__init__", lambda *args, **kwargs: (opened.append(1), open_file(*args, **kwargs))[1]
     )
     stream = load_stream(tmp_path, shuffle_buffer=8)
-    assert stream.shape == (1, 1, 2) and not counted
-    assert stream.num_rows() == len(every(stream)) == len(every(stream, 1)) == 300
-    assert sorted(counted) == [0, 1, 2]
+    assert stream.shape == (1, 1, 2)
+    opened.clear()
+    assert stream.num_rows() == 300 and len(opened) == 3  # not before: each footer is read now
+    assert len(every(stream)) == len(every(stream, 1)) == 300
+    opened.clear()
+    assert stream.num_rows() == 300 and stream.row_counts == [100] * 3 and not opened
 
 
 def held_rows():
-    return sum(1 for thing in gc.get_objects() if type(thing) is rows_module.Row)
+    return sum(1 for thing in gc.get_objects() if type(thing) is Row)
 
 
 @pytest.mark.parametrize(("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (9999, 2000)])
@@ -163,8 +155,8 @@ def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
     pq.write_table(pa.table({"image": [{"path": "b", "bytes": values[1]}]}), tmp_path / "mixed" / "1.parquet")
     for name in ("images", "lists", "arrays", "mixed"):
         dataset, files = open_source(tmp_path / name, "train")
-        ours = rows_module.Shards(dataset.decode(False), "image", files)
-        theirs = rows_module.Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
+        ours = Shards(dataset.decode(False), "image", files)
+        theirs = Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
         assert list(ours.counts) == list(theirs.counts)
         for shard, count in enumerate(ours.counts):
             for start in range(count + 1):

@@ -161,13 +161,13 @@ def test_one_drawing_serves_both(tiny_folder, tmp_path, monkeypatch):
         run(tiny_folder, tmp_path / "a", *extracting)[0]["sample_metrics"],
         run(tiny_folder, tmp_path / "b", "--nearest-dataset", "digits")[0]["memorisation"],
     ]
-    drawn, sample = [], DDPMPipeline._sample
+    drawn, sample = [], DDPMPipeline.__call__
 
-    def counted(self, shape, *more):
-        drawn.append(shape[0])
-        return sample(self, shape, *more)
+    def counted(self, batch_size, *more, **options):
+        drawn.append(batch_size)
+        return sample(self, batch_size, *more, **options)
 
-    monkeypatch.setattr(DDPMPipeline, "_sample", counted)
+    monkeypatch.setattr(DDPMPipeline, "__call__", counted)
     report, _ = run(tiny_folder, tmp_path / "c", *extracting, "--nearest-dataset", "digits")
     assert sum(drawn) == 12 and [report["sample_metrics"], report["memorisation"]] == apart
 

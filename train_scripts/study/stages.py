@@ -1,10 +1,9 @@
 """What `study.py` does with a run: train, score, sample, each stage once, its findings in a file.
 
-A stage that fails by itself, because the loss explodes or samples are not finite, has that as its finding.
+A stage may fail by itself, because the loss explodes or samples are not finite: then that is its finding.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import load_scored_model
 from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
 from hf_ddpm.generation.grids import save_image
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.variances import FIXED
 
@@ -39,7 +39,8 @@ NUM_EVALS = 100  # network evaluations per image of the bound
 NUM_PICTURES = 12
 BATCH_SIZE = 128  # of scoring and sampling
 
-# What a training run that its own loss or weights ended says, and where its step stands.
+# The error of a training run that ended because its loss or its weights were not finite or far too large, and
+# where its words name the step
 DIVERGED = re.compile(
     r"the loss is \S+ at step (\d+)|the mean loss of steps \d+ to (\d+)|finite at step (\d+)"
 )
@@ -67,7 +68,7 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's findings depend on, besides its own changes."""
+        """What a run's findings depend on, besides what the run changes in digits.toml."""
         keys = ("max_steps", "num_samples", "sampling_steps")
         return {key: getattr(self, key) for key in keys}
 
@@ -78,9 +79,10 @@ class Study:
         return TrainConfig.load(CONFIG, **where, **quiet, **self.runs[name])
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `work` finds, or found when the study was here before; a failure of its own is a finding too.
+        """The findings of a stage: those in its file, or else those of `work`, which are then written there.
 
-        "seconds" is the time of the last attempt, and "interrupted" says that there was an earlier one.
+        Beside them stands "seconds", the time of the last attempt, and "interrupted", whether there was an
+        earlier one.
         """
         file = self.out / "stages" / f"{name}.json"
         if file.exists():
@@ -99,10 +101,8 @@ class Study:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all, making its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def do_run(study: Study, name: str) -> dict[str, Any]:
@@ -140,15 +140,16 @@ def train_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def trained(log: Iterable[dict[str, float]]) -> dict[str, Any]:
-    """What the log of a run says: images, and the seconds spent on them, however often it was stopped.
+    """The images that a run trained on, and the seconds spent on them, from its log.
 
-    A line has the speed since the one before it. Starting, saving and what a killed run did again are left
-    out.
+    A line has the speed since the line before it. So starting, saving and what a killed run did again are
+    left out, however often it was stopped.
     """
     seconds, images = 0.0, 0
     for line in log:
         if "images_per_second" in line:
-            seconds += (line["images"] - images) / max(line["images_per_second"], 0.05)  # rounded to 0.1
+            # The speed is rounded to 0.1
+            seconds += (line["images"] - images) / max(line["images_per_second"], 0.05)
             images = int(line["images"])
     return {"images": images, "seconds": seconds}
 
