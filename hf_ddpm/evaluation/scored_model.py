@@ -1,6 +1,7 @@
 """The model that is evaluated: a pipeline's network, and the process and variance that it is scored with.
 
-What would make the numbers false is refused, such as a scheduler that contradicts the training record beside it.
+What would make the numbers false is refused, such as a scheduler that contradicts the training record beside
+it.
 """
 
 import functools

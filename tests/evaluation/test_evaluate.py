@@ -1,5 +1,6 @@
 """`hf-ddpm evaluate`: the numbers, and of which models and images."""
 
+import dataclasses
 import json
 
 import diffusers
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.evaluation.evaluate import evaluate, measure, prepare, write
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.likelihood import default_proposal, estimate_bound, evaluate_bound, image_noise, pilot_proposal
 from hf_ddpm.models import create_model
@@ -226,6 +227,23 @@ def test_from_python(tiny_folder, tmp_path):
     report = evaluate(config)
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert json.loads(json.dumps(report)) == written and written["command"] == ""
+
+
+def test_the_three_steps_of_an_evaluation(tiny_folder, tmp_path):
+    """Preparing writes nothing, measuring only parts, and writing leaves what the whole command leaves."""
+    config = EvaluationConfig(
+        str(tiny_folder), "digits", num_images=3, num_evals_per_image=2, out=str(tmp_path / "out")
+    )
+    plan = prepare(config)
+    assert not (tmp_path / "out").exists()
+    results = measure(plan)
+    assert [path.name[:7] for path in (tmp_path / "out").iterdir()] == [".parts-"]
+    report = write(plan, results, "by hand")
+    assert files(tmp_path / "out") == sorted(["evaluation.json", TENSORS, *PICTURES])
+    whole = evaluate(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    for key in ("bits_per_dim", "other_variance", "method", "data", "model"):
+        assert report[key] == whole[key]
+    assert report["command"] == "by hand"
 
 
 # Models that plain diffusers wrote
