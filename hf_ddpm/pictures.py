@@ -1,7 +1,8 @@
 """Pictures of a process and its model: interpolation, encode → decode, generation, the way to noise.
 
-One function each, which returns a `Sheet`: images in rows and columns with labels, and a PNG file if asked
-for. An image's noise depends on the seed and its place alone. The file knows no formula.
+There is one function for each, which returns a `Sheet`: images in rows and columns with labels, which can be
+saved as a PNG file. An image's noise depends on the seed and its place alone. `draw_interpolation` is the
+command `hf-ddpm interpolate`. No formula stands here but the mixture of two images.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class Sheet:
     """Images in rows and columns, with labels.
 
     Attributes:
-        images: about in [−1, 1], (rows, columns, C, H, W), float32, on the CPU.
+        images: mostly in [−1, 1], beyond which `save` clips, (rows, columns, C, H, W), float32, on the CPU.
         columns: a label for each column.
         rows: a label for each row.
     """
@@ -39,7 +40,11 @@ class Sheet:
     rows: list[str]
 
     def save(self, path: Path) -> Path:
-        """Write it as a PNG file; returns the path."""
+        """Write it as a PNG file, making its folder; returns the path.
+
+        Raises:
+            OSError: it can't be written.
+        """
         pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
         return plot_reconstructions(pictures, self.columns, path, self.rows)
 
@@ -57,8 +62,9 @@ def interpolate(
 
         x̄_t = (1 − λ) x_t^a + λ x_t^b,   x_t^a, x_t^b ~ q(x_t | x_0) with one ε;   x̄_0 ~ p_θ(x_0 | x̄_t)
 
-    With the shared ε the noise in x̄_t has its right variance, 1 − ᾱ_t, for every λ. The steps back share
-    their noise too, over all λ. λ = 0 and 1 are reconstructions of the two images, not the images.
+    As both images get the same ε, the noise in x̄_t has the variance 1 − ᾱ_t that it has to have, for every λ.
+    The steps back share their noise too, over all λ. λ = 0 and 1 give reconstructions of the two images, not
+    the images.
 
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
@@ -83,13 +89,12 @@ def interpolate(
     _check(torch.stack([x_0_a, x_0_b]))
     steps = _steps(t, pipeline.process)
     noise = _noise(seed, [0], x_0_a)[0].to(pipeline.device)
-    weights = torch.linspace(0, 1, num_images).view(-1, 1, 1, 1).to(noise)
+    weights, places = torch.linspace(0, 1, num_images).view(-1, 1, 1, 1).to(noise), [0] * num_images
     rows = []
     for step in steps:
         a, b = (pipeline.process.q_sample(x_0.to(noise), noise, step) for x_0 in (x_0_a, x_0_b))
-        decoded = _denoise(
-            pipeline, torch.lerp(a, b, weights), step, seed, [0] * num_images, num_inference_steps
-        )
+        mixed = torch.lerp(a, b, weights)
+        decoded = _denoise(pipeline, mixed, step, seed, places, num_inference_steps)
         rows.append(torch.cat([x_0_a[None].cpu().float(), decoded, x_0_b[None].cpu().float()]))
     columns = ["A", *(f"λ = {weight:.3g}" for weight in weights.flatten().tolist()), "B"]
     return Sheet(torch.stack(rows), columns, [f"t = {step}" for step in steps])
@@ -104,8 +109,8 @@ def encode_decode(
 ) -> Sheet:
     """Images noised to some steps, what the network sees in them, and a draw of p_θ(x_0 | x_t).
 
-    x̂_0 blurs what x_t doesn't tell, the decoded image invents it (unless so few steps are asked for
-    that t is the only one). x_t tells at most D/2 · log2(1 + SNR_t) bits of pixels of variance 1: at
+    What x_t doesn't tell of the image, x̂_0 blurs and the decoded image invents, unless so few steps are asked
+    for that t is the only one. Of D pixels of variance 1, x_t tells at most D/2 · log2(1 + SNR_t) bits, so at
     t = T − 1 the decoded image must not resemble the first.
 
     Args:
@@ -131,8 +136,7 @@ def encode_decode(
         predicted = pipeline.predict_x0(x_t, step)
         decoded = _denoise(pipeline, x_t, step, seed, places, num_inference_steps)
         columns.append(torch.stack([x_t.cpu(), predicted.cpu(), decoded]))
-    rows = torch.stack(columns, 2).transpose(0, 1).flatten(0, 1)  # (3, B, columns, ...) before
-    return Sheet(rows, ["image", *(f"t = {step}" for step in steps)], ["x_t", "x̂_0", "decoded"] * len(images))
+    return _sheet(columns, ["image", *(f"t = {step}" for step in steps)], ["x_t", "x̂_0", "decoded"])
 
 
 def progressive_generation(
@@ -147,7 +151,7 @@ def progressive_generation(
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
         num_images: how many, two rows each.
-        num_columns: of executed steps, evenly spread over them; the image comes after these.
+        num_columns: how many of the executed steps are shown, evenly spread; the image comes after them.
         seed: of all noise; image i is that of (seed, i) of `hf-ddpm sample`.
         num_inference_steps: as in a call of the pipeline.
 
@@ -161,8 +165,7 @@ def progressive_generation(
     visited = [int(step) for step in pipeline.scheduler.timesteps]  # type: ignore[attr-defined]
     shown = [visited[place] for place in _spread(num_columns, total)]
     generators = image_generators(seed, range(num_images))
-    x_t = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    x_t = x_t.to(pipeline.device)
+    x_t = _normal(shape, generators).to(pipeline.device)
     seen = {visited[0]: x_t}
 
     def watch(owner: Any, step: int, t: Tensor, kept: dict[str, Tensor]) -> None:
@@ -172,8 +175,7 @@ def progressive_generation(
     images = pipeline.denoise(x_t, visited[0], generators, num_inference_steps, callback_on_step_end=watch)
     columns = [torch.stack([seen[t], pipeline.predict_x0(seen[t], t)]).cpu().float() for t in shown]
     columns.append(images.cpu().float().expand(2, *images.shape))
-    rows = torch.stack(columns, 2).transpose(0, 1).flatten(0, 1)  # (2, B, columns, ...) before
-    return Sheet(rows, [*(f"t = {t}" for t in shown), "image"], ["x_t", "x̂_0"] * num_images)
+    return _sheet(columns, [*(f"t = {t}" for t in shown), "image"], ["x_t", "x̂_0"])
 
 
 def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int = 8, seed: int = 0) -> Sheet:
@@ -197,48 +199,6 @@ def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int 
     columns = [x_0, *(process.q_sample(x_0, noise, t) for t in steps)]
     labels = ["image", *(f"t = {process.timesteps[t]}" for t in steps)]
     return Sheet(torch.stack(columns, 1), labels, [""] * len(images))
-
-
-def _check(images: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point in [-1, 1], "
-            "(B, C, H, W), at least one"
-        )
-
-
-def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:
-    """The steps as a list, each one checked before any work."""
-    steps = [t] if isinstance(t, int) else list(t)
-    wrong = [step for step in steps if step not in range(len(process))]
-    if wrong or not steps:
-        raise ValueError(f"t is {wrong[0] if steps else 'empty'}; allowed: steps in 0..{len(process) - 1}")
-    return [int(step) for step in steps]
-
-
-def _spread(count: int, total: int) -> list[int]:
-    """`count` places of `total`, evenly, with the first and the last."""
-    if not 1 <= count <= total:
-        raise ValueError(f"num_columns is {count}; allowed: whole numbers in 1..{total}")
-    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().int().tolist()
-
-
-def _noise(seed: int, places: Sequence[int], like: Tensor) -> Tensor:
-    """ε for each place, (B, C, H, W), float32, the same on every device."""
-    generators = [
-        torch.Generator().manual_seed(derive_seed(Use.PICTURE_NOISE, seed, place)) for place in places
-    ]
-    return torch.stack([torch.randn(like.shape, generator=generator) for generator in generators])
-
-
-def _denoise(
-    pipeline: DDPMPipeline, x_t: Tensor, t: int, seed: int, places: Sequence[int], steps: int | None
-) -> Tensor:
-    """Algorithm 2 from step t on, with the noise of each place, float32 on the CPU."""
-    generators = [
-        torch.Generator().manual_seed(derive_seed(Use.PICTURE_STEPS, seed, place)) for place in places
-    ]
-    return pipeline.denoise(x_t, t, generators, steps).cpu().float()
 
 
 def draw_interpolation(
@@ -269,18 +229,9 @@ def draw_interpolation(
 
     Raises:
         ValueError: a bad argument, model or image, or a file that can't be written or is there already.
+        OSError: the file can't be written after all.
     """
-    path = _path("out", out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out is {out!r}; allowed: a file name that ends in .png")
-    place = path.parent if path.exists() else path
-    if reason := "Is a directory" if path.is_dir() else why_not_writable(place):
-        raise ValueError(f"out {out!r} can't be written: {reason}")
-    if path.exists() and not overwrite:
-        raise ValueError(f"out {out!r} is there already; allowed: another file, or --overwrite")
-    for name in (image_a, image_b):
-        if path.exists() and _is_file(name) and path.samefile(_path("image", name)):
-            raise ValueError(f"out {out!r} is the image {name!r}; allowed: another file")
+    path = _check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     a, b = (open_image(name, pipeline.image_shape, image_column) for name in (image_a, image_b))
     pipeline.set_progress_bar_config(desc="interpolate", leave=False, mininterval=REFRESH)
@@ -289,7 +240,8 @@ def draw_interpolation(
     try:
         sheet = interpolate(pipeline, to_float(a), to_float(b), chosen, num_images, seed, steps)
     except ValueError as error:
-        raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
+        # The command's name for it
+        raise ValueError(str(error).replace("num_inference_steps", "steps")) from error
     return sheet.save(path)
 
 
@@ -323,14 +275,94 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
     return image
 
 
-def _path(what: str, name: str) -> Path:
-    try:
-        path = Path(name).expanduser()
-        path.exists()  # which a name that is too long can't be asked
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{what} {name!r} is no path: {one_line(error)}") from error
+def _check(images: Tensor) -> None:
+    """Refuse what are no images in [−1, 1]."""
+    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point in [-1, 1], "
+            "(B, C, H, W), at least one"
+        )
+
+
+def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:
+    """The steps as a list, each one checked before any work."""
+    steps = [t] if isinstance(t, int) else list(t)
+    wrong = [step for step in steps if step not in range(len(process))]
+    if wrong or not steps:
+        raise ValueError(f"t is {wrong[0] if steps else 'empty'}; allowed: steps in 0..{len(process) - 1}")
+    return [int(step) for step in steps]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` places of `total`, evenly, with the first and the last."""
+    if not 1 <= count <= total:
+        raise ValueError(f"num_columns is {count}; allowed: whole numbers in 1..{total}")
+    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().int().tolist()
+
+
+def _generators(use: Use, seed: int, places: Sequence[int]) -> list[torch.Generator]:
+    """A generator for each place, on the CPU."""
+    return [torch.Generator().manual_seed(derive_seed(use, seed, place)) for place in places]
+
+
+def _normal(shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+    """Standard normal noise by each generator, (B, C, H, W), float32, the same on every device."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+
+def _noise(seed: int, places: Sequence[int], like: Tensor) -> Tensor:
+    """The ε of x_t at each place, (B, C, H, W), float32."""
+    return _normal(like.shape, _generators(Use.PICTURE_NOISE, seed, places))
+
+
+def _denoise(
+    pipeline: DDPMPipeline, x_t: Tensor, t: int, seed: int, places: Sequence[int], steps: int | None
+) -> Tensor:
+    """Algorithm 2 from step t on, with the noise of each place, float32, on the CPU."""
+    generators = _generators(Use.PICTURE_STEPS, seed, places)
+    return pipeline.denoise(x_t, t, generators, steps).cpu().float()
+
+
+def _sheet(columns: Sequence[Tensor], labels: list[str], kinds: list[str]) -> Sheet:
+    """A sheet that has K rows for each of B images, from its columns (K, B, C, H, W)."""
+    rows = torch.stack(list(columns), 2).transpose(0, 1)
+    return Sheet(rows.flatten(0, 1), labels, kinds * len(rows))
+
+
+def _check_out(out: str, images: Sequence[str], overwrite: bool) -> Path:
+    """The path of the picture, which must be writable, and none of the images that it is made of."""
+    path = _path("out", out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out is {out!r}; allowed: a file name that ends in .png")
+    if (
+        reason := "Is a directory"
+        if path.is_dir()
+        else why_not_writable(path.parent if path.exists() else path)
+    ):
+        raise ValueError(f"out {out!r} can't be written: {reason}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"out {out!r} is there already; allowed: another file, or --overwrite")
+    for name in images:
+        if path.exists() and _is_file(name) and path.samefile(_path("image", name)):
+            raise ValueError(f"out {out!r} is the image {name!r}; allowed: another file")
     return path
 
 
 def _is_file(name: str) -> bool:
+    """Whether an image's name is that of a file."""
     return _path("image", name).is_file()
+
+
+def _path(what: str, name: str) -> Path:
+    """The name as a path.
+
+    Raises:
+        ValueError: it can't be one; `what` it is for begins the message.
+    """
+    try:
+        path = Path(name).expanduser()
+        # A name that is too long can't be asked for
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{what} {name!r} is no path: {one_line(error)}") from error
+    return path

@@ -27,10 +27,8 @@ from hf_ddpm.likelihood import estimate_bound
 from hf_ddpm.models import create_model
 
 ROOT = Path(__file__).parents[1]
-FOLDER, IMAGES = (
-    ROOT / "model_cards" / "fashion-mnist-28",
-    Path(__file__).with_name("fashion_mnist_64.parquet"),
-)
+FOLDER = ROOT / "model_cards" / "fashion-mnist-28"
+IMAGES = Path(__file__).with_name("fashion_mnist_64.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +87,14 @@ def test_images_score_as_in_its_evaluation(report, measured):
 @pytest.mark.slow
 @pytest.mark.parametrize("variance_type", ["fixed_large", "fixed_small"])
 def test_its_bits_stay_where_the_card_says(variance_type, report, measured, tmp_path):
-    """`hf-ddpm evaluate` on 64 test images, with noise of their own, against the card within its error."""
+    """`hf-ddpm evaluate` on 64 test images, with noise of their own, against the card within its error.
+
+    A single file is a split "train", whatever images it has.
+    """
     config = EvaluationConfig(
         model=str(FOLDER),
         dataset=str(IMAGES),
-        split="train",  # what a single file is
+        split="train",
         variance_type=variance_type,
         out=str(tmp_path / "evaluation"),
     )
@@ -106,8 +107,7 @@ def test_its_bits_stay_where_the_card_says(variance_type, report, measured, tmp_
     text = (FOLDER / "README.md").read_text()
     assert f"{said['value']:.3f} ± {said['stderr']:.3f}" in text
     assert abs(found["value"] - said["value"]) < 3 * math.hypot(found["stderr"], said["stderr"])
-    if (
-        variance_type == report["bits_per_dim"]["variance_type"]
-    ):  # image by image, it differs by the noise only
+    if variance_type == report["bits_per_dim"]["variance_type"]:
+        # Image by image, it differs by the noise only
         change = load_file(tmp_path / "evaluation" / "evaluation.safetensors")["bpd"] - measured["bpd"][:64]
         assert abs(change.mean()) < 3 * change.std() / 8

@@ -1,4 +1,4 @@
-"""The order of images: which row of which shard stands at place q of epoch e? Integers only.
+"""The order of images: which row of which shard stands at place q of epoch e. It knows integers only.
 
     shards, permuted, end to end ─► rotated by a random offset ─► cut into 8 strips, the lanes
     place q  =  lane q mod 8, index q div 8 in it;  inside a lane, blocks of rows are permuted
@@ -6,8 +6,8 @@
 The order is a pure function of (row counts of the shards, shuffle_buffer, seed, epoch): the same for any
 number of processes, and any place of it is found without those before it, so that resuming is a seek. Each
 epoch has each row once. A batch mixes 8 distant parts of the data, and whoever reads the order holds one
-block of each lane, in all about `shuffle_buffer` rows. A rank that takes every W-th place needs only the
-lanes that these fall in: one in W if W divides 8, one alone if W is a multiple of 8, else all of them.
+block of each lane, in all about `shuffle_buffer` rows. A process that takes every W-th place needs only the
+lanes that these places lie in: 8 / W of them if W divides 8, a single one if W is a multiple of 8, else all.
 
 With shuffle_buffer 0 there is one lane and nothing is permuted: the order is the source's, each epoch.
 
@@ -24,11 +24,16 @@ import numpy as np
 from hf_ddpm.seeds import Use
 
 LANES = 8
-_PLAIN_BLOCK = 64  # rows per block when nothing is permuted: no more than a reader's convenience
+
+# A position in a batch where there is no image
+EMPTY = -1
+
+# Rows of a block when nothing is permuted; the order does not depend on it
+_PLAIN_BLOCK = 64
 
 
 class Place(NamedTuple):
-    """Where a place lies: its block of a lane, and where it comes in that block."""
+    """Where a place lies: its lane, the block of that lane, and the index in that block."""
 
     lane: int
     block: int
@@ -70,10 +75,18 @@ class Order:
         self.num_rows = int(self._counts.sum())
         self.lanes = LANES if self._shuffled else 1
         self._block = -(-shuffle_buffer // LANES) or _PLAIN_BLOCK
-        self._drawn: tuple[int, _Sequence] | None = None  # the last epoch's, for its many blocks
+        # The last epoch's shards, drawn once for its many blocks
+        self._drawn: tuple[int, _Sequence] | None = None
 
     def find(self, place: int) -> Place:
-        """The block and the index in it of a place, 0 to `num_rows` - 1; the same in each epoch."""
+        """Where a place lies, which is the same in each epoch.
+
+        Args:
+            place: 0 to `num_rows` − 1.
+
+        Raises:
+            ValueError: there is no such place.
+        """
         if not 0 <= place < self.num_rows:
             raise ValueError(f"no place {place} in an epoch; allowed: 0 to {self.num_rows - 1}")
         index, lane = divmod(place, self.lanes)
@@ -82,12 +95,18 @@ class Order:
     def block(self, epoch: int, lane: int, block: int) -> tuple[list[Stretch], np.ndarray]:
         """A block of a lane.
 
+        Args:
+            epoch: zero-based.
+            lane: 0 to `lanes` − 1.
+            block: zero-based, in that lane.
+
         Returns:
             Its rows as stretches of shards, end to end, and the order in which they are taken: the row at
             index i of the block's order is the `permutation[i]`-th of the stretches' rows.
         """
         whole, longer = divmod(self.num_rows, self.lanes)
-        begin = lane * whole + min(lane, longer)  # the first lanes have one row more
+        # The first lanes have one row more
+        begin = lane * whole + min(lane, longer)
         end = begin + whole + (lane < longer)
         begin = begin + block * self._block
         length = min(self._block, end - begin)
@@ -104,14 +123,15 @@ class Order:
         return rows[permutation[index]]
 
     def _stretches(self, epoch: int, begin: int, end: int) -> list[Stretch]:
-        """Rows `begin` to `end` - 1 of the rotated sequence."""
+        """Rows `begin` to `end` − 1 of the rotated sequence."""
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = epoch, self._draw(epoch)
         shards, ends, offset = self._drawn[1]
         found = []
         at, left = (begin + offset) % self.num_rows, end - begin
         while left:
-            k = int(np.searchsorted(ends, at, side="right"))  # passes over empty shards
+            # From the right, which passes over empty shards
+            k = int(np.searchsorted(ends, at, side="right"))
             start = at - int(ends[k] - self._counts[shards[k]])
             taken = min(left, int(ends[k]) - at)
             found.append(Stretch(int(shards[k]), start, start + taken))
@@ -125,6 +145,3 @@ class Order:
             rng.shuffle(shards)
             offset = int(rng.integers(self.num_rows))
         return _Sequence(shards, np.cumsum(self._counts[shards]), offset)
-
-
-EMPTY = -1

@@ -1,7 +1,7 @@
-"""Pixels: what one encoded image or array is worth as uint8, its size, and the way to [-1, 1] and back.
+"""Pixels: an encoded image or an array as uint8, its size, and the way to [-1, 1] and back.
 
-It knows single images. It never pads, never resizes and never converts between grey and colour unless told
-to; uint8 stays uint8 until `to_float`, which belongs on the device.
+This file knows single images. It never pads, resizes or converts between grey and colour unless told to.
+Images stay uint8 until `to_float`, which is best called on the device.
 """
 
 import hashlib
@@ -21,18 +21,23 @@ from torch import Tensor
 
 from hf_ddpm.runtime.messages import one_line
 
+# What to do with an image of another size, see `load_stream`
 FITS = ("exact", "resize", "resize_crop", "center_crop", "random_crop")
+# PIL's mode for the numbers of channels that it converts between
 MODES = {1: "L", 3: "RGB"}
 
 
 def to_float(images_uint8: Tensor) -> Tensor:
-    """Grey levels to the model's range, x / 127.5 − 1.
+    """Grey levels in the model's range, x / 127.5 − 1.
 
     Args:
         images_uint8: any shape, uint8.
 
     Returns:
         The same shape, float32, in [-1, 1].
+
+    Raises:
+        ValueError: another dtype.
     """
     if images_uint8.dtype != torch.uint8:
         raise ValueError(f"to_float needs uint8 images, got {images_uint8.dtype}")
@@ -47,6 +52,9 @@ def to_uint8(x: Tensor) -> Tensor:
 
     Returns:
         The same shape, uint8.
+
+    Raises:
+        ValueError: another dtype.
     """
     if not x.is_floating_point():
         raise ValueError(f"to_uint8 needs floating-point images, got {x.dtype}")
@@ -60,11 +68,25 @@ def image_digest(image_uint8: Tensor) -> int:
 
 
 def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
-    """One row's value as (h, w, C) uint8, converted by PIL where `channels` is 1 or 3."""
+    """The image in a row of a data set.
+
+    Args:
+        value: an encoded image (bytes, or a dict of "bytes" or "path"), or an array or lists, (h, w) or
+            (h, w, C).
+        channels: 1 (grey) and 3 (RGB) convert the image; None and others leave it as it is.
+
+    Returns:
+        Shape (h, w, C), uint8.
+
+    Raises:
+        ValueError: no image, or values that are no grey levels of 8 bits.
+        OSError: the file at "path" can't be read; a lost connection is not a corrupt image.
+    """
     data = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(value, dict) and data is None and value.get("path"):
-        path = value["path"]  # no `try`: a lost connection is no corrupt image
-        if os.path.isabs(path):  # fsspec takes longer to open it than PIL to decode a small image
+        path = value["path"]
+        # fsspec takes longer to open a local file than PIL to decode a small image
+        if os.path.isabs(path):
             data = Path(path).read_bytes()
         else:
             with fsspec.open(path, "rb") as file:
@@ -72,15 +94,15 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
     mode = MODES.get(channels or 0)
     try:
         pixels = _open_image(data, mode) if isinstance(data, bytes) else np.asarray(data)
-    except Exception as error:  # PIL has a dozen kinds of error for broken data
+    # PIL has a dozen kinds of error for broken data
+    except Exception as error:
         raise ValueError(f"corrupt image: {one_line(error)}") from error
     if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.dtype.kind not in "uif":
         raise ValueError(f"neither an encoded image nor an (H, W) or (H, W, C) array: {str(data)[:40]}")
     if pixels.dtype != np.uint8:
         levels = pixels.astype(np.uint8)
-        unit_range = (
-            pixels.dtype.kind == "f" and pixels.max() == 1
-        )  # 0..1, which happens to hold only 0 and 1
+        # Floats up to 1 that are all 0 or 1 are black and white in the range 0..1, not levels of 0..255
+        unit_range = pixels.dtype.kind == "f" and pixels.max() == 1
         if (levels != pixels).any() or unit_range:
             raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not all 8-bit grey levels")
         pixels = levels
@@ -96,25 +118,30 @@ def _open_image(data: bytes, mode: str | None) -> np.ndarray:
     if image is None:
         image = PILImage.open(io.BytesIO(data))
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation) is not None:  # as datasets.Image does
+        # Turned as datasets.Image does it
+        if image.getexif().get(ExifTags.Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)
     plain = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
     wanted = mode or plain.get(image.mode, image.mode)
-    if image.mode == wanted or image.mode[0] in "IF":  # more than 8 bits, which PIL would clip without a word
+    # Modes I and F have more than 8 bits, which PIL would clip without a word
+    if image.mode == wanted or image.mode[0] in "IF":
         return np.asarray(image)
     return np.asarray(image.convert(wanted))
 
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_PNG_HEAD = struct.Struct(">II5sI I4s")  # size, form, IHDR's checksum; length and name of the next chunk
+# Width, height, form and checksum of the chunk IHDR, then length and name of the next chunk
+_PNG_HEAD = struct.Struct(">II5sI I4s")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_PNG_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}  # 8 bits, not interlaced
+# PIL's mode for each form of 8 bits that is not interlaced
+_PNG_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}
 
 
 def _open_plain_png(data: bytes) -> PILImage.Image | None:
-    """PIL's image of a PNG that is IHDR, one IDAT and IEND, in a third of PIL's time; None for any other.
+    """PIL's image of a PNG of the chunks IHDR, one IDAT and IEND; None for any other file.
 
-    Most small images are such, and PIL takes longer to look for its format and its chunks than to decode it.
+    Most small images are such PNGs. It takes a third of PIL's time, which goes mostly into finding the format
+    and the chunks, not into decoding.
     """
     head = len(_PNG_START) + _PNG_HEAD.size
     if len(data) < head or not data.startswith(_PNG_START):
@@ -126,12 +153,27 @@ def _open_plain_png(data: bytes) -> PILImage.Image | None:
         return None
     try:
         return PILImage.frombytes(mode, (width, height), data[head : head + length], "zip", mode)
-    except ValueError:  # broken: PIL has its own words for it
+    except ValueError:
+        # The data is broken, which PIL will say in its own words
         return None
 
 
 def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.ndarray) -> np.ndarray:
-    """Bring (h, w, C) to (H, W, C); `draws`, uniform in [0, 1), place the random crop."""
+    """Bring an image to a size.
+
+    Args:
+        pixels: shape (h, w, C), uint8.
+        height: H.
+        width: W.
+        fit: one of `FITS`, see `load_stream`.
+        draws: two numbers, uniform in [0, 1), that place a random crop.
+
+    Returns:
+        Shape (H, W, C), uint8.
+
+    Raises:
+        ValueError: another size where `fit` is "exact", or an image that is too small to be cropped.
+    """
     h, w, channels = pixels.shape
     if (h, w) == (height, width):
         return pixels
@@ -141,7 +183,8 @@ def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.
         )
     if fit in ("resize", "resize_crop"):
         left = top = 0.0
-        if fit == "resize_crop":  # the largest centred box of the wanted proportions
+        if fit == "resize_crop":
+            # The largest centred box of the wanted proportions
             scale = max(height / h, width / w)
             left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
         box = (left, top, w - left, h - top)

@@ -1,14 +1,15 @@
 """Rows: the shards of a `datasets` stream, read in an `Order` with one open reader for each of its lanes.
 
-Images stay encoded until someone decodes them. A lane holds the rows of one block and one reader, which goes
-on where the last block ended or seeks.
+Images stay encoded until someone decodes them. A lane holds the rows of one block and one reader, which reads
+on where the last block ended, or seeks.
 
 Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
 over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends, which
 eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a page
-of the file and a megabyte beside its rows, and no thread is left to abort the interpreter at its exit.
+of the file and a megabyte beside its rows, and no thread of pyarrow is left that would abort the interpreter
+at its exit.
 
-What it doesn't know: pixels, crops, which places anyone wants.
+This file doesn't know pixels, crops, or which places anyone wants.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ _BYTES_PER_READ = 1 << 20
 
 
 class Row(NamedTuple):
-    """One row: where it is, and what its image column holds."""
+    """One row.
+
+    Attributes:
+        shard: number of its shard.
+        number: of the row in that shard.
+        value: what its image column holds: {"bytes": ..., "path": ...}, or nested lists of grey levels.
+    """
 
     shard: int
     number: int
-    value: Any  # {"bytes": ..., "path": ...} or nested lists of grey levels
+    value: Any
 
 
 class Shards:
@@ -67,7 +74,8 @@ class Shards:
         """
         if not self._parquet:
             return [sum(1 for _ in self.read(shard)) for shard in range(len(self.names))]
-        with ThreadPoolExecutor(8) as threads:  # a remote footer is a matter of waiting
+        # In threads, as reading a remote footer is mostly waiting
+        with ThreadPoolExecutor(8) as threads:
             return list(threads.map(self._count_in_footer, range(len(self.names))))
 
     def _count_in_footer(self, shard: int) -> int:
@@ -130,7 +138,14 @@ def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
 
 
 class OrderedRows:
-    """The rows at places of an order. Ascending places are read in one pass; any other costs a seek."""
+    """The rows at places of an order, a context that closes its files at its end.
+
+    Ascending places are read in one pass; any other place costs a seek.
+
+    Args:
+        shards: where the rows are.
+        order: which row is at which place.
+    """
 
     def __init__(self, shards: Shards, order: Order):
         self._order = order
@@ -147,7 +162,8 @@ class OrderedRows:
         """
         lane, block, index = self._order.find(place)
         if self._blocks[lane][0] != (epoch, block):
-            self._blocks[lane] = (-1, -1), []  # one block is held, not two
+            # The old block goes before the new one comes, so that one block is held and not two
+            self._blocks[lane] = (-1, -1), []
             stretches, permutation = self._order.block(epoch, lane, block)
             rows = [row for stretch in stretches for row in self._readers[lane].take(stretch)]
             self._blocks[lane] = (epoch, block), [rows[i] for i in permutation.tolist()]
@@ -166,12 +182,13 @@ def _close_all(readers: list[_Reader]) -> None:
 
 
 class _Reader:
-    """One shard at a time, open, read forwards."""
+    """Reads stretches of shards: one shard is open at a time, and is read forwards."""
 
     def __init__(self, shards: Shards):
         self._shards = shards
         self._shard, self._at = -1, 0
-        self._values: Generator[Any, None, None] | None = None  # of the shard, from row `_at` on
+        # The shard's values from row `_at` on
+        self._values: Generator[Any, None, None] | None = None
 
     def close(self) -> None:
         if self._values is not None:

@@ -1,6 +1,6 @@
-"""Where images come from: what a person names as a data set → a `datasets` stream, and its image column.
+"""Where images come from: the name of a data set becomes a `datasets` stream and its image column.
 
-It knows paths, the Hub and columns. It looks at no image.
+This file knows paths, the Hub and columns. It looks at no image.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.It
         source: "digits" (embedded), a folder of images or of parquet files, a parquet file, or a Hub id.
         split: name of the split.
 
+    Returns:
+        The stream, and the paths or addresses of its files.
+
     Raises:
         ValueError: nothing there that can be read, or no such split.
     """
@@ -40,7 +43,8 @@ def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.It
         else:
             builder = datasets.load_dataset_builder(str(path.resolve()) if path.is_dir() else name)
         splits: Any = builder.as_streaming_dataset()
-    except Exception as error:  # what `datasets`, the Hub client, fsspec or pyarrow raise
+    # What `datasets`, the Hub client, fsspec and pyarrow raise has no common class
+    except Exception as error:
         tried = "" if path.exists() else "no such folder, and from the Hub: "
         raise ValueError(f"can't read {name!r} as a data set: {tried}{one_line(error)}") from error
     if split not in splits:
@@ -50,6 +54,10 @@ def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.It
 
 def find_column(dataset: datasets.IterableDataset, column: str | None) -> str:
     """The column of the images: the given one, or the only one that holds images.
+
+    Args:
+        dataset: the stream.
+        column: a column's name, None for the only one that holds images.
 
     Raises:
         ValueError: no such column, or not exactly one that holds images.

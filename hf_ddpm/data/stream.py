@@ -2,12 +2,12 @@
 
     positions ─► rows at these places of the order, still encoded ─► decode ─► fit, flip ─► uint8
 
-The order is `hf_ddpm.order`'s: one for any number of processes, each of which asks for the positions that it
-wants. Crops and flips are a function of (seed, epoch, place in the epoch's order). No global random state is
-read, and nothing needs saving: a killed run goes on at its position, which is found without replay.
+The order is order.py's: one for any number of processes, each of which asks for the positions that it wants.
+Crops and flips are a function of (seed, epoch, place in the epoch's order). No global random state is read,
+and nothing needs saving: a killed run goes on at its position, which is found without replay.
 
-What it deliberately doesn't know: models, devices, labels, ranks. It never pads, never resizes and never
-converts between grey and colour unless told to (pixels.py does, image by image).
+This file deliberately doesn't know models, devices, labels or ranks. Images are not padded, resized or
+converted between grey and colour unless told to (pixels.py does, image by image).
 
 Rows are not shuffled by `IterableDataset.shuffle`: the order of a run must outlive an upgrade of `datasets`,
 and that shuffle can't be resumed exactly, depends on how ranks share the data, and in datasets 5.2 sleeps for
@@ -37,8 +37,10 @@ from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
 
-_DRAWS_PER_BLOCK = 1024  # places whose draws share one generator: seeding costs more than drawing
-_NAMED = 10  # images passed over that a warning names
+# Places whose draws share one generator, as seeding costs more than drawing
+_DRAWS_PER_BLOCK = 1024
+# How many of the images that are passed over a warning names
+_NAMED = 10
 
 
 def load_stream(
@@ -62,8 +64,9 @@ def load_stream(
         image_size: side, or (H, W); None takes the first image's.
         channels: 1 (grey) and 3 (RGB) convert, others must be the data's; None takes the first image's.
         column: image column; None finds the only one of encoded images or uint8 arrays (H, W) or (H, W, C).
-        fit: how an image gets `image_size`: "exact" (it has it already), "resize" (bicubic), "resize_crop"
-            (bicubic until it covers H x W, centre kept), "center_crop" or "random_crop" (both unscaled).
+        fit: how an image gets `image_size`. "exact": it must have it already. "resize": bicubic.
+            "resize_crop": bicubic until it covers H x W, then the centre is cut out. "center_crop" and
+            "random_crop": cut out, not scaled.
         horizontal_flip: mirror each image with probability 1/2.
         shuffle_buffer: 0 keeps the source's order; n shuffles the shards, reads 8 distant parts of them side
             by side, and shuffles among n undecoded images. A folder of images is one shard sorted by class:
@@ -118,13 +121,13 @@ class Slots(NamedTuple):
 @final
 @dataclass(eq=False)
 class ImageStream:
-    """The images of a data set in the order of `hf_ddpm.order`; see `load_stream`.
+    """The images of a data set in the order of order.py; made by `load_stream`.
 
     An image's position in a run is epoch · `num_rows()` + its place in the epoch's order.
 
     Attributes:
         shape: (C, H, W) of every image.
-        skipped: images that this object's iterators could not read and passed over.
+        skipped: how many images the iterators of this object could not read and passed over.
     """
 
     shape: tuple[int, int, int] = field(init=False)
@@ -162,7 +165,7 @@ class ImageStream:
         return list(self._shards.counts)
 
     def num_rows(self) -> int:
-        """Images of an epoch, those that can't be read included; counted at the first call, not decoded."""
+        """How many images an epoch has, those that can't be read included; counted at the first call."""
         return self._order.num_rows
 
     def images(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
@@ -170,7 +173,7 @@ class ImageStream:
 
         Args:
             epoch: which epoch's order, zero-based.
-            start: places to pass over; nothing of them is decoded.
+            start: places to pass over, whose images are not decoded.
 
         Returns:
             Iterator of uint8 tensors (C, H, W), on the CPU.
@@ -188,7 +191,13 @@ class ImageStream:
                     yield torch.from_numpy(image.copy())
 
     def select(self, positions: Sequence[int] | np.ndarray) -> Iterator[Tensor]:
-        """The images at these ascending places of epoch 0's order; no other one is decoded.
+        """The images at places of epoch 0's order; no other one is decoded.
+
+        Args:
+            positions: the places, ascending.
+
+        Returns:
+            Iterator of uint8 tensors (C, H, W), on the CPU.
 
         Raises:
             ValueError: an image that can't be read, or a position past the end or not above the one before.
@@ -242,7 +251,8 @@ class ImageStream:
             yield self._stack(batch)
 
     def _stack(self, images: list[np.ndarray]) -> Tensor:
-        out = np.empty((len(images), *self.shape), np.uint8)  # else numpy would keep the channels last
+        # Into an array that is there already, as numpy would keep the channels last in a new one
+        out = np.empty((len(images), *self.shape), np.uint8)
         return torch.from_numpy(np.stack(images, out=out))
 
     def slots(self, slots: Iterable[Sequence[int]]) -> Iterator[Slots]:

@@ -3,6 +3,7 @@
 An image's numbers depend on the seed and its row alone, not on the batch or the number of processes.
 """
 
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from hf_ddpm.data.pixels import to_float
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import Counted
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.parts import Parts
-from hf_ddpm.evaluation.scored_model import Subject
+from hf_ddpm.evaluation.parts import Parts, pieces
+from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import (
     Bound,
     Estimate,
@@ -25,46 +26,56 @@ from hf_ddpm.likelihood import (
     image_noise,
     pilot_proposal,
 )
+from hf_ddpm.likelihood.bound import bound_term
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 
-SHARED = ("proposal", "seed")  # of an Estimate, the same for all images
-# What the bound of an image depends on, besides the model and the image, and how images are shared out.
-SCORING = ("exact", "num_evals_per_image", "pilot_images", "clip_x0", "decoder", "seed", "batch_size")
+SHARED = ("proposal", "seed")  # fields of an Estimate that are the same for all images
 
 
-def scoring_options(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
+def scoring_options(config: EvaluationConfig, model: ScoredModel) -> dict[str, Any]:
     """The options of `bound_term`."""
     return {
-        "variance_type": subject.variance_type,
-        "prediction_type": subject.prediction_type,
+        "variance_type": model.variance_type,
+        "prediction_type": model.prediction_type,
         "clip_x0": config.clip_x0,
         "decoder": config.decoder,
     }
 
 
+@torch.no_grad()
+def check_scorable(config: EvaluationConfig, model: ScoredModel, stream: ImageStream, row: int) -> None:
+    """Score one image at one step.
+
+    Raises:
+        ValueError: the network's answer does not fit the image or the variance.
+    """
+    x_0 = _on_device(stream.select([row]), model)
+    noise = torch.zeros_like(x_0)
+    bound_term(model.process, model.denoiser, x_0, 0, noise, **scoring_options(config, model))
+
+
 def make_proposal(
-    config: EvaluationConfig, subject: Subject, stream: ImageStream, rows: list[int]
+    config: EvaluationConfig, model: ScoredModel, stream: ImageStream, rows: list[int]
 ) -> tuple[Tensor, int]:
     """The proposal of every part, the same on every process, and the evaluations that it cost."""
-    process, denoiser = subject.process, Counted(subject.denoiser)
+    process, denoiser = model.process, Counted(model.denoiser)
     if not config.pilot_images:
         return default_proposal(process), 0
-    pilot = torch.stack(list(stream.select(rows[: config.pilot_images])))
     proposal = pilot_proposal(
         process,
         denoiser,
-        to_float(pilot).to(subject.device),
+        _on_device(stream.select(rows[: config.pilot_images]), model),
         seed=config.seed,
         batch_size=config.batch_size,
-        **scoring_options(config, subject),
+        **scoring_options(config, model),
     )
     return proposal, denoiser.count
 
 
 def score(
     config: EvaluationConfig,
-    subject: Subject,
+    model: ScoredModel,
     stream: ImageStream,
     rows: list[int],
     images: str,
@@ -75,48 +86,65 @@ def score(
 
     Args:
         config: how.
-        subject: the model.
+        model: what is scored.
         stream: the images, in the order of their source.
         rows: which of them, ascending.
         images: their fingerprint, as parts on disk are of these images only.
         proposal: of `make_proposal`.
         out: folder of the parts.
-    """
-    state, process, options = process_state(), subject.process, scoring_options(config, subject)
-    settings = {key: getattr(config, key) for key in SCORING} | options
-    settings |= {"rows": rows, "images": images, "n_0": decoder_evals(config.num_evals_per_image)}
-    settings |= {"weights": subject.weights_digest(), "process": subject.process_digest()}
-    parts = Parts(out, settings)
-    state.wait_for_everyone()
 
-    chunks = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-    mine = range(state.process_index, len(chunks), state.num_processes)
-    mine = [i for i in mine if i not in parts]
-    per_row = len(process) if config.exact else config.num_evals_per_image
-    pixels = stream.select([row for i in mine for row in chunks[i]])
-    total = per_row * sum(len(chunks[i]) for i in mine)
-    with progress("evaluate", total, "eval", state.is_main_process) as bar:
-        denoiser = Counted(subject.denoiser, bar)
-        for i in mine:
-            x_0 = to_float(torch.stack([next(pixels) for _ in chunks[i]])).to(subject.device)
-            if config.exact:
-                noise = image_noise(config.seed, chunks[i], x_0)
-                found = vars(evaluate_bound(process, denoiser, x_0, noise_fn=noise, **options))
-            else:
+    Raises:
+        RuntimeError: the bound of an image is not finite.
+    """
+    options = scoring_options(config, model)
+    batches = [rows[piece.start : piece.stop] for piece in pieces(len(rows), config.batch_size)]
+    per_image = len(model.process) if config.exact else config.num_evals_per_image
+
+    def score_batches(numbers: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
+        pixels = stream.select([row for number in numbers for row in batches[number]])
+        total = per_image * sum(len(batches[number]) for number in numbers)
+        with progress("evaluate", total, "eval", process_state().is_main_process) as bar:
+            denoiser = Counted(model.denoiser, bar)
+            for batch in (batches[number] for number in numbers):
+                x_0 = _on_device((next(pixels) for _ in batch), model)
+                if config.exact:
+                    noise = image_noise(config.seed, batch, x_0)
+                    yield vars(evaluate_bound(model.process, denoiser, x_0, noise_fn=noise, **options))
+                    continue
                 estimate = estimate_bound(
-                    process,
+                    model.process,
                     denoiser,
                     x_0,
                     num_evals_per_image=config.num_evals_per_image,
                     seed=config.seed,
-                    image_indices=chunks[i],
+                    image_indices=batch,
                     proposal=proposal,
                     batch_size=config.batch_size,
                     **options,
                 )
-                found = {key: value for key, value in vars(estimate).items() if key not in SHARED}
-            parts.save(i, found)
-    state.wait_for_everyone()
-    tensors = parts.load(len(chunks))
-    state.wait_for_everyone()
-    return Bound(**tensors) if config.exact else Estimate(**tensors, proposal=proposal, seed=config.seed)
+                yield {name: value for name, value in vars(estimate).items() if name not in SHARED}
+
+    facts = {
+        "what": "bits_per_dim",
+        "scored_as": options,
+        "rows": rows,
+        "images": images,
+        "evaluations_of_l_0": decoder_evals(config.num_evals_per_image),
+        "weights": model.weights_digest,
+        "process": model.process_digest,
+    }
+    tensors = Parts(out, config, facts).complete(len(batches), score_batches)
+    if config.exact:
+        result = Bound(**tensors)
+        totals = result.total_bpd
+    else:
+        result = Estimate(**tensors, proposal=proposal, seed=config.seed)
+        totals = result.per_image_bpd
+    if bad := int((~totals.isfinite()).sum()):
+        raise RuntimeError(f"the bound is not finite for {bad} of {len(rows)} images")
+    return result
+
+
+def _on_device(images: Any, model: ScoredModel) -> Tensor:
+    """The images as one batch in [-1, 1], where the bound is computed."""
+    return to_float(torch.stack(list(images))).to(model.device)

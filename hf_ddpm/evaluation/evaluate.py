@@ -1,50 +1,45 @@
-"""A model and a data set → `evaluation.json`: bits/dim with a standard error, what it is made of, and plots.
+"""A model and a data set become `evaluation.json`: bits/dim, sample metrics, memorisation, and pictures.
 
-The images are scored in parts of one batch each, that processes share and that a killed run finds again; an
-image's numbers depend on the seed and its row alone. The numbers themselves are likelihood.py's.
+    prepare ─► Plan      everything is looked at, and refused if it can't be done; nothing is written
+    measure ─► Results   the work, in parts that processes share and that a killed run finds again
+    write   ─► files     the report, its tensors and the pictures
+
+The numbers themselves are likelihood's and metrics'. What the files hold is report.py's.
 """
 
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from hf_ddpm.data.pixels import to_float
-from hf_ddpm.data.stream import ImageStream
-from hf_ddpm.evaluation.bits_per_dim import make_proposal, score, scoring_options
+from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.images import digest_rows, fingerprint, open_images
+from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images
 from hf_ddpm.evaluation.memorisation import Memorisation
 from hf_ddpm.evaluation.parts import Parts
+from hf_ddpm.evaluation.plan import Plan, Results
 from hf_ddpm.evaluation.plots import plot_bits_per_step, plot_rate_distortion, plot_reconstruction_levels
-from hf_ddpm.evaluation.quality import QualityConfig, SampleQuality
+from hf_ddpm.evaluation.quality import SampleQuality
 from hf_ddpm.evaluation.report import (
+    build_evaluation,
     check_comparable,
-    paired,
-    per_image,
+    foresee,
     read_evaluation,
-    summary,
-    versions,
     write_evaluation,
 )
 from hf_ddpm.evaluation.samples import Drawing
-from hf_ddpm.evaluation.scored_model import Subject, load_subject
-from hf_ddpm.folders.layout import EVALUATION, NEAREST
-from hf_ddpm.likelihood import decoder_evals, rate_distortion, with_variance
-from hf_ddpm.likelihood.bound import bound_term
+from hf_ddpm.evaluation.scored_model import load_scored_model
+from hf_ddpm.folders.layout import EVALUATION, NEAREST, PLOTS
+from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
-from hf_ddpm.seeds import Use, derive_seed
-from hf_ddpm.variances import FIXED
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
 
 def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
-    """Score a model, and leave `evaluation.json`, `evaluation.safetensors` and plots in a folder.
+    """Score a model, and leave `evaluation.json`, `evaluation.safetensors` and pictures in a folder.
 
     Args:
         config: what to do.
@@ -57,126 +52,117 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         ValueError: bad input: model, data set, folder, or an extractor; nothing has been written then. Only
             an image of `nearest_dataset` that can't be read shows when it is looked at.
         RuntimeError: the bound is not finite.
+        OSError: a file can't be written.
     """
-    # What is scored, on what, how, and whether the results have a place: all looked at before work begins
+    plan = prepare(config)
+    return write(plan, measure(plan), command)
+
+
+def prepare(config: EvaluationConfig) -> Plan:
+    """Look at the model, the images, the extractor and the folder, before anything is made or written.
+
+    Raises:
+        ValueError: something can't be done; the message names the culprit.
+    """
     started, state = time.perf_counter(), process_state()
     out = _folder(config)
     other = None if config.compare_with is None else read_evaluation(Path(config.compare_with).expanduser())
-    subject = load_subject(
+    model = load_scored_model(
         config.model,
         state.device or torch.device("cpu"),
         config.variance_type,
         config.steps,
         config.first_variance,  # type: ignore[arg-type]
     )
-    stream = open_images(subject, config.dataset, config.split, config.image_column, config.fit)
-    total = stream.num_rows()
-    rows = _choose(total, config.num_images, config.seed)
+    stream = open_images(config, model)
+    rows = choose_rows(stream.num_rows(), config.num_images, config.seed)
     digests = digest_rows(stream, rows)
-    _score_one(config, subject, stream, rows[0])
-    proposal, pilot_evaluations = make_proposal(config, subject, stream, rows)
-    tensors = {"image_indices": torch.tensor(rows), "digests": digests, "proposal": proposal}
-    method = _method(config, subject)
+    check_scorable(config, model, stream, rows[0])
+    proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
-        check_comparable(method, tensors, other, str(config.compare_with))
-    source = {
-        "dataset": config.dataset,
-        "split": config.split,
-        "fit": config.fit,
-        "shape": list(stream.shape),
-    }
-    drawing = quality = memory = None
-    if config.extractor is not None or config.nearest_dataset is not None:
-        drawing = Drawing(
-            subject.pipeline, config.num_samples, config.sampling_steps, config.seed, config.batch_size
-        )
-    if config.extractor is not None:
-        how = QualityConfig(
-            config.extractor,
-            config.num_samples,
-            config.num_reference,
-            config.reference,
-            config.seed,
-            config.batch_size,
-        )
-        quality = SampleQuality(how, stream, total, source)
-    if config.nearest_dataset is not None:
-        memory = Memorisation(
-            config.nearest_dataset,
-            config.nearest_split,
-            config.image_column,
-            config.fit,
-            stream,
-            (config.dataset, config.split),
-            config.num_samples,
-            config.seed,
-        )
+        known = foresee(config, len(model.process), rows, digests, proposal)
+        check_comparable(known, other, str(config.compare_with))
+    wanted = config.extractor is not None, config.nearest_dataset is not None
+    plan = Plan(
+        config=config,
+        out=out,
+        model=model,
+        stream=stream,
+        rows=rows,
+        digests=digests,
+        proposal=proposal,
+        pilot_evaluations=pilot_evaluations,
+        other=other,
+        drawing=Drawing(model.pipeline, config) if any(wanted) else None,
+        quality=SampleQuality(config, stream) if wanted[0] else None,
+        memorisation=Memorisation(config, stream) if wanted[1] else None,
+        started=started,
+    )
     state.wait_for_everyone()
+    return plan
 
-    # The bound, image by image
-    images, weights = fingerprint(digests), subject.weights_digest()
-    result = score(config, subject, stream, rows, images, proposal, out)
-    numbers = per_image(result)
-    if bad := int((~numbers["bpd"].isfinite()).sum()):
-        raise RuntimeError(f"the bound is not finite for {bad} of {len(rows)} images")
-    evaluations = pilot_evaluations + len(rows) * method["evaluations_per_image"]
-    report: dict[str, Any] = {"bits_per_dim": summary(result, subject.variance_type)}
-    if subject.variance_type in FIXED:
-        swapped = next(name for name in FIXED if name != subject.variance_type)
-        report["other_variance"] = summary(with_variance(result, subject.process, swapped), swapped)  # type: ignore
-    report["method"] = method | {"evaluations": evaluations}
-    report["data"] = source | {
-        "num_images": len(rows),
-        "num_rows": total,
-        "fingerprint": images,
-        "trained_on": subject.trained_on(config.dataset, config.split),
-    }
-    report["model"] = {
-        "name": config.model,
-        "weights": weights,
-        "process": subject.process_digest(),
-        "prediction_type": subject.prediction_type,
-    }
-    if other is not None:
-        report["comparison"] = paired(numbers["bpd"], subject.variance_type, other)
 
-    # The samples
-    if drawing is not None:
-        extractor = None if quality is None else quality.extractor
-        samples = drawing.run(weights, out, extractor, keep=memory is not None)
-        images = samples.pop("images", torch.empty(0))
-        if quality is not None:
-            report["sample_metrics"] = quality.run(samples) | drawing.facts
-        if memory is not None:
-            found, nearest = memory.run(images, out)
-            trained_on = subject.trained_on(found["dataset"], found["split"])
-            report["memorisation"] = found | drawing.facts | {"trained_on": trained_on}
-            tensors |= nearest
+def measure(plan: Plan) -> Results:
+    """Score the images, draw the samples and measure them; only parts of the work are written.
 
-    # The files
-    report |= {
-        "seconds": round(time.perf_counter() - started, 1),
-        "processes": state.num_processes,
-        "device": str(state.device),
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
+    Raises:
+        RuntimeError: the bound is not finite.
+        ValueError: an image of `nearest_dataset` that can't be read.
+        OSError: a part can't be written.
+    """
+    model = plan.model
+    images = fingerprint(plan.digests)
+    bound = score(plan.config, model, plan.stream, plan.rows, images, plan.proposal, plan.out)
+    swapped = model.other_variance
+    other_bound = None if swapped is None else with_variance(bound, model.process, swapped)
+    quality = nearest = None
+    if plan.drawing is not None:
+        extractor = None if plan.quality is None else plan.quality.extractor
+        keep = plan.memorisation is not None
+        samples = plan.drawing.run(model.weights_digest, plan.out, extractor, keep)
+        drawn = samples.pop("images", None)
+        if plan.quality is not None:
+            quality = plan.quality.run(samples)
+        if plan.memorisation is not None and drawn is not None:
+            nearest = plan.memorisation.run(drawn, plan.out)
+    return Results(bound, other_bound, quality, nearest)
+
+
+def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:
+    """Write the report, its tensors and the pictures, on the main process, and delete the parts.
+
+    Returns:
+        The content of `evaluation.json`, on every process.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    evaluation, state = build_evaluation(plan, results, command), process_state()
     if state.is_main_process:
-        curve = rate_distortion(result)
-        plot_bits_per_step(curve, out / "bits-per-step.png")
-        plot_rate_distortion(curve, out / "rate-distortion.png")
-        plot_reconstruction_levels(subject, stream, rows[:PREVIEWS], config, out / "reconstructions.png")
-        if memory is None:  # an older evaluation's picture
-            (out / NEAREST).unlink(missing_ok=True)
-        write_evaluation(out, report, tensors | numbers)
-        Parts.clear(out)
+        curve = rate_distortion(results.bound)
+        bits_per_step, rate_and_distortion, reconstructions = (plan.out / name for name in PLOTS)
+        plot_bits_per_step(curve, bits_per_step)
+        plot_rate_distortion(curve, rate_and_distortion)
+        plot_reconstruction_levels(
+            plan.model, plan.stream, plan.rows[:PREVIEWS], plan.config.seed, reconstructions
+        )
+        if plan.memorisation is not None and results.nearest is not None:
+            plan.memorisation.plot(results.nearest, plan.out / NEAREST)
+        else:
+            # A picture that is there belongs to an evaluation that is replaced
+            (plan.out / NEAREST).unlink(missing_ok=True)
+        write_evaluation(plan.out, evaluation)
+        Parts.clear(plan.out)
     state.wait_for_everyone()
-    return report
+    return evaluation.report
 
 
 def _folder(config: EvaluationConfig) -> Path:
-    """Where the results go: not made yet, and without an evaluation that nobody said to replace."""
+    """Where the results go.
+
+    Raises:
+        ValueError: it is not said, can't be written, or holds an evaluation that is not to be replaced.
+    """
     if config.out is None and not Path(config.model).expanduser().is_dir():
         raise ValueError(
             f"out is not given, and {config.model!r} is no folder for the results; allowed: a folder as out"
@@ -189,37 +175,3 @@ def _folder(config: EvaluationConfig) -> Path:
             f"out {str(out)!r} holds an evaluation already; allowed: another folder, or overwrite"
         )
     return out
-
-
-def _method(config: EvaluationConfig, subject: Subject) -> dict[str, Any]:
-    """How an image's bits/dim come about: what a comparison needs to be equal, besides the images."""
-    steps, evals = len(subject.process), config.num_evals_per_image
-    return {
-        "name": "every step once" if config.exact else "stratified estimate",
-        "evaluations_per_image": steps if config.exact else evals,
-        "evaluations_of_l_0": 1 if config.exact else decoder_evals(evals),
-        "steps": steps,
-        "first_variance": config.first_variance if config.steps else None,
-        "clip_x0": config.clip_x0,
-        "decoder": config.decoder,
-        "pilot_images": config.pilot_images,
-        "seed": config.seed,
-    }
-
-
-@torch.no_grad()
-def _score_one(config: EvaluationConfig, subject: Subject, stream: ImageStream, row: int) -> None:
-    """Score one image at one step, to be told now what a network's answer doesn't fit."""
-    x_0 = to_float(torch.stack(list(stream.select([row])))).to(subject.device)
-    options = scoring_options(config, subject)
-    bound_term(subject.process, subject.denoiser, x_0, 0, torch.zeros_like(x_0), **options)
-
-
-def _choose(total: int, num_images: int | None, seed: int) -> list[int]:
-    """Rows to score, ascending: all, or a random subset, as a data set may be sorted by class."""
-    if num_images is None or num_images == total:
-        return list(range(total))
-    if num_images > total:
-        raise ValueError(f"num_images is {num_images}, but the split has {total}; allowed: 1 to {total}")
-    order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, seed)).permutation(total)
-    return sorted(order[:num_images].tolist())

@@ -1,46 +1,66 @@
-"""The images that a model is scored on."""
+"""The images that a model is scored on: opened, chosen, and told apart from others by their pixels."""
 
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from hf_ddpm.data.pixels import image_digest
 from hf_ddpm.data.stream import ImageStream, load_stream
-from hf_ddpm.evaluation.scored_model import Subject
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.scored_model import ScoredModel
+from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import Use, derive_seed
 
 logger = logging.getLogger(__name__)
 
 
-def open_images(
-    subject: Subject, dataset: str, split: str, image_column: str | None = None, fit: str = "exact"
-) -> ImageStream:
+def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
 
     Raises:
         ValueError: a bad data set, or images of another shape than the model's.
     """
-    channels, *size = shape = subject.pipeline.image_shape
-    stream = load_stream(
-        dataset,
-        split,
-        None if fit == "exact" else (size[0], size[1]),
-        column=image_column,
-        fit=fit,
-    )
+    channels, height, width = shape = model.pipeline.image_shape
+    size = None if config.fit == "exact" else (height, width)
+    stream = load_stream(config.dataset, config.split, size, column=config.image_column, fit=config.fit)
     if stream.shape != shape:
         hint = "; a `fit` would resize them, and the record says so" if stream.shape[0] == channels else ""
         raise ValueError(
-            f"images of {dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
+            f"images of {config.dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
         )
-    if subject.trained_on(dataset, split) and PartialState().is_main_process:
+    if model.trained_on(config.dataset, config.split) and process_state().is_main_process:
         logger.warning("the model was trained on this split: its bits/dim here say nothing about new images")
     return stream
+
+
+def describe_source(config: EvaluationConfig, stream: ImageStream) -> dict[str, Any]:
+    """Where the images come from, and what was done to them: for the report, and for files of features."""
+    return {
+        "dataset": config.dataset,
+        "split": config.split,
+        "fit": config.fit,
+        "shape": list(stream.shape),
+    }
+
+
+def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:
+    """Rows to score, ascending: all, or a random subset, as a data set may be sorted by class.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if num_images is None or num_images == total:
+        return list(range(total))
+    if num_images > total:
+        raise ValueError(f"num_images is {num_images}, but the split has {total}; allowed: 1 to {total}")
+    order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, seed)).permutation(total)
+    return sorted(order[:num_images].tolist())
 
 
 def digest_rows(stream: ImageStream, rows: Sequence[int] | np.ndarray) -> Tensor:
@@ -50,7 +70,7 @@ def digest_rows(stream: ImageStream, rows: Sequence[int] | np.ndarray) -> Tensor
         ValueError: an image that can't be read or has another shape; the message names its row.
     """
     found = []
-    with progress("read", len(rows), "image", PartialState().is_main_process, leave=False) as bar:
+    with progress("read", len(rows), "image", process_state().is_main_process, leave=False) as bar:
         for image in stream.select(rows):
             found.append(image_digest(image))
             bar.update()

@@ -2,37 +2,40 @@
 
     d(a, b) = √⟨(a − b)²⟩ on grey levels 0..255
 
-How near is suspicious, held-out images tell, which nobody has memorised: a sample is "near" if it is no
-farther from its nearest training image than the nearest 1 % of them are from theirs. The distance is plain
-pixels: a copy that is moved or mirrored is not found.
+Held-out images, which the model can't have memorised, tell what distance is suspicious: a sample is "near" if
+it is no farther from its nearest training image than the nearest 1 % of the held-out images are from theirs.
+The distance compares pixel with pixel, so a copy that is moved or mirrored is not found.
 """
 
 import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from hf_ddpm.data.pixels import image_digest
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.denoiser import scoring_device
+from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import digest_rows, fingerprint
-from hf_ddpm.evaluation.parts import Parts
-from hf_ddpm.folders.layout import NEAREST
+from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.generation.grids import plot_reconstructions, to_pil
+from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
 QUANTILE = 0.01  # of the held-out images' distances: nearer is suspicious
 PAIRS = 8  # samples in the picture
 BLOCK = 2**24  # float64 numbers in memory at once, for each of a few tensors
-MOST = 4096  # images of a block
+MOST = 4096  # images at most that are compared at once
 
 
-def nearest(queries: Tensor, images: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, images: Tensor, device: torch.device | str = "cpu", numbers_at_once: int = BLOCK
+) -> tuple[Tensor, Tensor]:
     """The nearest image of each query.
 
         ‖a − b‖² = ‖a‖² + ‖b‖² − 2 ⟨a, b⟩,   in float64, where sums of such whole numbers are exact
@@ -41,164 +44,157 @@ def nearest(queries: Tensor, images: Tensor, device: torch.device | str = "cpu")
         queries: uint8, shape (Q, C, H, W).
         images: uint8, shape (M, C, H, W); all of them at once in memory as float64.
         device: where it is computed; it has float64.
+        numbers_at_once: of the queries, at once in memory as float64, but at least one query.
 
     Returns:
         Its index, the lowest of several, and ‖a − b‖², both (Q,), int64, on the CPU.
     """
     b = images.flatten(1).to(device).double()
-    b_square, numbers = b.square().sum(1), torch.arange(len(b), device=device)
+    b_square, places = b.square().sum(1), torch.arange(len(b), device=device)
     index, square = [], []
-    for piece in queries.flatten(1).split(block_size(b.shape[1])):
+    for piece in queries.flatten(1).split(block_size(b.shape[1], numbers_at_once)):
         a = piece.to(device).double()
         squares = torch.addmm(a.square().sum(1, keepdim=True) + b_square, a, b.T, alpha=-2)
         least = squares.amin(1, keepdim=True)
-        index.append(torch.where(squares == least, numbers, len(b)).amin(1).cpu())
+        index.append(torch.where(squares == least, places, len(b)).amin(1).cpu())
         square.append(least.squeeze(1).long().cpu())
     return torch.cat(index), torch.cat(square)
 
 
-def block_size(dims: int) -> int:
-    """Images of `dims` numbers that are compared at once."""
-    return max(1, min(MOST, BLOCK // dims))
+def block_size(dims: int, numbers_at_once: int = BLOCK) -> int:
+    """How many images of `dims` numbers are compared at once."""
+    return max(1, min(MOST, numbers_at_once // dims))
+
+
+@dataclass(frozen=True, eq=False)
+class NearestFound:
+    """The nearest training images of N samples and of M held-out images.
+
+    Attributes:
+        samples: the samples, uint8, (N, C, H, W).
+        rows: row of each sample's nearest training image, (N,), int64.
+        distances: RMSE in grey levels to it, (N,), float64.
+        heldout_rows: rows of the held-out images in their own data set, (M,), int64.
+        heldout_nearest_rows: row of each held-out image's nearest training image, (M,), int64.
+        heldout_distances: RMSE in grey levels to it, (M,), float64.
+        near: the distance up to which an image is near, the QUANTILE of the held-out images' distances.
+        num_training: how many training images there are.
+        training_fingerprint: of all of them.
+    """
+
+    samples: Tensor
+    rows: Tensor
+    distances: Tensor
+    heldout_rows: Tensor
+    heldout_nearest_rows: Tensor
+    heldout_distances: Tensor
+    near: float
+    num_training: int
+    training_fingerprint: str
 
 
 class Memorisation:
-    """A search that will be made: made, it has refused what can't be done; `run`, it does it.
+    """A search for the nearest training images. Its inputs are checked when constructed; `run` searches.
 
     Args:
-        dataset: of the training images: Hub id, folder, or "digits".
-        split: of that data set.
-        image_column: as in `load_stream`.
-        fit: as in `load_stream`.
+        config: `nearest_dataset` and `nearest_split` name the training images, `num_samples` says how many
+            held-out images are searched for beside the samples, if there are so many.
         heldout: the images that the model is evaluated on, in the order of their source.
-        heldout_name: their data set and split.
-        num_heldout: how many of them are the floor, or all if there are fewer.
-        seed: of which.
 
     Raises:
         ValueError: a bad data set, images of another shape, or the held-out images themselves.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        split: str,
-        image_column: str | None,
-        fit: str,
-        heldout: ImageStream,
-        heldout_name: tuple[str, str],
-        num_heldout: int,
-        seed: int,
-    ):
+    def __init__(self, config: EvaluationConfig, heldout: ImageStream):
+        dataset, split = config.nearest_dataset, config.nearest_split
+        assert dataset is not None
         same = (
             f"nearest_split {split!r} of {dataset!r} has the images that are evaluated; allowed: the model's "
             "training images, and others to evaluate"
         )
-        if (dataset, split) == heldout_name:
+        if (dataset, split) == (config.dataset, config.split):
             raise ValueError(same)
-        sides = None if fit == "exact" else heldout.shape[1:]
-        self._stream = load_stream(dataset, split, sides, column=image_column, fit=fit)
+        sides = None if config.fit == "exact" else heldout.shape[1:]
+        self._config, self._heldout = config, heldout
+        self._stream = load_stream(dataset, split, sides, column=config.image_column, fit=config.fit)
         if self._stream.shape != heldout.shape:
             raise ValueError(
                 f"images of nearest_dataset {dataset!r} are {self._stream.shape} (C, H, W); allowed: "
                 f"{heldout.shape}, as those that are evaluated"
             )
-        order = np.random.default_rng(derive_seed(Use.HELDOUT_ROWS, seed)).permutation(heldout.num_rows())
-        self._rows, self._heldout = np.sort(order[:num_heldout]), heldout
-        self._source = {"dataset": dataset, "split": split, "num_rows": self._stream.num_rows()}
-        self._how = {"image_column": image_column, "fit": fit}
-        self._state = PartialState()
-        found = digest_rows(heldout, self._rows)  # images that can't be read show
-        if self._stream.num_rows() == heldout.num_rows():  # maybe the same by another name
-            if torch.equal(found[:4], digest_rows(self._stream, self._rows[:4])):
+        key = derive_seed(Use.HELDOUT_ROWS, config.seed)
+        order = np.random.default_rng(key).permutation(heldout.num_rows())
+        self.heldout_rows = np.sort(order[: config.num_samples])
+        # Images that can't be read show here
+        found = digest_rows(heldout, self.heldout_rows)
+        # A data set of as many rows may be the same one by another name
+        if self._stream.num_rows() == heldout.num_rows():
+            if torch.equal(found[:4], digest_rows(self._stream, self.heldout_rows[:4])):
                 raise ValueError(same)
 
-    def run(self, samples: Tensor, out: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Search all training images for the nearest of every sample and held-out image.
+    def run(self, samples: Tensor, out: Path) -> NearestFound:
+        """Search all training images for the nearest of every sample and held-out image, on every process.
 
         Args:
             samples: uint8, (N, C, H, W), the same on every process.
-            out: folder of the parts and of the picture, `nearest.png`.
-
-        Returns:
-            Section "memorisation" of the report, and each image's row and distance; on every process.
+            out: folder of the parts.
 
         Raises:
-            ValueError: a training image that can't be read.
+            ValueError: a training image that can't be read, or held-out images that are all among them.
         """
-        heldout = torch.stack(list(self._heldout.select(self._rows)))
+        heldout = torch.stack(list(self._heldout.select(self.heldout_rows)))
         rows, square, digests = self._search(torch.cat([samples, heldout]), out)
         distance = (square.double() / samples[0].numel()).sqrt()
         ours, floor = distance.split([len(samples), len(heldout)])
         if not floor.any():
             raise ValueError(
                 f"all {len(floor)} held-out images are among those of nearest_dataset "
-                f"{self._source['dataset']!r}, so they say nothing; allowed: the training images alone"
+                f"{self._config.nearest_dataset!r}, so they say nothing; allowed: the training images alone"
             )
-        near = float(floor.quantile(QUANTILE))
-        section = self._source | {
-            "fingerprint": fingerprint(digests),
-            "quantile": QUANTILE,
-            "near": near,
-            "samples": _summary(ours, near),
-            "heldout": _summary(floor, near),
-        }
-        tensors = {
-            "nearest_rows": rows[: len(samples)],
-            "nearest_distances": ours,
-            "heldout_rows": torch.from_numpy(self._rows),
-            "heldout_nearest_rows": rows[len(samples) :],
-            "heldout_nearest_distances": floor,
-        }
-        if self._state.is_main_process:
-            self._plot(samples, rows, ours, out / NEAREST)
-        return section, tensors
+        return NearestFound(
+            samples=samples,
+            rows=rows[: len(samples)],
+            distances=ours,
+            heldout_rows=torch.from_numpy(self.heldout_rows),
+            heldout_nearest_rows=rows[len(samples) :],
+            heldout_distances=floor,
+            near=float(floor.quantile(QUANTILE)),
+            num_training=self._stream.num_rows(),
+            training_fingerprint=fingerprint(digests),
+        )
 
     def _search(self, queries: Tensor, out: Path) -> tuple[Tensor, Tensor, Tensor]:
         """Row of each query's nearest training image, ‖a − b‖², and a digest of every training image."""
-        state, stream, total = self._state, self._stream, self._stream.num_rows()
-        size = block_size(queries[0].numel())
-        looked_for = hashlib.sha256(queries.contiguous().numpy().data).hexdigest()
-        parts = Parts(out, {"nearest": self._source | self._how, "block": size, "queries": looked_for})
-        state.wait_for_everyone()
-        chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
-        mine = range(state.process_index, len(chunks), state.num_processes)
-        mine = [i for i in mine if i not in parts]
-        images = stream.select([row for i in mine for row in chunks[i]])
+        total, size = self._stream.num_rows(), block_size(queries[0].numel())
+        blocks, state = pieces(total, size), process_state()
         device = scoring_device(torch.device(state.device or "cpu"))
-        with progress("nearest", sum(len(chunks[i]) for i in mine), "image", state.is_main_process) as bar:
-            for i in mine:
-                block = torch.stack([next(images) for _ in chunks[i]])
-                index, square = nearest(queries, block, device)
-                digests = torch.tensor([image_digest(image) for image in block], dtype=torch.int64)
-                found = {"rows": (index + chunks[i].start)[None], "squares": square[None], "digests": digests}
-                parts.save(i, found)
-                bar.update(len(block))
-        state.wait_for_everyone()
-        found = parts.load(len(chunks))
-        state.wait_for_everyone()
+
+        def search_blocks(numbers: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
+            images = self._stream.select([row for number in numbers for row in blocks[number]])
+            count = sum(len(blocks[number]) for number in numbers)
+            with progress("nearest", count, "image", state.is_main_process) as bar:
+                for rows in (blocks[number] for number in numbers):
+                    block = torch.stack([next(images) for _ in rows])
+                    index, square = nearest(queries, block, device)
+                    digests = torch.tensor([image_digest(image) for image in block], dtype=torch.int64)
+                    yield {"rows": (index + rows.start)[None], "squares": square[None], "digests": digests}
+                    bar.update(len(block))
+
+        looked_for = hashlib.sha256(queries.contiguous().numpy().data).hexdigest()
+        facts = {"what": "nearest", "num_rows": total, "block": size, "queries": looked_for}
+        found = Parts(out, self._config, facts).complete(len(blocks), search_blocks)
         least = found["squares"].amin(0)
         rows = torch.where(found["squares"] == least, found["rows"], total).amin(0)
         return rows, least, found["digests"]
 
-    def _plot(self, samples: Tensor, rows: Tensor, distance: Tensor, path: Path) -> None:
-        """The nearest samples above their training images, with distance and row."""
-        chosen = distance.argsort(stable=True)[:PAIRS].tolist()
-        wanted = sorted({int(rows[i]) for i in chosen})
+    def plot(self, found: NearestFound, path: Path) -> None:
+        """Draw the nearest samples above their training images, with distance and row, as a PNG file."""
+        chosen = found.distances.argsort(stable=True)[:PAIRS].tolist()
+        wanted = sorted({int(found.rows[i]) for i in chosen})
         training = dict(zip(wanted, self._stream.select(wanted), strict=True))
         pictures = [
-            [to_pil(samples[i]) for i in chosen],
-            [to_pil(training[int(rows[i])]) for i in chosen],
+            [to_pil(found.samples[i]) for i in chosen],
+            [to_pil(training[int(found.rows[i])]) for i in chosen],
         ]
-        labels = [f"{distance[i]:.1f}\nrow {rows[i]}" for i in chosen]
+        labels = [f"{found.distances[i]:.1f}\nrow {found.rows[i]}" for i in chosen]
         plot_reconstructions(pictures, labels, path, ["sample", "training"])
-
-
-def _summary(distance: Tensor, near: float) -> dict[str, Any]:
-    """What the report says of some images' distances."""
-    return {
-        "num_images": len(distance),
-        "share_near": float((distance <= near).double().mean()),
-        "median_distance": float(distance.quantile(0.5)),
-        "exact_copies": int((distance == 0).sum()),
-    }

@@ -2,16 +2,17 @@
 
     OUT/.parts-<key>/00000.safetensors, 00001.safetensors, ...
 
-The key is a hash of everything that a part's content depends on, so that a part is only found again by the
-same work. Processes on several machines need a folder that all of them see. The file knows files and
-tensors, not what they mean.
+The key is a hash of everything that a part's content depends on, so that only the same work finds a part
+again. Processes on several machines need a folder that all of them see. This file knows options, files and
+tensors, not what the tensors mean.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,73 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.processes import process_state
+
+# The options that no part depends on. All others are in the key, so a new option can't be forgotten there.
+# The model has no place in it by its name: rooms put digests of its weights and of its process into the key.
+NOT_IN_KEY = frozenset({"model", "out", "overwrite", "compare_with", "reference"})
+
+Work = Callable[[Sequence[int]], Generator[Mapping[str, Tensor], None, None]]
+
+
+def pieces(count: int, size: int) -> list[range]:
+    """The numbers 0..count−1 in pieces of `size`; the last one may be shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
 
 class Parts:
     """The parts of one piece of work.
 
     Args:
-        folder: where the work's results go.
-        settings: plain values that the parts' content depends on.
+        folder: where the work's results go; it is made when missing.
+        config: the evaluation. All of its options but `NOT_IN_KEY` are in the key.
+        facts: plain values of everything else that the parts' content depends on, such as digests of the
+            model's weights and of the images.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
-        text = json.dumps(settings, sort_keys=True, default=str)
+    def __init__(self, folder: Path, config: EvaluationConfig, facts: Mapping[str, Any]):
+        options = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_KEY}
+        text = json.dumps({"options": options, "facts": dict(facts)}, sort_keys=True, default=str)
         self._folder = folder / f".parts-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, number: int) -> bool:
         return self._path(number).exists()
 
+    def complete(self, count: int, work: Work) -> dict[str, Tensor]:
+        """Make the parts 0..count−1 that are missing, shared among the processes, and load all of them.
+
+        Args:
+            count: how many parts there are.
+            work: a generator function. It is called once, with the ascending numbers of the parts that this
+                process has to make, and yields the tensors of each of them in this order.
+
+        Returns:
+            Each tensor, concatenated over all parts, on every process.
+
+        Raises:
+            OSError: a part can't be written.
+            RuntimeError: a part is missing or damaged.
+        """
+        state = process_state()
+        state.wait_for_everyone()
+        mine = range(state.process_index, count, state.num_processes)
+        missing = [number for number in mine if number not in self]
+        with closing(work(missing)) as made:
+            for number, tensors in zip(missing, made, strict=True):
+                self.save(number, tensors)
+        state.wait_for_everyone()
+        found = self.load(count)
+        state.wait_for_everyone()
+        return found
+
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a part, whole or not at all."""
-        partial = self._path(number).with_suffix(f".{os.getpid()}.tmp")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        except SafetensorError as error:  # a full disk, in safetensors' words
-            partial.unlink(missing_ok=True)
-            raise OSError(f"can't write {str(partial)!r}: {error}") from error
-        os.replace(partial, self._path(number))
+        with whole_file(self._path(number)) as file:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
     def load(self, count: int) -> dict[str, Tensor]:
         """The parts 0..count−1, each tensor concatenated over them.
@@ -59,8 +101,8 @@ class Parts:
                 found.append(load_file(path))
             except (OSError, SafetensorError) as error:
                 raise RuntimeError(
-                    f"{path} is missing or damaged ({error}): delete it and start again, in a folder that "
-                    "every process sees"
+                    f"{path} is missing or damaged ({one_line(error)}): delete it and start again, in a "
+                    "folder that every process sees"
                 ) from error
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 

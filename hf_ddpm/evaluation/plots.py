@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure  # never pyplot: no window, no global state
+
+# Never pyplot: no window is opened, and no global state is kept
+from matplotlib.figure import Figure
 
 from hf_ddpm.data.pixels import to_float, to_uint8
 from hf_ddpm.data.stream import ImageStream
-from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.scored_model import Subject
+from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.generation.grids import plot_reconstructions, save_figure, to_pil
 from hf_ddpm.likelihood import RateDistortion, image_noise
 from hf_ddpm.parametrization import to_x0
+
+# Noise levels that are shown, as shares of the chain's last step
+LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99)
 
 
 def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
@@ -38,7 +42,12 @@ def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
 
 
 def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
-    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path."""
+    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path.
+
+    Args:
+        curve: of `rate_distortion`.
+        path: a PNG file.
+    """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(curve.bpd, curve.rmse_255, marker="." if len(curve.t) < 100 else "")
@@ -52,24 +61,31 @@ def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
 
 @torch.no_grad()
 def plot_reconstruction_levels(
-    subject: Subject, stream: ImageStream, rows: list[int], config: EvaluationConfig, path: Path
-) -> None:
-    """A picture of x_t above the predicted x_0, for some images (rows) and noise levels (columns)."""
-    process, device = subject.process, subject.device
+    model: ScoredModel, stream: ImageStream, rows: list[int], seed: int, path: Path
+) -> Path:
+    """Rows of x_t above the predicted x_0, a pair for each image and a column for each noise level.
+
+    Args:
+        model: what predicts.
+        stream: the images, in the order of their source.
+        rows: which of them, ascending.
+        seed: of the noise; an image's depends on (seed, row).
+        path: a PNG file; returned.
+    """
+    process, device = model.process, model.device
     x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
-    noise = image_noise(config.seed, rows, x_0)(0)
-    levels = np.unique(np.round(np.array([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99]) * (len(process) - 1)))
-    columns = [x_0, *(process.q_sample(x_0, noise, int(t)) for t in levels)]
-    predicted = [x_0]
-    for t, x_t in zip(levels.astype(int).tolist(), columns[1:], strict=True):
-        output = subject.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
-        predicted.append(
-            to_x0(process, subject.prediction_type, output[:, : x_0.shape[1]], x_t, t).clamp(-1, 1)
-        )
+    noise = image_noise(seed, rows, x_0)(0)
+    levels = np.unique(np.round(np.array(LEVELS) * (len(process) - 1))).astype(int).tolist()
+    columns, predictions = [x_0], [x_0]
+    for t in levels:
+        x_t = process.q_sample(x_0, noise, t)
+        output = model.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
+        predicted = to_x0(process, model.prediction_type, output[:, : x_0.shape[1]], x_t, t)
+        columns.append(x_t)
+        predictions.append(predicted.clamp(-1, 1))
     pictures = [
         [to_pil(to_uint8(column[i])) for column in kind]
         for i in range(len(rows))
-        for kind in (columns, predicted)
+        for kind in (columns, predictions)
     ]
-    labels = ["image", *(f"t = {process.timesteps[int(t)]}" for t in levels)]
-    plot_reconstructions(pictures, labels, path)
+    return plot_reconstructions(pictures, ["image", *(f"t = {process.timesteps[t]}" for t in levels)], path)

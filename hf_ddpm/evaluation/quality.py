@@ -1,24 +1,32 @@
 """Sample quality of a model: its samples and real images in the eyes of a feature network.
 
 Beside every number stands its floor: what other real images reach against the same reference. How the samples
-come about is drawing.py's.
+come about is samples.py's.
 """
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from hf_ddpm.data.stream import ImageStream
-from hf_ddpm.evaluation.images import digest_rows, fingerprint
-from hf_ddpm.metrics import Features, load_extractor, load_reference, sample_metrics, save_reference
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.images import describe_source, digest_rows, fingerprint
+from hf_ddpm.evaluation.parts import pieces
+from hf_ddpm.metrics import (
+    Features,
+    SampleMetrics,
+    load_extractor,
+    load_reference,
+    sample_metrics,
+    save_reference,
+)
 from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
@@ -26,27 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class QualityConfig:
-    """How sample quality is measured.
+class QualityFound:
+    """How far images are from the reference.
 
     Attributes:
-        extractor: "inception", or a folder or Hub id of a vision model.
-        num_samples: images drawn.
-        num_reference: real images they are compared with; None for as many, or half of the split.
-        reference: file of the reference's features, written or reused; None for none.
-        seed: of the samples and of which real images are taken.
-        batch_size: images at once in each process.
+        samples: the model's samples.
+        floor: as many other real images.
     """
 
-    extractor: str
-    num_samples: int
-    num_reference: int | None
-    reference: str | None
-    seed: int
-    batch_size: int
+    samples: SampleMetrics
+    floor: SampleMetrics
 
 
-def choose_real(config: QualityConfig, total: int) -> tuple[np.ndarray, np.ndarray]:
+def choose_real(config: EvaluationConfig, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the reference and of the floor's images, disjoint, both ascending.
 
     Raises:
@@ -60,7 +60,7 @@ def choose_real(config: QualityConfig, total: int) -> tuple[np.ndarray, np.ndarr
         )
     order = np.random.default_rng(derive_seed(Use.REFERENCE_ROWS, config.seed)).permutation(total)
     floor = order[wanted : wanted + config.num_samples]
-    if len(floor) != config.num_samples and PartialState().is_main_process:
+    if len(floor) != config.num_samples and process_state().is_main_process:
         logger.warning(
             "the floor has %d images, not %d: distances fall with the number of images, so the two "
             "compare only roughly",
@@ -71,13 +71,11 @@ def choose_real(config: QualityConfig, total: int) -> tuple[np.ndarray, np.ndarr
 
 
 class SampleQuality:
-    """A measurement of samples: made, it has refused what can't be done; `run`, it does it.
+    """A measurement of samples. Its inputs are checked when it is constructed; `run` measures.
 
     Args:
-        config: how.
+        config: which extractor, how many samples and real images; `extractor` is given.
         stream: real images, in the order of their source.
-        num_rows: how many they are.
-        facts: where they come from, for the reference's file.
 
     Raises:
         ValueError: a bad extractor, one that doesn't take such images, too few real images, or a reference
@@ -87,29 +85,26 @@ class SampleQuality:
         extractor: the feature network.
     """
 
-    def __init__(
-        self,
-        config: QualityConfig,
-        stream: ImageStream,
-        num_rows: int,
-        facts: dict[str, Any],
-    ):
-        self._config, self._stream, self._state = config, stream, PartialState()
-        self._reference_rows, self._floor_rows = choose_real(config, num_rows)
+    def __init__(self, config: EvaluationConfig, stream: ImageStream):
+        assert config.extractor is not None
+        self._config, self._stream, self._state = config, stream, process_state()
+        self._reference_rows, self._floor_rows = choose_real(config, stream.num_rows())
         self.extractor = load_extractor(config.extractor, self._state.device or "cpu")
-        self.extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))  # images that don't fit show
+        # Images that don't fit the network show here
+        self.extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))
         self._file = None if config.reference is None else Path(config.reference).expanduser()
-        self._facts, self._reference = facts, None
+        self._reference = None
         if self._file is not None:
             chosen = fingerprint(digest_rows(stream, self._reference_rows))
-            self._facts = facts | {"num_images": len(self._reference_rows), "images": chosen}
+            counted = {"num_images": len(self._reference_rows), "images": chosen}
+            self._facts = describe_source(config, stream) | counted
             if self._file.exists():
                 self._reference = load_reference(self._file, self.extractor.name, self._facts)
             elif reason := why_not_writable(self._file.parent):
                 raise ValueError(f"reference {str(self._file)!r} can't be written: {reason}")
 
-    def run(self, features: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Measure the samples: section "sample_metrics" of the report, on every process.
+    def run(self, features: Mapping[str, Tensor]) -> QualityFound:
+        """Measure the samples, on every process; the reference's features are written if a file is named.
 
         Args:
             features: the tensors of the samples' `Features`.
@@ -119,22 +114,15 @@ class SampleQuality:
         if self._file is not None and self._reference is None and self._state.is_main_process:
             save_reference(self._file, reference, self._facts)
         floor = self._real(self._floor_rows)
-        return {
-            "extractor": self.extractor.name,
-            "samples": sample_metrics(samples, reference, seed).labelled(),
-            "floor": sample_metrics(floor, reference, seed).labelled(),
-            "num_samples": len(samples),
-            "num_reference": len(reference),
-            "num_floor": len(floor),
-        }
+        return QualityFound(
+            samples=sample_metrics(samples, reference, seed), floor=sample_metrics(floor, reference, seed)
+        )
 
     def _real(self, rows: np.ndarray) -> Features:
         """Features of real images."""
-        images, size = self._stream.select(rows), self._config.batch_size
-        found = []
+        images, found = self._stream.select(rows), []
         with progress("features", len(rows), "image", self._state.is_main_process, leave=False) as bar:
-            for start in range(0, len(rows), size):
-                batch = torch.stack([next(images) for _ in rows[start : start + size]])
-                found.append(self.extractor(batch))
-                bar.update(len(batch))
+            for piece in pieces(len(rows), self._config.batch_size):
+                found.append(self.extractor(torch.stack([next(images) for _ in piece])))
+                bar.update(len(piece))
         return Features.cat(found)

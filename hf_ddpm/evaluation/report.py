@@ -1,13 +1,14 @@
 """What an evaluation leaves behind: `evaluation.json` for people, `evaluation.safetensors` for comparisons.
 
-It knows results and files. It reads numbers from Bound and Estimate and computes none of them.
+The keys of both files are known here, where they are made and compared, and in `folders/numbers.py`, which
+makes words and tables of them. No number is computed here but means, errors and shares.
 """
 
 import json
 import math
-import os
 import platform
-from collections.abc import Mapping
+import time
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,33 +18,175 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.images import describe_source, fingerprint
+from hf_ddpm.evaluation.memorisation import QUANTILE, NearestFound
+from hf_ddpm.evaluation.plan import Evaluation, Plan, Results
+from hf_ddpm.evaluation.quality import QualityFound
+from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
-from hf_ddpm.likelihood import Bound, Estimate, mean_and_stderr
+from hf_ddpm.likelihood import Bound, Estimate, decoder_evals, mean_and_stderr
+from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.processes import process_state
 
 PACKAGES = ("hf_ddpm", "torch", "diffusers", "transformers", "datasets", "torchmetrics", "numpy", "pillow")
 
 
-def per_image(result: Bound | Estimate) -> dict[str, Tensor]:
-    """Each image's bits/dim and its parts, (N,) float64."""
-    if isinstance(result, Bound):
-        total, rate, distortion = result.total_bpd, result.rate_bpd, result.distortion_bpd
+# What is written
+
+
+def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
+    """The report and the tensors of a finished evaluation.
+
+    Args:
+        plan: what was asked for.
+        results: what was found.
+        command: the command line, for the record.
+    """
+    model, config = plan.model, plan.config
+    tensors = _images(plan.rows, plan.digests, plan.proposal) | _per_image(results.bound)
+    report = {"bits_per_dim": _bits_per_dim(results.bound, model.variance_type)}
+    if results.other_bound is not None and model.other_variance is not None:
+        report["other_variance"] = _bits_per_dim(results.other_bound, model.other_variance)
+    method = _method(config, len(model.process))
+    scored = len(plan.rows) * method["evaluations_per_image"]
+    report["method"] = method | {"evaluations": plan.pilot_evaluations + scored}
+    report["data"] = describe_source(config, plan.stream) | {
+        "num_images": len(plan.rows),
+        "num_rows": plan.stream.num_rows(),
+        "fingerprint": fingerprint(plan.digests),
+        "trained_on": model.trained_on(config.dataset, config.split),
+    }
+    report["model"] = {
+        "name": config.model,
+        "weights": model.weights_digest,
+        "process": model.process_digest,
+        "prediction_type": model.prediction_type,
+    }
+    if plan.other is not None:
+        report["comparison"] = paired(Evaluation(report, tensors), plan.other)
+    if results.quality is not None and plan.drawing is not None:
+        report["sample_metrics"] = sample_metrics_section(results.quality, plan.drawing)
+    if results.nearest is not None and plan.drawing is not None:
+        report["memorisation"] = _memorisation(plan, results.nearest) | _drawing(plan.drawing)
+        trained_on = model.trained_on(str(config.nearest_dataset), config.nearest_split)
+        report["memorisation"]["trained_on"] = trained_on
+        tensors |= _nearest(results.nearest)
+    return Evaluation(report | _run_facts(plan.started, command), tensors)
+
+
+def _images(rows: list[int], digests: Tensor, proposal: Tensor) -> dict[str, Tensor]:
+    """Which images are scored, and with which proposal."""
+    return {"image_indices": torch.tensor(rows), "digests": digests, "proposal": proposal}
+
+
+def _per_image(bound: Bound | Estimate) -> dict[str, Tensor]:
+    """Each image's bits/dim and its parts, (N,), float64."""
+    if isinstance(bound, Bound):
+        total, rate, distortion = bound.total_bpd, bound.rate_bpd, bound.distortion_bpd
     else:
-        total, rate = result.per_image_bpd, result.per_image_rate_bpd
-        distortion = result.per_image_distortion_bpd
-    return {"bpd": total, "rate_bpd": rate, "distortion_bpd": distortion, "prior_bpd": result.prior_bpd}
+        total, rate = bound.per_image_bpd, bound.per_image_rate_bpd
+        distortion = bound.per_image_distortion_bpd
+    return {"bpd": total, "rate_bpd": rate, "distortion_bpd": distortion, "prior_bpd": bound.prior_bpd}
 
 
-def summary(result: Bound | Estimate, variance_type: str) -> dict[str, Any]:
+def _bits_per_dim(bound: Bound | Estimate, variance_type: str) -> dict[str, Any]:
     """Means over the images with standard errors, bits/dim; a single image has no error (null)."""
     numbers: dict[str, Any] = {"variance_type": variance_type}
-    for name, values in per_image(result).items():
+    for name, values in _per_image(bound).items():
         mean, stderr = mean_and_stderr(values)
         numbers[name] = {"value": mean, "stderr": stderr if len(values) > 1 else None}
     return numbers
 
 
+def _method(config: EvaluationConfig, steps: int) -> dict[str, Any]:
+    """How an image's bits/dim come about: what a comparison needs to be equal, besides the images."""
+    evals = config.num_evals_per_image
+    return {
+        "name": "every step once" if config.exact else "stratified estimate",
+        "evaluations_per_image": steps if config.exact else evals,
+        "evaluations_of_l_0": 1 if config.exact else decoder_evals(evals),
+        "steps": steps,
+        "first_variance": config.first_variance if config.steps else None,
+        "clip_x0": config.clip_x0,
+        "decoder": config.decoder,
+        "pilot_images": config.pilot_images,
+        "seed": config.seed,
+    }
+
+
+def sample_metrics_section(quality: QualityFound, drawing: Drawing) -> dict[str, Any]:
+    """Section "sample_metrics": the samples' numbers beside their floor, and how the samples were drawn."""
+    return {
+        "extractor": quality.samples.extractor,
+        "samples": quality.samples.labelled(),
+        "floor": quality.floor.labelled(),
+        "num_samples": quality.samples.num_samples,
+        "num_reference": quality.samples.num_reference,
+        "num_floor": quality.floor.num_samples,
+    } | _drawing(drawing)
+
+
+def _drawing(drawing: Drawing) -> dict[str, Any]:
+    """How the samples were drawn."""
+    return {
+        "sampling_steps": drawing.num_steps,
+        "scheduler": type(drawing.scheduler).__name__,
+        "variance_type": drawing.scheduler.config.get("variance_type"),
+    }
+
+
+def _memorisation(plan: Plan, found: NearestFound) -> dict[str, Any]:
+    """How near the samples are to training images, beside how near held-out images are."""
+    return {
+        "dataset": plan.config.nearest_dataset,
+        "split": plan.config.nearest_split,
+        "num_rows": found.num_training,
+        "fingerprint": found.training_fingerprint,
+        "quantile": QUANTILE,
+        "near": found.near,
+        "samples": _distances(found.distances, found.near),
+        "heldout": _distances(found.heldout_distances, found.near),
+    }
+
+
+def _distances(distances: Tensor, near: float) -> dict[str, Any]:
+    """What is said of some images' distances."""
+    return {
+        "num_images": len(distances),
+        "share_near": float((distances <= near).double().mean()),
+        "median_distance": float(distances.quantile(0.5)),
+        "exact_copies": int((distances == 0).sum()),
+    }
+
+
+def _nearest(found: NearestFound) -> dict[str, Tensor]:
+    """Each sample's and each held-out image's nearest training image."""
+    return {
+        "nearest_rows": found.rows,
+        "nearest_distances": found.distances,
+        "heldout_rows": found.heldout_rows,
+        "heldout_nearest_rows": found.heldout_nearest_rows,
+        "heldout_nearest_distances": found.heldout_distances,
+    }
+
+
+def _run_facts(started: float, command: str) -> dict[str, Any]:
+    """When, where and by what the evaluation was made."""
+    state = process_state()
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "processes": state.num_processes,
+        "device": str(state.device),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a number may depend on."""
+    """Versions of Python and of the packages that a number may depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -53,21 +196,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_evaluation(folder: Path, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all, the EVALUATION file last."""
-    partial = folder / f".{EVALUATION}.tmp"
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / EVALUATION_TENSORS)
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / EVALUATION)
-    except SafetensorError as error:  # a full disk, in safetensors' words
-        raise OSError(f"can't write {str(folder / EVALUATION_TENSORS)!r}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+# The two files
 
 
-def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write both files, each whole or not at all, evaluation.json last."""
+    with whole_file(folder / EVALUATION_TENSORS) as file:
+        save_file({name: tensor.contiguous() for name, tensor in evaluation.tensors.items()}, file)
+    with whole_file(folder / EVALUATION) as file:
+        file.write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
+
+
+def read_evaluation(folder: Path) -> Evaluation:
     """What `write_evaluation` wrote.
 
     Raises:
@@ -75,39 +215,47 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         report = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-        tensors = load_file(folder / EVALUATION_TENSORS)
-        lacks = {"bpd", "image_indices", "digests", "proposal"} - set(tensors)  # an older version's may
-        lacks |= {"model", "method", "bits_per_dim"} - set(report)
-        if lacks:
-            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
-        return report, tensors
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{str(folder)!r} holds no evaluation that can be read: {reason}") from error
+        return Evaluation(report, load_file(folder / EVALUATION_TENSORS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{str(folder)!r} holds no evaluation that can be read: {one_line(error)}"
+        ) from error
 
 
-def check_comparable(
-    method: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    other: tuple[Mapping[str, Any], Mapping[str, Tensor]],
-    name: str,
-) -> None:
-    """Whether another evaluation scored the same images with the same draws.
+# The comparison of two
+
+
+def foresee(
+    config: EvaluationConfig, steps: int, rows: list[int], digests: Tensor, proposal: Tensor
+) -> Evaluation:
+    """What is known of an evaluation before it is made: all that `check_comparable` looks at.
 
     Args:
-        method: section "method" of this evaluation's report.
-        tensors: its `image_indices`, `digests` and `proposal`.
-        other: the other evaluation, as `read_evaluation` gives it.
+        config: what was asked for.
+        steps: of the chain.
+        rows: of the images that will be scored.
+        digests: of their pixels, (N,), int64.
+        proposal: of the estimate's steps, (T,), float64.
+    """
+    return Evaluation({"method": _method(config, steps)}, _images(rows, digests, proposal))
+
+
+def check_comparable(ours: Evaluation, theirs: Evaluation, name: str) -> None:
+    """Refuse another evaluation that did not score the same images with the same draws.
+
+    Args:
+        ours: this evaluation, or what `foresee` knows of it.
+        theirs: the other one.
         name: the other's folder, for the message.
 
     Raises:
-        ValueError: it did not; the message says what differs.
+        ValueError: it differs; the message says in what.
     """
-    theirs = other[0]["method"]
-    for key, value in method.items():
-        if theirs.get(key) != value:
+    method = theirs.report["method"]
+    for key, value in ours.report["method"].items():
+        if method.get(key) != value:
             raise ValueError(
-                f"compare_with {name!r} was made with {key} {theirs.get(key)!r}, this one has {value!r}; "
+                f"compare_with {name!r} was made with {key} {method.get(key)!r}, this one has {value!r}; "
                 "allowed: equal"
             )
     for key, what in (
@@ -115,27 +263,19 @@ def check_comparable(
         ("digests", "images"),
         ("proposal", "steps (process or pilot)"),
     ):
-        if not torch.equal(tensors[key], other[1][key]):
+        if not torch.equal(ours.tensors[key], theirs.tensors[key]):
             raise ValueError(f"compare_with {name!r} was made with other {what}; allowed: the same")
 
 
-def paired(
-    bpd: Tensor, variance_type: str, other: tuple[Mapping[str, Any], Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """The paired difference to another evaluation of the same images with the same draws.
-
-    Args:
-        bpd: this evaluation's bits/dim of each image, (N,).
-        variance_type: what it was scored with.
-        other: the other evaluation, as `read_evaluation` gives it.
-    """
-    report, tensors = other
-    mean, stderr = mean_and_stderr(bpd - tensors["bpd"])
-    unpaired = math.hypot(mean_and_stderr(bpd)[1], mean_and_stderr(tensors["bpd"])[1])
+def paired(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
+    """The paired difference of two evaluations of the same images with the same draws, in bits/dim."""
+    bpd, their_bpd = ours.tensors["bpd"], theirs.tensors["bpd"]
+    mean, stderr = mean_and_stderr(bpd - their_bpd)
+    unpaired = math.hypot(mean_and_stderr(bpd)[1], mean_and_stderr(their_bpd)[1])
     known = len(bpd) > 1
     return {
-        "with": report["model"],
-        "variance_types": [variance_type, report["bits_per_dim"]["variance_type"]],
+        "with": theirs.report["model"],
+        "variance_types": [one.report["bits_per_dim"]["variance_type"] for one in (ours, theirs)],
         "difference_bpd": mean,
         "stderr": stderr if known else None,
         "stderr_without_pairing": unpaired if known else None,

@@ -1,11 +1,11 @@
-"""What is evaluated: a pipeline's network, the process it is scored with, and the images it is scored on.
+"""The model that is evaluated: a pipeline's network, and the process and variance that it is scored with.
 
-It refuses what would make the number false: a scheduler that contradicts the training record beside it,
-images of another size or another number of channels than the model's.
+What would make the numbers false is refused, such as a scheduler that contradicts the training record beside
+it.
 """
 
+import functools
 import hashlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,12 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import FIXED, LEARNED
 
-logger = logging.getLogger(__name__)
-
+# A scheduler's settings that an error names when they differ from those of the training record
 PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ScoredModel:
     """A model, ready to be scored.
 
     Attributes:
@@ -48,8 +47,14 @@ class Subject:
     record: TrainConfig | None
 
     @property
+    def other_variance(self) -> Literal["fixed_small", "fixed_large"] | None:
+        """The other fixed variance, which can be scored without the network; None if this one is learned."""
+        others: Any = [name for name in FIXED if name != self.variance_type]
+        return others[0] if self.variance_type in FIXED else None
+
+    @property
     def denoiser(self) -> Denoiser:
-        """The network in its slot."""
+        """The network as `likelihood` calls it."""
         return as_denoiser(self.pipeline.unet, self.pipeline.device)
 
     @property
@@ -61,6 +66,7 @@ class Subject:
         """Whether the training record names these images."""
         return self.record is not None and (self.record.dataset, self.record.split) == (dataset, split)
 
+    @functools.cached_property
     def process_digest(self) -> str:
         """Sixteen hex digits of the process and of what the network's answer means."""
         found = hashlib.sha256(f"{self.prediction_type} {self.process.first_log_variance}".encode())
@@ -68,19 +74,20 @@ class Subject:
             found.update(table.numpy().tobytes())
         return found.hexdigest()[:16]
 
+    @functools.cached_property
     def weights_digest(self) -> str:
         """Sixteen hex digits of the network's weights and config."""
         weights: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
         return weights_digest(getattr(self.pipeline.unet, "config", {}), weights)
 
 
-def load_subject(
+def load_scored_model(
     model: str,
     device: torch.device,
     variance_type: str | None = None,
     steps: int | None = None,
     first_variance: Literal["spaced", "full"] = "spaced",
-) -> Subject:
+) -> ScoredModel:
     """Load a pipeline folder or Hub id, also one that plain diffusers wrote.
 
     Args:
@@ -125,7 +132,9 @@ def load_subject(
         process = process.respaced(scheduler.timesteps, first_variance)
     if len(process) < 2:
         raise ValueError(f"the process of {model!r} has one step; allowed: at least 2")
-    return Subject(pipeline, process, prediction_type, variance_type or own, _read_record(model, scheduler))
+    return ScoredModel(
+        pipeline, process, prediction_type, variance_type or own, _read_record(model, scheduler)
+    )
 
 
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:

@@ -1,15 +1,18 @@
-"""Pictures for people: grids of samples, enlarged so that small images can be judged; curves of the bound."""
+"""Grids of pictures for people, enlarged so that small images can be judged, and written as PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure  # never pyplot: no window, no global state
+# Never pyplot: no window is opened, and no global state is kept
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-TARGET = 96  # pixels an image's longer side should at least have in a grid
+from hf_ddpm.runtime.disk import whole_file
+
+TARGET = 96  # pixels that an image's longer side should have at least in a grid
 GAP = 4  # pixels between images
-LETTER = 10  # pixels of a grid that a label's letter takes
+LETTER = 10  # pixels of a grid that a letter of a label takes
 
 
 def image_grid(
@@ -45,21 +48,19 @@ def image_grid(
 
 
 def to_pil(image_uint8: Tensor) -> Image.Image:
-    """One uint8 image (C, H, W) as a picture; of channels that no picture has, the first is shown in grey."""
-    pixels = image_uint8 if image_uint8.shape[0] in (1, 3) else image_uint8[:1]
-    return Image.fromarray(
-        pixels.cpu().permute(1, 2, 0).numpy().squeeze(2)
-        if len(pixels) == 1
-        else pixels.cpu().permute(1, 2, 0).numpy()
-    )
+    """One uint8 image (C, H, W) as a picture; unless C is 1 or 3, its first channel in grey."""
+    pixels = image_uint8.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG file, whole or not at all, making its folder; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    """Write a PNG file, whole or not at all, making its folder; returns the path.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with whole_file(path) as file:
+        image.save(file, format="PNG")
     return path
 
 
@@ -73,7 +74,7 @@ def plot_reconstructions(
 
     Args:
         rows: PIL images, row by row.
-        labels: one per column; upright where an image is too narrow for its label.
+        labels: one per column; they stand upright if an image is too narrow for the longest one.
         path: a PNG file.
         row_labels: one per row.
     """
@@ -97,9 +98,11 @@ def plot_reconstructions(
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    """Write a PNG file, whole or not at all, making its folder; returns the path.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     return path

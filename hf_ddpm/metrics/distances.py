@@ -12,7 +12,7 @@ A number means nothing without its network. FID, KID and IS are Inception's; any
 name and a hash of its weights (of a DINOv2, Stein et al. 2023 call the first FD-DINOv2). The first and last
 are biased by the number of images: compare equal numbers, next to what real images reach among each other.
 
-It knows no networks (extractors.py), pipelines or streams. torchmetrics is imported when used.
+This file knows no networks (extractors.py does), pipelines or streams. torchmetrics is imported when used.
 """
 
 import json
@@ -25,13 +25,15 @@ from typing import Any, final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.messages import one_line
 
-LEAST_LOG_P = -700.0  # its exp is still a float64; of a probability 0 torchmetrics would make NaN
+# The least log p(y|x): its exp is still a float64, while torchmetrics makes NaN of a probability 0
+LEAST_LOG_P = -700.0
 
 
 def save_reference(path: str | os.PathLike[str], features: Features, facts: Mapping[str, Any]) -> None:
@@ -41,21 +43,26 @@ def save_reference(path: str | os.PathLike[str], features: Features, facts: Mapp
         path: where it goes; its folder is made when missing.
         features: the reference set.
         facts: what its images are (JSON): fingerprint of the data, split, number, seed.
+
+    Raises:
+        OSError: it can't be written.
     """
-    path = Path(path)
     tensors = {name: x.contiguous() for name, x in features.tensors().items()}
     metadata = {"extractor": features.extractor, "facts": json.dumps(dict(facts))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.write_bytes(save(tensors, metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(Path(path)) as file:
+        save_file(tensors, file, metadata)
 
 
 def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Mapping[str, Any]) -> Features:
-    """Read what `save_reference` wrote, if it was written by this extractor with these facts.
+    """Read what `save_reference` wrote.
+
+    Args:
+        path: the file.
+        extractor_name: name of the extractor that it must be of.
+        facts: what its images must be.
+
+    Returns:
+        The reference set's features.
 
     Raises:
         ValueError: no such file, a damaged one, or another one; the message names what differs.
@@ -66,7 +73,8 @@ def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Map
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         found = {**json.loads(metadata["facts"]), "extractor": metadata["extractor"]}
         features = Features(metadata["extractor"], **tensors)
-    except Exception as error:  # what safetensors raises on foreign bytes has no common class
+    # What safetensors raises on foreign bytes has no common class
+    except Exception as error:
         raise ValueError(f"reference {str(path)!r} is missing or damaged: {one_line(error)}") from error
     wanted = {**json.loads(json.dumps(dict(facts))), "extractor": extractor_name}
     differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
@@ -79,13 +87,15 @@ def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Map
 @final
 @dataclass(frozen=True)
 class SampleMetrics:
-    """How far samples are from a reference; the names with their network's label come from `labelled`.
+    """How far samples are from a reference.
+
+    Quote a number by the name that `labelled` gives it, which names the network too.
 
     Attributes:
         extractor: name of the network.
         frechet_distance: 0 for equal means and covariances; few images raise it.
         kid_mean: MMD², mean over random subsets; unbiased, so it may be below 0.
-        kid_std: the subsets' standard deviation, which is not the mean's error.
+        kid_std: standard deviation over the subsets; it is not the standard error of `kid_mean`.
         inception_score: (mean, standard deviation) over ten parts of the samples; None without logits.
         num_samples: images measured.
         num_reference: images they were compared with.
@@ -100,7 +110,10 @@ class SampleMetrics:
     num_reference: int
 
     def labelled(self) -> dict[str, float]:
-        """The numbers as FID, KID, IS (Inception's) or FD, KD, CS, such as "FD (fashion-mnist@ab12cd34)"."""
+        """The numbers by name: FID, KID and IS if Inception's, else FD, KD and CS with the network's name.
+
+        Such a name is "FD (fashion-mnist@ab12cd34)".
+        """
         fd, kd, score = ("FID", "KID", "IS") if self.extractor == INCEPTION else ("FD", "KD", "CS")
         values = {fd: self.frechet_distance, kd: self.kid_mean, f"{kd} std": self.kid_std}
         if self.inception_score is not None:
@@ -114,8 +127,8 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
     Args:
         samples: N >= 2 images.
         reference: M >= 2 images of the same extractor.
-        seed: of KID's 100 pairs of subsets (1000 images each, or half of the smaller set: with all of it they
-            would be equal) and of the score's split into ten parts.
+        seed: of KID's 100 pairs of subsets and of the score's split into ten parts. A subset has 1000 images,
+            or half of the smaller set, as subsets of all its images would be equal.
 
     Raises:
         ValueError: too few images, different extractors or widths, values not finite, no torchmetrics.
@@ -131,17 +144,20 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
         if not all(part.isfinite().all() for part in given.tensors().values()):
             raise ValueError(f"{name}: the features of {given.extractor} are not finite")
 
-    alone: Any = {"sync_on_compute": False}  # every process of a launch has all the features already
+    # Every process of a launch has all the features already
+    alone: Any = {"sync_on_compute": False}
     given = nn.Identity()
     given.num_features = x.shape[1]  # pyright: ignore[reportArgumentType]
     frechet = torchmetrics_module("fid").FrechetInceptionDistance(given, **alone)
-    for part, real in ((x, False), (y, True)):  # a common shift changes nothing, and Σx² − Nμ² cancels less
+    # A common shift changes no distance, but less cancels in Σx² − Nμ²
+    for part, real in ((x, False), (y, True)):
         frechet.update(part - y.mean(0), real=real)
 
     score, size = None, max(2, min(1000, min(len(x), len(y)) // 2))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
+        # Not torch.manual_seed, which would reseed accelerators too
+        torch.default_generator.manual_seed(seed)
         kernel = torchmetrics_module("kid").KernelInceptionDistance(
             given, subsets=100, subset_size=size, **alone
         )

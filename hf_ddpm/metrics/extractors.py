@@ -1,4 +1,4 @@
-"""Feature networks: uint8 images → features, for the distances of metrics.py.
+"""Feature networks: uint8 images become features, which distances.py compares.
 
 A number means nothing without its network, so every network has a name: "inception-v3", or a name and a hash
 of its weights and of how it prepares images. transformers and torchmetrics are imported when used; no pickle
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from hf_ddpm.runtime.messages import one_line
 
 INCEPTION = "inception-v3"
-PREPARATION = (  # what of an image processor decides about the pixels that the network sees
+
+# The settings of an image processor that decide about the pixels that the network sees
+PREPARATION = (
     *("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
 )
@@ -29,7 +31,7 @@ PREPARATION = (  # what of an image processor decides about the pixels that the 
 @final
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a network says about N images.
+    """The features of N images, by one network.
 
     Attributes:
         extractor: the network's name, `Extractor.name`.
@@ -47,7 +49,7 @@ class Features:
                 raise ValueError(f"{name} {tuple(x.shape)} {x.dtype}; allowed: float32 (N, D), (N, K)")
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is of "features" and "logits"."""
+        """The tensors by name: "features", and "logits" if there are any."""
         return {"features": self.features} | ({} if self.logits is None else {"logits": self.logits})
 
     def __len__(self) -> int:
@@ -75,7 +77,8 @@ class Extractor:
 
     Attributes:
         name: the label of its numbers: "inception-v3", or a name and a hash of the weights.
-        channels: what it wants, grey images being repeated where that is 3; None if it doesn't say.
+        channels: of the images that it takes; None if it doesn't say. Where it takes 3, a grey image is
+            repeated.
     """
 
     name: str
@@ -114,11 +117,13 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     """A feature network in eval mode.
 
     Args:
-        source: "inception", FID's own (needs torch-fidelity, which downloads and unpickles its weights; it
-            resizes like the TensorFlow code of the published numbers); or a folder or Hub id of a vision
-            model of transformers with its image processor: its pooled output, else class token, else mean
-            over places, and a classifier's logits; or your module, which maps uint8 images (B, C, H, W) to
-            (B, D), and is moved and set to eval mode.
+        source: one of three.
+            "inception" is the network of FID. It needs torch-fidelity, which downloads and unpickles its
+            weights, and resizes like the TensorFlow code of the published numbers.
+            A folder or Hub id is a vision model of transformers with its image processor. Features are its
+            pooled output, else the class token, else the mean over places; a classifier gives logits too.
+            A module of your own maps uint8 images (B, C, H, W) to (B, D). It is moved to the device and put
+            in eval mode.
         device: where it runs.
 
     Raises:
@@ -140,7 +145,8 @@ def _load_inception(device: str | torch.device) -> Extractor:
         network = fid.NoTrainInceptionV3("inception-v3-compat", layers, antialias=False).to(device)
     except ImportError as error:
         raise ValueError("Inception needs torch-fidelity: pip install 'hf_ddpm[eval]'") from error
-    except Exception as error:  # the weights come over the network
+    # The weights come over the network, so anything may go wrong
+    except Exception as error:
         raise ValueError(f"can't load Inception's weights: {one_line(error)}") from error
     return Extractor(INCEPTION, 3, lambda images: network._torch_fidelity_forward(images.to(device)))
 
@@ -158,14 +164,16 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     place, what = str(path) if path.is_dir() else source, "config"
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        what = "image processor"  # always PIL's: torchvision's rounds otherwise
+        what = "image processor"
+        # Always PIL's, as torchvision's rounds otherwise
         processor: Any = AutoImageProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
         what = "safetensors weights"
         classifies = any(name.endswith("ForImageClassification") for name in config.architectures or [])
         load: Any = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         model, info = load(place, trust_remote_code=False, **options)
-    except Exception as error:  # what transformers, the Hub client and safetensors raise has no common class
+    # What transformers, the Hub client and safetensors raise has no common class
+    except Exception as error:
         raise ValueError(f"can't load the {what} of {source!r}: {one_line(error)}") from error
     finally:
         if bar:
@@ -179,8 +187,10 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     shown = {key: x for key, x in processor.to_dict().items() if x and key in PREPARATION}
     name = path.resolve().name if path.is_dir() else source
     has_class_token = any("cls_token" in key for key in weights)
-    vision = getattr(model, "vision_model", model.base_model)  # CLIP and its kin hold a text model too
-    caught: dict[str, Any] = {}  # by a hook, so that one pass gives features and logits
+    # CLIP and its kin hold a text model too
+    vision = getattr(model, "vision_model", model.base_model)
+    # The features are caught by a hook, so that one pass gives features and logits
+    caught: dict[str, Any] = {}
     vision.register_forward_hook(lambda module, inputs, output: caught.update(output=output))
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +199,8 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
         output = (model if classifies else vision)(pixels.to(device))
         logits, output = output.logits if classifies else None, caught.pop("output")
         x = getattr(output, "pooler_output", None)
-        if x is None or missing:  # a missing pooler was drawn at random
+        # A pooler whose weights are missing was drawn at random
+        if x is None or missing:
             x = output.last_hidden_state
             x = x.mean((2, 3)) if x.ndim == 4 else x[:, 0] if has_class_token else x.mean(1)
         return x.flatten(1), logits
@@ -211,7 +222,8 @@ def torchmetrics_module(name: str) -> Any:
     """A module of `torchmetrics.image`, or the line that says how to get it."""
     try:
         return importlib.import_module(f"torchmetrics.image.{name}")
-    except Exception as error:  # a torchvision of another torch makes it a RuntimeError
+    # A torchvision that was built for another torch makes it a RuntimeError
+    except Exception as error:
         reason = one_line(error)
         raise ValueError(
             f"sample metrics need torchmetrics: pip install 'hf_ddpm[eval]' ({reason})"

@@ -7,44 +7,27 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Features as Columns
-from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import load_file
 
-import hf_ddpm.evaluation.evaluate
-import hf_ddpm.evaluation.memorisation
+import hf_ddpm
 from hf_ddpm.cli import main
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.data.stream import load_stream
+from hf_ddpm.evaluation import memorisation
+from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.memorisation import Memorisation, block_size, nearest
 from hf_ddpm.evaluation.parts import Parts
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.exact import ExactDenoiser
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler
+from tests.evaluation.commands import CLASSIFIER, write_images
 from tests.launching import ROOT
 
-CLASSIFIER = str(ROOT / "train_scripts" / "classifiers" / "digits")
 FEW = "--num-images 3 --num-evals-per-image 2 --sampling-steps 2 --num-samples 12 --batch-size 5".split()
-
-
-@pytest.fixture(autouse=True)
-def pairs(monkeypatch):
-    """What is plotted as nearest.png, instead of plotting."""
-    seen = []
-    monkeypatch.setattr(
-        hf_ddpm.evaluation.memorisation,
-        "plot_reconstructions",
-        lambda *what: (seen.append(what), what[2].touch()),
-    )
-    for name in ("plot_reconstruction_levels", "plot_bits_per_step", "plot_rate_distortion"):
-        monkeypatch.setattr(hf_ddpm.evaluation.evaluate, name, lambda *_: None)
-    return seen
 
 
 def run(model, out, *flags):
@@ -55,19 +38,6 @@ def run(model, out, *flags):
 def digits(split, rows=None):
     stream = load_stream("digits", split)
     return torch.stack(list(stream.images() if rows is None else stream.select(rows)))
-
-
-def write(folder, images, split="train"):
-    """A parquet data set of grey images, (N, H, W) uint8."""
-    folder.mkdir(parents=True)
-    rows = []
-    for image in images:
-        Image.fromarray(image).save(folder / "one.png")
-        rows.append({"bytes": (folder / "one.png").read_bytes(), "path": None})
-    (folder / "one.png").unlink()
-    table = pa.Table.from_pydict({"image": rows}, schema=Columns({"image": ImageColumn()}).arrow_schema)
-    pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-    return folder
 
 
 def samples_of(model, folder):
@@ -81,13 +51,12 @@ def samples_of(model, folder):
 
 
 @pytest.mark.parametrize("block", [1, 200, 10**6])
-def test_by_brute_force(block, monkeypatch):
-    monkeypatch.setattr(hf_ddpm.evaluation.memorisation, "BLOCK", block)
+def test_by_brute_force(block):
     generator = np.random.default_rng(0)
     a, b = (generator.integers(0, 256, (n, 3, 5, 4), dtype=np.uint8) for n in (17, 40))
     a[3], a[4], b[30] = b[21], b[7], b[7]  # two copies, one of an image that is there twice
     a[5], b[11] = 0, 255  # as far apart as can be
-    index, square = nearest(torch.from_numpy(a), torch.from_numpy(b))
+    index, square = nearest(torch.from_numpy(a), torch.from_numpy(b), numbers_at_once=block)
     squares = ((a[:, None].astype(int) - b[None].astype(int)) ** 2).sum((2, 3, 4))
     np.testing.assert_array_equal(square, squares.min(1))
     np.testing.assert_array_equal(index, squares.argmin(1))  # the first of several
@@ -108,13 +77,13 @@ def test_one_grey_level_in_a_large_image():
 # What the command finds
 
 
-def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(hf_ddpm.evaluation.memorisation, "MOST", 16)  # they lie in three blocks
+def test_planted_copies_are_found(tiny_folder, tmp_path, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(memorisation, "MOST", 16)  # they lie in three blocks
     drawn = samples_of(tiny_folder, tmp_path / "samples")
     planted = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     planted[5], planted[20] = drawn[3], drawn[7]
     planted[33] = drawn[9] ^ 1  # every pixel off by one
-    data = write(tmp_path / "data", planted)
+    data = write_images(tmp_path / "data", planted, "train")
     capsys.readouterr()
     report, tensors = run(tiny_folder, tmp_path / "out", "--nearest-dataset", data)
 
@@ -144,9 +113,9 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pairs, capsys, monkeypa
     assert "train (on which no record says that it was trained)" in line
 
     # The picture: the nearest eight above what they are near to
-    ((above, below), labels, path, kinds), *more = pairs
-    assert kinds == ["sample", "training"]
-    assert not more and path == tmp_path / "out" / "nearest.png" and len(above) == len(below) == 8
+    (above, below), labels, kinds = pictures["nearest.png"]
+    assert kinds == ["sample", "training"] and (tmp_path / "out" / "nearest.png").exists()
+    assert len(above) == len(below) == 8
     assert [np.asarray(image).tolist() for image in above[:3]] == drawn[[3, 7, 9]].tolist()
     assert [np.asarray(image).tolist() for image in below[:3]] == planted[[5, 20, 33]].tolist()
     assert labels[:3] == ["0.0\nrow 5", "0.0\nrow 20", "1.0\nrow 33"]
@@ -176,7 +145,7 @@ def test_the_held_out_images_by_another_name(tiny_folder, tmp_path, capfd):
 
 def test_training_images_that_hold_the_held_out_ones_say_nothing(tiny_folder, tmp_path, capfd):
     images = torch.cat([digits("test", range(300)), digits("train", range(4))])
-    both = write(tmp_path / "both", images[:, 0].numpy())
+    both = write_images(tmp_path / "both", images[:, 0].numpy(), "train")
     words = ["evaluate", tiny_folder, "digits", "--out", tmp_path / "out", *FEW, "--nearest-dataset", both]
     with pytest.raises(SystemExit) as stop:
         main([*map(str, words)])
@@ -192,13 +161,13 @@ def test_one_drawing_serves_both(tiny_folder, tmp_path, monkeypatch):
         run(tiny_folder, tmp_path / "a", *extracting)[0]["sample_metrics"],
         run(tiny_folder, tmp_path / "b", "--nearest-dataset", "digits")[0]["memorisation"],
     ]
-    drawn, sample = [], DDPMPipeline._sample
+    drawn, sample = [], DDPMPipeline.__call__
 
-    def counted(self, shape, *more):
-        drawn.append(shape[0])
-        return sample(self, shape, *more)
+    def counted(self, batch_size, *more, **options):
+        drawn.append(batch_size)
+        return sample(self, batch_size, *more, **options)
 
-    monkeypatch.setattr(DDPMPipeline, "_sample", counted)
+    monkeypatch.setattr(DDPMPipeline, "__call__", counted)
     report, _ = run(tiny_folder, tmp_path / "c", *extracting, "--nearest-dataset", "digits")
     assert sum(drawn) == 12 and [report["sample_metrics"], report["memorisation"]] == apart
 
@@ -206,7 +175,7 @@ def test_one_drawing_serves_both(tiny_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", [3, 6])
 def test_a_killed_search_goes_on(part, tiny_folder, tmp_path, monkeypatch):
     """One part of the bound, three of samples, three of the 1497 training images: ended in each kind."""
-    monkeypatch.setattr(hf_ddpm.evaluation.memorisation, "MOST", 500)
+    monkeypatch.setattr(memorisation, "MOST", 500)
     flags = ["--nearest-dataset", "digits"]
     expected, tensors = run(tiny_folder, tmp_path / "unbroken", *flags)
     save, saved = Parts.save, []
@@ -231,13 +200,17 @@ def test_a_killed_search_goes_on(part, tiny_folder, tmp_path, monkeypatch):
 # Who memorises and who does not
 
 
-def search(samples, heldout, tmp_path, num_heldout, **changes):
-    how = {"dataset": "digits", "split": "train", "image_column": None, "fit": "exact"} | changes
-    memory = Memorisation(
-        **how, heldout=heldout, heldout_name=("digits", "test"), num_heldout=num_heldout, seed=0
-    )
-    tmp_path.mkdir(exist_ok=True)
-    return memory.run(samples, tmp_path)
+def search(samples, heldout, tmp_path, num_heldout):
+    return Memorisation(config(num_heldout), heldout).run(samples, tmp_path)
+
+
+def config(num_samples, **changes):
+    """Of an evaluation that looks for the nearest of the digits' training images."""
+    return EvaluationConfig(dataset="digits", nearest_dataset="digits", num_samples=num_samples, **changes)
+
+
+def share_near(distances, found):
+    return (distances <= found.near).double().mean().item()
 
 
 def test_the_exact_denoiser_repeats_its_images(tmp_path):
@@ -245,44 +218,39 @@ def test_the_exact_denoiser_repeats_its_images(tmp_path):
     scheduler = DDPMScheduler(1000, prediction_type="sample")
     shaped = type("Shaped", (DDPMPipeline,), {"image_shape": (1, 8, 8)})  # which no config says here
     pipeline = shaped(ExactDenoiser(scheduler.process, to_float(digits("train", chosen))), scheduler)
-    images = Drawing(pipeline, 30, 100, 0, 30).run("weights", tmp_path, None, keep=True)["images"]
-    found, tensors = search(images, load_stream("digits", "test"), tmp_path, 300)
-    assert found["samples"] == {
-        "num_images": 30,
-        "share_near": 1.0,
-        "median_distance": 0.0,
-        "exact_copies": 30,
-    }
-    assert found["near"] > 5 and found["heldout"]["exact_copies"] == 0
-    assert set(tensors["nearest_rows"].tolist()) <= set(chosen)
+    drawing = Drawing(pipeline, config(30, sampling_steps=100, batch_size=30))
+    images = drawing.run("weights", tmp_path, None, keep=True)["images"]
+    found = search(images, load_stream("digits", "test"), tmp_path, 300)
+    assert len(found.distances) == 30 and not found.distances.any()
+    assert found.near > 5 and found.heldout_distances.all()
+    assert set(found.rows.tolist()) <= set(chosen)
 
 
 def test_new_images_are_as_near_as_held_out_ones(tmp_path):
     """Samples that are other held-out digits: about 1 % are near, as of the floor."""
-    stream = load_stream("digits", "test")
-    memory = Memorisation("digits", "train", None, "exact", stream, ("digits", "test"), 150, 0)
-    others = sorted(set(range(300)) - set(memory._rows.tolist()))
-    found, _ = memory.run(digits("test", others), tmp_path)
-    assert found["samples"]["num_images"] == found["heldout"]["num_images"] == 150
+    memory = Memorisation(config(150), load_stream("digits", "test"))
+    others = sorted(set(range(300)) - set(memory.heldout_rows.tolist()))
+    found = memory.run(digits("test", others), tmp_path)
+    assert len(found.distances) == len(found.heldout_distances) == 150
     # The threshold's own rank has a standard error of √(0.01 · 0.99 / 150), and the share another
-    assert found["samples"]["share_near"] <= 0.01 + 5 * np.sqrt(2 * 0.01 * 0.99 / 150)
-    assert found["heldout"]["share_near"] <= 0.02
-    medians = [found[kind]["median_distance"] for kind in ("samples", "heldout")]
+    assert share_near(found.distances, found) <= 0.01 + 5 * np.sqrt(2 * 0.01 * 0.99 / 150)
+    assert share_near(found.heldout_distances, found) <= 0.02
+    medians = [distances.median().item() for distances in (found.distances, found.heldout_distances)]
     assert abs(medians[0] - medians[1]) < 0.1 * medians[1]
 
 
 def test_fewer_held_out_images_than_samples(tmp_path):
-    found, tensors = search(digits("train", range(3)), load_stream("digits", "test"), tmp_path, 10**4)
-    assert found["heldout"]["num_images"] == 300 and found["samples"]["exact_copies"] == 3
-    assert tensors["heldout_rows"].tolist() == list(range(300))
-    assert tensors["nearest_rows"].tolist() == [0, 1, 2]
+    found = search(digits("train", range(3)), load_stream("digits", "test"), tmp_path, 10**4)
+    assert len(found.heldout_distances) == 300 and not found.distances.any()
+    assert found.heldout_rows.tolist() == list(range(300))
+    assert found.rows.tolist() == [0, 1, 2]
 
 
 # What is refused
 
 
 def test_what_is_refused(tiny_folder, tmp_path, capfd):
-    large = write(tmp_path / "large", np.zeros((3, 9, 9), np.uint8))
+    large = write_images(tmp_path / "large", np.zeros((3, 9, 9), np.uint8), "train")
     for flags, words in (
         (
             ["digits", "--nearest-split", "test"],
@@ -302,7 +270,7 @@ def test_what_is_refused(tiny_folder, tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes(tiny_folder, tmp_path):
-    data = write(tmp_path / "data", digits("train", range(50))[:, 0].numpy())
+    data = write_images(tmp_path / "data", digits("train", range(50))[:, 0].numpy(), "train")
     flags = [*FEW, "--nearest-dataset", data, "--extractor", CLASSIFIER, "--num-reference", 6]
     probe = "import sys, hf_ddpm.evaluation.memorisation as m; m.MOST = 16\n"
     probe += "from hf_ddpm.cli import main; main(sys.argv[1:])"

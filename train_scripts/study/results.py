@@ -25,9 +25,9 @@ def gather(
     scored = {name: entry for name, entry in entries.items() if "by_variance" in entry.get("bits", {})}
     for name, entry in scored.items():
         if BASE in scored and name != BASE and entry["T"] == scored[BASE]["T"]:
-            base, (report, tensors) = read_evaluation(out / BASE), read_evaluation(out / name)
-            check_comparable(report["method"], tensors, base, BASE)
-            entry["difference"] = paired(tensors["bpd"], report["bits_per_dim"]["variance_type"], base)
+            base, own = read_evaluation(out / BASE), read_evaluation(out / name)
+            check_comparable(own, base, BASE)
+            entry["difference"] = paired(own, base)
             entry["difference"]["with"] |= {"name": BASE}  # it is a folder of this machine
     sittings = [json.loads(file.read_text(encoding="utf-8")) for file in (out / "sittings").glob("*.json")]
     return {

@@ -1,10 +1,9 @@
 """What `study.py` does with a run: train, score, sample, each stage once, its findings in a file.
 
-A stage that fails by itself, because the loss explodes or samples are not finite, has that as its finding.
+A stage may fail by itself, because the loss explodes or samples are not finite: then that is its finding.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,11 +21,13 @@ from hf_ddpm.data.stream import load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.parts import Parts
-from hf_ddpm.evaluation.quality import QualityConfig, SampleQuality
+from hf_ddpm.evaluation.quality import SampleQuality
+from hf_ddpm.evaluation.report import sample_metrics_section
 from hf_ddpm.evaluation.samples import Drawing
-from hf_ddpm.evaluation.scored_model import load_subject
+from hf_ddpm.evaluation.scored_model import load_scored_model
 from hf_ddpm.gaussian import bits_per_dim, discretized_gaussian_log_likelihood
 from hf_ddpm.generation.grids import save_image
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.variances import FIXED
 
@@ -38,7 +39,8 @@ NUM_EVALS = 100  # network evaluations per image of the bound
 NUM_PICTURES = 12
 BATCH_SIZE = 128  # of scoring and sampling
 
-# What a training run that its own loss or weights ended says, and where its step stands.
+# The error of a training run that ended because its loss or its weights were not finite or far too large, and
+# where its words name the step
 DIVERGED = re.compile(
     r"the loss is \S+ at step (\d+)|the mean loss of steps \d+ to (\d+)|finite at step (\d+)"
 )
@@ -66,7 +68,7 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's findings depend on, besides its own changes."""
+        """What a run's findings depend on, besides what the run changes in digits.toml."""
         keys = ("max_steps", "num_samples", "sampling_steps")
         return {key: getattr(self, key) for key in keys}
 
@@ -77,9 +79,10 @@ class Study:
         return TrainConfig.load(CONFIG, **where, **quiet, **self.runs[name])
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `work` finds, or found when the study was here before; a failure of its own is a finding too.
+        """The findings of a stage: those in its file, or else those of `work`, which are then written there.
 
-        "seconds" is the time of the last attempt, and "interrupted" says that there was an earlier one.
+        Beside them stands "seconds", the time of the last attempt, and "interrupted", whether there was an
+        earlier one.
         """
         file = self.out / "stages" / f"{name}.json"
         if file.exists():
@@ -98,10 +101,8 @@ class Study:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all, making its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def do_run(study: Study, name: str) -> dict[str, Any]:
@@ -139,15 +140,16 @@ def train_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def trained(log: Iterable[dict[str, float]]) -> dict[str, Any]:
-    """What the log of a run says: images, and the seconds spent on them, however often it was stopped.
+    """The images that a run trained on, and the seconds spent on them, from its log.
 
-    A line has the speed since the one before it. Starting, saving and what a killed run did again are left
-    out.
+    A line has the speed since the line before it. So starting, saving and what a killed run did again are
+    left out, however often it was stopped.
     """
     seconds, images = 0.0, 0
     for line in log:
         if "images_per_second" in line:
-            seconds += (line["images"] - images) / max(line["images_per_second"], 0.05)  # rounded to 0.1
+            # The speed is rounded to 0.1
+            seconds += (line["images"] - images) / max(line["images_per_second"], 0.05)
             images = int(line["images"])
     return {"images": images, "seconds": seconds}
 
@@ -179,22 +181,30 @@ def score_run(folder: Path) -> dict[str, Any]:
 def floor_of_l_0(folder: Path) -> float:
     """Bits/dim of L_0 on the held-out digits if x̂_0 is x_0 itself; both fixed variances have this σ_0."""
     images = to_float(torch.cat(list(load_stream("digits", "test").batches(256, epochs=1))))
-    log_variance = load_subject(str(folder), torch.device("cpu")).process.log_variance("fixed_small")[0]
+    log_variance = load_scored_model(str(folder), torch.device("cpu")).process.log_variance("fixed_small")[0]
     return float(bits_per_dim(-discretized_gaussian_log_likelihood(images, images, log_variance).mean(), 1))
 
 
 def sample_run(study: Study, folder: Path, variance_type: str) -> dict[str, Any]:
     """Sample with a variance, measure against real digits, and leave a picture of the first samples."""
-    subject, stream = load_subject(str(folder), torch.device("cpu")), load_stream("digits", "train")
-    pipeline = subject.pipeline
+    model, stream = load_scored_model(str(folder), torch.device("cpu")), load_stream("digits", "train")
+    pipeline = model.pipeline
     pipeline.scheduler.variance_type = variance_type
-    steps = min(study.sampling_steps or len(subject.process), len(subject.process))
-    how = QualityConfig(str(CLASSIFIER), study.num_samples, NUM_REFERENCE, None, 0, BATCH_SIZE)
-    quality = SampleQuality(how, stream, stream.num_rows(), {})
-    drawing = Drawing(pipeline, study.num_samples, steps, 0, BATCH_SIZE)
+    steps = min(study.sampling_steps or len(model.process), len(model.process))
+    config = EvaluationConfig(
+        model=str(folder),
+        dataset="digits",
+        split="train",
+        extractor=str(CLASSIFIER),
+        num_samples=study.num_samples,
+        num_reference=NUM_REFERENCE,
+        sampling_steps=steps,
+        batch_size=BATCH_SIZE,
+    )
+    quality, drawing = SampleQuality(config, stream), Drawing(pipeline, config)
     try:
-        features = drawing.run(subject.weights_digest(), folder, quality.extractor, keep=False)
-        found = quality.run(features) | drawing.facts
+        features = drawing.run(model.weights_digest, folder, quality.extractor, keep=False)
+        found = sample_metrics_section(quality.run(features), drawing)
         pictures: Any = pipeline(
             NUM_PICTURES, image_generators(0, range(NUM_PICTURES)), steps, return_dict=False
         )[0]

@@ -22,6 +22,7 @@ from stages import CLASSIFIER, Study, do_run, write_json
 
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.runtime.arguments import Parser, run
+from hf_ddpm.runtime.disk import why_not_writable
 
 # The runs: what each changes in configs/digits.toml.
 CHAIN_OF_50 = {"num_train_timesteps": 50, "beta_schedule": "constant", "beta_start": 0.2}
@@ -56,16 +57,13 @@ def settle(study: Study, names: Sequence[str]) -> None:
     EvaluationConfig(
         extractor=str(CLASSIFIER), num_samples=study.num_samples, sampling_steps=study.sampling_steps
     )
+    if reason := why_not_writable(study.out):
+        raise ValueError(f"out {str(study.out)!r} can't be written: {reason}")
     for name in names:
-        file, wanted = (
-            study.out / "stages" / f"{name}.settings.json",
-            study.settings | {"changes": RUNS[name]},
-        )
+        file = study.out / "stages" / f"{name}.settings.json"
+        wanted = study.settings | {"changes": RUNS[name]}
         if not file.exists():
-            try:
-                write_json(file, wanted)
-            except OSError as error:
-                raise ValueError(f"out {str(study.out)!r} can't be written: {error.strerror}") from None
+            write_json(file, wanted)
         there = json.loads(file.read_text(encoding="utf-8"))
         for key, value in wanted.items():
             if there.get(key) != value:
@@ -81,7 +79,8 @@ def do_together(study: Study, names: Sequence[str], jobs: int) -> None:
     Raises:
         RuntimeError: one ended early; it has said why.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the processes too
+    # So that SIGTERM ends the processes too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     spawn, left, running = multiprocessing.get_context("spawn"), list(names), {}
     while left or running:
         while left and len(running) < jobs:

@@ -1,0 +1,199 @@
+"""pixels.py: grey levels and floats, decoding, channels, sizes."""
+
+import io
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
+
+from hf_ddpm.data import pixels
+from hf_ddpm.data.pixels import decode_pixels, to_float, to_uint8
+from hf_ddpm.data.stream import load_stream
+from tests.data.pictures import every, noise, png, write_parquet
+
+# uint8 <-> float
+
+
+def test_all_256_levels_come_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = to_float(levels)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(to_uint8(x), levels)
+    assert torch.equal(to_uint8(x.double()), levels)
+
+
+def test_to_uint8_clamps_and_rounds():
+    step = 2 / 255
+    x = torch.tensor([-3.0, -1 + 0.4 * step, -1 + 0.6 * step, 1.7])
+    assert to_uint8(x).tolist() == [0, 0, 1, 255]
+
+
+def test_conversions_refuse_the_wrong_dtype():
+    with pytest.raises(ValueError, match=r"to_float needs uint8 images, got torch.float32"):
+        to_float(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"to_uint8 needs floating-point images, got torch.uint8"):
+        to_uint8(torch.zeros(2, dtype=torch.uint8))
+
+
+# plain PNGs, which skip PIL's parser
+
+
+def same_as_pil(data, channels=None):
+    """Whether pixels, or the words about what is wrong with them, are those of PIL's own way."""
+
+    def decoded():
+        try:
+            return decode_pixels({"bytes": data, "path": None}, channels).tolist()
+        except ValueError as error:
+            return re.sub(" at 0x[0-9a-f]+", "", str(error))
+
+    ours = decoded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pixels, "_open_plain_png", lambda data: None)
+        return ours == decoded()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["L", "RGB", "RGBA", "LA", "1", "P"]), st.integers(1, 40), st.integers(1, 40),
+    st.integers(0, 9), st.sampled_from([None, 1, 3]), st.booleans(),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+)  # fmt: skip
+def test_plain_pngs_are_what_pil_reads(mode, height, width, level, channels, smooth, damage):
+    values = (
+        np.add.outer(3 * np.arange(height), 2 * np.arange(width)) if smooth else noise(1, height, width)[0]
+    )
+    image, buffer = PILImage.fromarray(values.astype(np.uint8)).convert(mode), io.BytesIO()
+    image.save(buffer, "PNG", compress_level=level)
+    data = bytearray(buffer.getvalue())
+    assert (pixels._open_plain_png(bytes(data)) is not None) == (mode in ("L", "RGB", "RGBA"))
+    for place, value in damage:
+        data[int(place * len(data))] = value
+    assert same_as_pil(bytes(data), channels)
+
+
+def test_each_byte_of_a_plain_png_counts():
+    data = png(noise(1)[0])
+    for place, flip in itertools.product(range(len(data)), (1, 2, 4, 128)):
+        assert same_as_pil(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+    assert all(same_as_pil(data[:length]) for length in range(len(data)))
+
+
+def test_pngs_that_are_not_plain_are_left_to_pil():
+    image = PILImage.fromarray(noise(1)[0])
+    words, deep = PngInfo(), PILImage.fromarray(noise(1)[0].astype(np.uint16))
+    words.add_text("Title", "a")
+    for picture, options in [(image, {"pnginfo": words}), (image, {"dpi": (9, 9)}), (deep, {})]:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", **options)
+        assert pixels._open_plain_png(buffer.getvalue()) is None
+    data = png(noise(1)[0])
+    for broken in (b"", data[:20], data[:-1], data + b"\0", data.replace(b"IDAT", b"IDOT")):
+        assert pixels._open_plain_png(broken) is None
+
+
+# channels
+
+
+def test_grey_and_rgb_convert_only_when_asked(tmp_path):
+    colour, grey = noise(1, channels=3)[0], noise(1)[0]
+    write_parquet(tmp_path / "rgb", [png(colour)])
+    write_parquet(tmp_path / "grey", [png(grey)])
+    assert load_stream(tmp_path / "rgb").shape == (3, 6, 5)
+    assert load_stream(tmp_path / "grey").shape == (1, 6, 5)
+    as_grey = np.array(PILImage.fromarray(colour).convert("L"))
+    assert torch.equal(every(load_stream(tmp_path / "rgb", channels=1))[0, 0], torch.from_numpy(as_grey))
+    as_rgb = every(load_stream(tmp_path / "grey", channels=3))[0]
+    assert torch.equal(as_rgb, torch.from_numpy(grey).expand(3, 6, 5))
+
+
+def test_other_png_modes(tmp_path):
+    grey = noise(1)[0]
+    write_parquet(tmp_path / "i", [png(grey.astype(np.uint16))])
+    assert torch.equal(every(load_stream(tmp_path / "i"))[0, 0], torch.from_numpy(grey))
+    assert torch.equal(every(load_stream(tmp_path / "i", channels=3))[0, 2], torch.from_numpy(grey))
+    write_parquet(tmp_path / "one", [png(grey, "1")])
+    assert set(every(load_stream(tmp_path / "one")).unique().tolist()) <= {0, 255}
+    write_parquet(tmp_path / "palette", [png(noise(1, channels=3)[0], "P")])
+    assert load_stream(tmp_path / "palette").shape == (3, 6, 5)
+    write_parquet(tmp_path / "rgba", [png(noise(1, channels=3)[0], "RGBA")])
+    assert load_stream(tmp_path / "rgba").shape == (4, 6, 5)
+    assert load_stream(tmp_path / "rgba", channels=3).shape == (3, 6, 5)
+    write_parquet(tmp_path / "deep", [png((grey.astype(np.uint16) + 1) * 200)])
+    with pytest.raises(ValueError, match=r"row 0 of .*train-00000.* are not all 8-bit grey levels"):
+        load_stream(tmp_path / "deep", channels=1)
+
+
+def test_a_mixture_of_channels_is_an_error(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0]), png(noise(1, channels=3)[0])])
+    with pytest.raises(ValueError, match=r"row 1 of .*: 3 channels, wanted 1"):
+        every(load_stream(tmp_path))
+    assert every(load_stream(tmp_path, channels=3)).shape == (2, 3, 6, 5)
+
+
+# fit
+
+
+def test_exact_refuses_another_size_and_names_the_row(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0]), png(noise(1, 7, 5)[0])])
+    with pytest.raises(
+        ValueError, match=r"row 1 of .*train-00000-of-00001.parquet: size 7x5 \(HxW\), wanted 6x5"
+    ):
+        every(load_stream(tmp_path))
+
+
+def test_resize_is_pils_bicubic(tmp_path):
+    colour = noise(1, 9, 12, channels=3)[0]
+    write_parquet(tmp_path, [png(colour)])
+    stretched = every(load_stream(tmp_path, image_size=(4, 5), fit="resize"))[0]
+    expected = PILImage.fromarray(colour).resize((5, 4), PILImage.Resampling.BICUBIC)
+    assert torch.equal(stretched, torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
+    # 9 x 12 covers 6 x 6 from its middle 9 x 9
+    covered = every(load_stream(tmp_path, image_size=6, fit="resize_crop"))[0]
+    expected = PILImage.fromarray(colour).resize((6, 6), PILImage.Resampling.BICUBIC, (1.5, 0, 10.5, 9))
+    assert torch.equal(covered, torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
+
+
+def test_crops(tmp_path):
+    images = noise(40, 9, 12)
+    write_parquet(tmp_path, [png(image) for image in images])
+    centre = every(load_stream(tmp_path, image_size=(5, 4), fit="center_crop"))
+    assert torch.equal(centre[:, 0], torch.from_numpy(images[:, 2:7, 4:8]))
+
+    stream = load_stream(tmp_path, image_size=(5, 4), fit="random_crop", horizontal_flip=True, seed=3)
+    crops = every(stream)[:, 0].numpy()
+    places = set()
+    for crop, image in zip(crops, images, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(image, (5, 4))
+        for flipped in (False, True):
+            wanted = crop[:, ::-1] if flipped else crop
+            places |= {(*map(int, p), flipped) for p in np.argwhere((windows == wanted).all((2, 3)))}
+    tops, lefts, flips = (set(part) for part in zip(*places, strict=True))
+    assert tops == set(range(5)) and lefts == set(range(9)) and flips == {False, True}
+
+    again = load_stream(tmp_path, image_size=(5, 4), fit="random_crop", horizontal_flip=True, seed=3)
+    torch.manual_seed(1)  # the global generators must not matter
+    np.random.seed(1)  # noqa: NPY002
+    assert torch.equal(every(again, start=17)[:, 0], torch.from_numpy(crops[17:]))
+    assert not torch.equal(every(stream, epoch=1), every(stream, epoch=0))
+
+
+def test_crop_of_a_smaller_image_is_an_error(tmp_path):
+    write_parquet(tmp_path, [png(noise(1)[0])])
+    for fit in ("center_crop", "random_crop"):
+        with pytest.raises(ValueError, match=r"row 0 of .*: size 6x5 \(HxW\), too small to crop 6x6"):
+            every(load_stream(tmp_path, image_size=6, fit=fit))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = PILImage.fromarray(noise(1)[0])
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.png", exif=exif)
+    assert load_stream(tmp_path).shape == (1, 5, 6)

@@ -1,0 +1,181 @@
+"""shards.py: what is read of files, held in memory and left open."""
+
+import gc
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Array3D, Features, Image, List, Value
+
+from hf_ddpm.data.shards import Row, Shards
+from hf_ddpm.data.sources import open_source
+from hf_ddpm.data.stream import load_stream
+from tests.data.pictures import every, filled, grey_folder, noise, picture_folder, png, write_parquet
+from tests.launching import ROOT
+
+
+class Spy:
+    """Counts what pyarrow reads of parquet files: how often it starts on one, and rows."""
+
+    def __init__(self, monkeypatch):
+        self.files, self.rows = 0, 0
+        iter_batches, spy = pq.ParquetFile.iter_batches, self
+
+        def counted(file, *args, **kwargs):
+            spy.files += 1
+            for batch in iter_batches(file, *args, **kwargs):
+                spy.rows += len(batch)
+                yield batch
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+
+
+def tiny_rows(folder, count, shards, row_group_size):
+    """Many rows that cost nothing to make: 1x1 images, with the row's number in them."""
+    values = np.stack([np.arange(count) // 256, np.arange(count) % 256], axis=1).reshape(count, 1, 2)
+    feature = List(List(Value("uint8")))
+    write_parquet(folder, values.tolist(), shards, feature=feature, row_group_size=row_group_size)
+
+
+def test_a_process_reads_only_its_strips(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 8000, shards=3, row_group_size=100)
+    stream, spy = load_stream(tmp_path, shuffle_buffer=160), Spy(monkeypatch)
+    for world_size, share in [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8)]:
+        lanes = 8 // share
+        spy.files = spy.rows = 0
+        filled(stream, range(world_size - 1, 8000, world_size), 100)
+        assert spy.files <= 8 / share * 3
+        # at each start in the middle of a shard up to a row group, at each end up to one read too much
+        assert 8000 / share - 64 <= spy.rows <= 8000 / share + lanes * 3 * 100 + lanes * 64, world_size
+    spy.files = spy.rows = 0
+    next(stream.slots([range(8000 * 7 + 5000, 8000 * 7 + 5008)]))  # resuming is a seek
+    assert spy.files <= 16 and spy.rows <= 8 * (100 + 20 + 64)
+
+
+def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 300, shards=3, row_group_size=50)
+    opened, open_file = [], pq.ParquetFile.__init__
+    monkeypatch.setattr(
+        pq.ParquetFile, "__init__", lambda *args, **kwargs: (opened.append(1), open_file(*args, **kwargs))[1]
+    )
+    stream = load_stream(tmp_path, shuffle_buffer=8)
+    assert stream.shape == (1, 1, 2)
+    opened.clear()
+    assert stream.num_rows() == 300 and len(opened) == 3  # not before: each footer is read now
+    assert len(every(stream)) == len(every(stream, 1)) == 300
+    opened.clear()
+    assert stream.num_rows() == 300 and stream.row_counts == [100] * 3 and not opened
+
+
+def held_rows():
+    return sum(1 for thing in gc.get_objects() if type(thing) is Row)
+
+
+@pytest.mark.parametrize(("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (9999, 2000)])
+def test_no_more_rows_are_held_than_the_buffer(tmp_path, shuffle_buffer, most):
+    tiny_rows(tmp_path, 2000, shards=3, row_group_size=None)
+    images = load_stream(tmp_path, shuffle_buffer=shuffle_buffer).images()
+    before, seen = held_rows(), []
+    for i, _ in enumerate(images):
+        if i % 401 == 0:
+            seen.append(held_rows() - before)
+    assert max(seen) <= most
+    if shuffle_buffer >= 100:
+        assert max(seen) > most / 2  # the counting counts
+    del images
+    assert held_rows() == before
+
+
+def test_a_large_row_group_is_not_held(tmp_path):
+    """Neither 40 MB that are one row group nor what was read of it stays in memory, let alone eight times."""
+    values = [png(image) for image in noise(8, 58, 58)]
+    assert 3000 < len(values[0]) < 4500
+    images = [{"bytes": values[i % 8], "path": None} for i in range(10_000)]
+    table = pa.Table.from_pydict({"image": images}, schema=Features({"image": Image()}).arrow_schema)
+    file = tmp_path / "train.parquet"
+    pq.write_table(table, file, use_dictionary=False, compression="none", write_batch_size=64)
+    assert file.stat().st_size > 30 << 20
+    del table, images
+    most = 24 << 20  # eight lanes: a page and a buffer of 1 MB each, and some rows
+    stream, before = load_stream(file, shuffle_buffer=80), pa.total_allocated_bytes()
+    batches = stream.batches(64, epochs=1)
+    tracemalloc.start()  # what fsspec reads are Python's bytes
+    next(batches)
+    assert tracemalloc.get_traced_memory()[1] < most
+    tracemalloc.stop()
+    assert max(pa.total_allocated_bytes() - before for _ in batches) < most
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+@pytest.mark.parametrize("source", ["parquet", "folder"])
+def test_no_file_stays_open(tmp_path, source):
+    if source == "folder":
+        picture_folder(tmp_path, 40)
+    else:
+        grey_folder(tmp_path, 40, shards=5)
+    stream = load_stream(tmp_path, shuffle_buffer=9)
+
+    def opened():
+        return [file for file in psutil.Process().open_files() if str(tmp_path) in file.path]
+
+    for iterator in (stream.images(), stream.batches(3), stream.slots([[0], [9]]), stream.select([1, 30])):
+        next(iterator)
+        assert opened() or source == "folder"
+        iterator.close()
+        assert not opened()
+
+
+@pytest.mark.slow
+def test_a_half_read_stream_leaves_the_interpreter_in_peace(tmp_path):
+    grey_folder(tmp_path / "parquet", 400, shards=2)
+    picture_folder(tmp_path / "folder", 100)
+    code = "import sys; from hf_ddpm.data.stream import load_stream\n" + "\n".join(
+        f"{name} = load_stream(sys.argv[1] + '/{name}', shuffle_buffer=80).batches(4); next({name})"
+        for name in ("parquet", "folder")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
+    """The columns of a file may lie in another order, and an image column may hold bare bytes."""
+    values = [png(image) for image in noise(9)]
+    write_parquet(tmp_path / "images", values, shards=2, row_group_size=2)
+    write_parquet(tmp_path / "lists", noise(9).tolist(), feature=List(List(Value("uint8"))))
+    write_parquet(tmp_path / "arrays", noise(9, channels=2).tolist(), feature=Array3D((6, 5, 2), "uint8"))
+    (tmp_path / "mixed").mkdir()
+    pq.write_table(pa.table({"image": [{"bytes": values[0], "path": "a"}]}), tmp_path / "mixed" / "0.parquet")
+    pq.write_table(pa.table({"image": [{"path": "b", "bytes": values[1]}]}), tmp_path / "mixed" / "1.parquet")
+    for name in ("images", "lists", "arrays", "mixed"):
+        dataset, files = open_source(tmp_path / name, "train")
+        ours = Shards(dataset.decode(False), "image", files)
+        theirs = Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
+        assert list(ours.counts) == list(theirs.counts)
+        for shard, count in enumerate(ours.counts):
+            for start in range(count + 1):
+                read = list(ours.read(shard, start))
+                assert read == list(theirs.read(shard, start)) and len(read) == count - start
+
+
+def test_a_shard_that_shrank_or_broke_is_named(tmp_path):
+    grey_folder(tmp_path, 40, shards=2)
+    stream = load_stream(tmp_path, shuffle_buffer=4)
+    assert stream.num_rows() == 40
+    file = tmp_path / "train-00001-of-00002.parquet"
+    table, data = pq.read_table(file), bytearray(file.read_bytes())
+    pq.write_table(table.slice(0, 15), file)
+    with pytest.raises(
+        ValueError, match=r"train-00001-of-00002.parquet has lost rows since they were counted$"
+    ):
+        every(stream)
+    data[4:600] = bytes(596)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^can't read .*train-00001-of-00002.parquet: "):
+        every(stream)
