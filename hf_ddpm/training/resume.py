@@ -1,7 +1,7 @@
 """From which checkpoint a run goes on, and whether it may.
 
-Process 0 chooses, since it may rename a damaged checkpoint, which the others then would not find. All processes
-read the chosen one. How it is put into the run's objects is said in run.py.
+Process 0 chooses, since it may rename a damaged checkpoint, which the others then would not find. All
+processes read the chosen one. How it is put into the run's objects is said in run.py.
 """
 
 import contextlib
