@@ -112,7 +112,7 @@ class Run:
         optimizer: AdamW over the model's weights.
         stepper: the optimizer as accelerate steps it.
         schedule: of the learning rate.
-        lr: learning rate of the last step.
+        lr: learning rate of the last step; 0 before there is one.
         batches: this process's images from the step on, without end.
         grids: sample grids of the averaged network.
         heldout: the bound of held-out images; None if the config asks for none.
@@ -336,8 +336,9 @@ def _objective_of(config: TrainConfig, objective: OwnObjective | None) -> Object
 
 
 def _name_of(objective: OwnObjective) -> str:
-    """The name of the function that an objective is made of."""
+    """The name of the function that an objective is made of, be it wrapped in `functools.partial` or not."""
     function: Any = objective.loss if isinstance(objective, Objective) else objective
     while isinstance(function, functools.partial):
-        function = function.func
+        wrapped = (value for value in function.args if callable(value))
+        function = next(wrapped, function.func)
     return getattr(function, "__qualname__", type(function).__qualname__)

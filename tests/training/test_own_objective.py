@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from hf_ddpm import TrainConfig, train
-from hf_ddpm.objectives import Objective, hybrid_loss, make_objective, min_snr_loss
+from hf_ddpm.objectives import Objective, make_objective, min_snr_loss
 from hf_ddpm.training.checkpoint import load_checkpoint
 from tests.training.helpers import Conv, assert_same, checkpoint, kill_at, log, refused, small, weights
 
@@ -60,6 +60,6 @@ def test_a_run_of_the_configs_objective_does_not_go_on_with_another(tmp_path):
 def test_an_objective_that_does_not_fit_the_variance_is_refused(tmp_path):
     learned = small(tmp_path, objective="bound", variance_type="learned_range")
     assert "learned_range" in refused(learned, objective=min_snr())
-    hybrid = Objective(partial(hybrid_loss, prediction_type="epsilon"), noises=1, outputs=2)
+    hybrid = make_objective("hybrid", variance_type="learned_range")
     assert "fixed_large" in refused(small(tmp_path), objective=hybrid)
     assert train(learned, objective=hybrid).step == 3
