@@ -13,17 +13,17 @@ import os
 import signal
 from pathlib import Path
 
-import hf_ddpm.training.trainer as trainer
-from hf_ddpm import TrainConfig
+import hf_ddpm.training.run
+from hf_ddpm import TrainConfig, train
 from hf_ddpm.cli import run
 from hf_ddpm.data.pixels import image_digest
-from hf_ddpm.training.log import Record
+from hf_ddpm.training.sample_grids import SampleGrids
 
 
 def main(argv, prog):
     config, notes, *stop = argv
-    make_batches, advance, save_grid = trainer.make_batches, Record.advance, Record.save_grid
-    rank = int(os.environ.get("RANK", 0))
+    make_batches, save_grid = hf_ddpm.training.run.make_batches, SampleGrids.save
+    rank, held = int(os.environ.get("RANK", 0)), {}
 
     def noting(*args):
         with (Path(notes) / f"rank{rank}.jsonl").open("a") as file:
@@ -35,27 +35,19 @@ def main(argv, prog):
                 yield batch
 
     def tell(place):
-        if rank == int(stop[0]) and place == stop[2]:
+        if stop and rank == int(stop[0]) and place == stop[2]:
             os.kill(os.getpid(), getattr(signal, stop[1]))
 
-    def stopping(self, step):
-        advance(self, step)
-        tell(str(step))
+    def after_step(training):
+        held.update({"model": training.model, **training.averages})
+        tell(str(training.step))
 
     def stopping_in_grid(self, *args):
         tell("grid")
         save_grid(self, *args)
 
-    held, update = {}, trainer.update_average
-
-    def watching(average, model, decay, step):
-        update(average, model, decay, step)
-        held.update({"model": model, decay: average})
-
-    trainer.make_batches, trainer.update_average = noting, watching
-    if stop:
-        Record.advance, Record.save_grid = stopping, stopping_in_grid
-    result = trainer.train(TrainConfig.load(config))
+    hf_ddpm.training.run.make_batches, SampleGrids.save = noting, stopping_in_grid
+    result = train(TrainConfig.load(config), after_step=after_step)
     digest = hashlib.sha256()
     for network in held.values():
         for weight in network.state_dict().values():

@@ -1,15 +1,17 @@
 """Which images of a step are whose: positions in the run's one endless sequence, shared out to processes.
 
-Step n consumes the positions n·G … n·G + G − 1, whatever the number of processes; G is fixed for a run. The
-file is integers only: what stands at a position is order.py's, what is drawn there draws.py's.
+Step n consumes the positions n·G … n·G + G − 1, whatever the number of processes; G is fixed for a run. Which
+image stands at a position is said in data/order.py, and what is drawn for it in draws.py.
 """
 
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -18,13 +20,15 @@ from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.runtime.signals import ignore_signals
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StepShare:
     """One process's part of every step, in micro-steps of equal size.
 
-    Process r takes the positions n·G + r, n·G + r + W, …: every W-th, so that it reads few lanes (order.py).
-    All processes have as many slots; where G doesn't divide, the last ones are empty.
+    Process r takes every W-th position, n·G + r, n·G + r + W, …, so that it reads few lanes (data/order.py).
+    All processes have as many slots; where W does not divide G, the last slots of some are empty.
 
     Attributes:
         per_step: images of a step over all processes, G.
@@ -73,6 +77,33 @@ class StepShare:
             step += 1
 
 
+def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any]) -> StepShare:
+    """This process's part of each step, whose images are as many as when the run began.
+
+    Args:
+        config: the run.
+        accelerator: the processes that share a step.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+
+    Raises:
+        ValueError: fewer images in a step than processes.
+    """
+    world = accelerator.num_processes
+    per_step = config.batch_size * config.gradient_accumulation_steps * world
+    share = StepShare(
+        state.get("images_per_step", per_step), config.batch_size, accelerator.process_index, world
+    )
+    if share.per_step != per_step and accelerator.is_main_process:
+        logger.warning(
+            "the run has steps of %d images; %d processes share them, in %d micro-steps of %d each",
+            share.per_step,
+            world,
+            share.micro_steps,
+            share.micro_batch,
+        )
+    return share
+
+
 def open_stream(config: TrainConfig) -> ImageStream:
     """The run's images, in the order that all processes share."""
     return load_stream(
@@ -93,7 +124,7 @@ class Batch(NamedTuple):
     """One process's images of a micro-step.
 
     Attributes:
-        positions: of the slots in the run's sequence, (B,); `share.EMPTY` where a slot has none.
+        positions: of the slots in the run's sequence, (B,); `data.order.EMPTY` where a slot has none.
         images: uint8, (B, C, H, W), all zeros where there is none.
         present: whether a slot holds an image, (B,), bool, on the CPU.
     """
@@ -104,10 +135,10 @@ class Batch(NamedTuple):
 
 
 class _Batches(IterableDataset):
-    """The batches of a share of the stream; an error comes as an item.
+    """The batches of a share of the stream. An error is yielded as the last item instead of being raised.
 
-    A DataLoader may run it in other processes, of which each makes every k-th batch, and whose exceptions
-    arrive as a printed traceback.
+    A DataLoader may run it in worker processes, each of which makes every k-th batch. What a worker raises
+    would reach the user as a printed traceback.
     """
 
     def __init__(self, stream: ImageStream, share: StepShare, first_step: int):

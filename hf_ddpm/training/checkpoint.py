@@ -6,7 +6,7 @@
 A folder is written beside its place, forced to the disk and renamed, so that a killed run or machine leaves
 no half checkpoint under a good name. What is read is compared with SHA256SUMS first (`sha256sum -c` reads it
 too). Nothing here is unpickled: tensors are safetensors, and the optimizer's state is read with
-`weights_only=True`. The file knows files; what the numbers mean is the trainer's.
+`weights_only=True`. The file knows files; what the tensors in them mean is said in run.py.
 """
 
 import hashlib
@@ -24,16 +24,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_ddpm.folders.layout import CHECKPOINTS, LOCK, STEP, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
+from hf_ddpm.runtime.messages import one_line
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: nobody is kept out
+except ModuleNotFoundError:
+    # Windows has no such locks: there a second training is not kept out
     fcntl = None
 
 logger = logging.getLogger(__name__)
 
-FOLDER = re.compile(r"step-(\d{8,})")
 SUMS = "SHA256SUMS"
 SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 EMA = re.compile(r"ema_(.+)\.safetensors")
@@ -59,42 +61,53 @@ class Checkpoint:
 
 
 class RunLock:
-    """At most one training in a run's folder: held from `acquire` to `release`, or to the process's end."""
+    """Keeps a second training out of a run's folder, from `acquire` to `release` or the process's end."""
 
     def __init__(self, run: Path):
         self.run, self._file = run, None
 
     def acquire(self) -> None:
-        """Make the folder, and hold it.
+        """Make the folder and lock it.
 
         Raises:
-            ValueError: it can't be written, or another training holds it.
+            ValueError: the folder can't be written, or another training has locked it.
         """
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self._file = (self.run / ".lock").open("a")
+            self._file = (self.run / LOCK).open("a")
         except OSError as error:
             raise ValueError(f"output_dir {str(self.run)!r} can't be written: {error.strerror}") from None
         if fcntl is None:
             return
         try:
-            fcntl.lockf(
-                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # which data loaders' processes don't inherit
+            # Of the kinds of locks, the one that the processes of data loaders don't inherit
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"output_dir {str(self.run)!r} is in use by another training") from None
         except OSError as error:
             logger.warning("%s has no locks (%s): start no second training there", self.run, error.strerror)
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Let another training have the folder."""
         if self._file is not None:
             self._file.close()
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write the checkpoint under `run`/checkpoints; when it is safe, drop all but the newest `keep` ones."""
-    folder = run / "checkpoints" / f"step-{checkpoint.step:08d}"
+    """Write a checkpoint; when it is safe on the disk, delete all but the newest `keep` ones.
+
+    Args:
+        run: the run's folder.
+        checkpoint: what is saved.
+        keep: how many checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it can't be written, and is not there; those from before stand.
+    """
+    folder = run / CHECKPOINTS / step_name(checkpoint.step)
 
     def fill(place: Path) -> None:
         with named(place / "model.safetensors") as file:
@@ -102,8 +115,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for decay, average in checkpoint.averages.items():
             with named(place / f"ema_{decay}.safetensors") as file:
                 save_file(_plain(average), file)
+        # Given a path instead of a stream, torch.save would hide what the system said
         with named(place / "optimizer.pt") as file, file.open("wb") as stream:
-            torch.save(dict(checkpoint.optimizer), stream)  # which, given a path, hides what the system said
+            torch.save(dict(checkpoint.optimizer), stream)
         with named(place / "state.json") as file:
             state = {"step": checkpoint.step, **checkpoint.state}
             file.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -112,10 +126,12 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             file.write_text("".join(sums), encoding="utf-8")
 
     write_folder(folder, fill)
-    for left in folder.parent.glob(".step-*"):  # of a run killed while it saved or dropped one
+    # What a run left that was killed while it wrote or deleted a checkpoint
+    for left in folder.parent.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
+    # Renamed before it is deleted, so that a kill in between leaves no half of a checkpoint
     for _, old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a kill leaves no half of it
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return folder
 
 
@@ -123,7 +139,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's folder.
 
     Raises:
-        ValueError: it is not there, or a file in it is missing or damaged; the message names the file.
+        ValueError: the folder is not there, or a file in it is missing or damaged; the message names it.
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {str(folder)!r} does not exist")
@@ -149,24 +165,23 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if not isinstance(optimizer, dict):
             raise ValueError(f"it holds {type(optimizer).__name__}, not dict")
         return Checkpoint(state.pop("step"), model, averages, optimizer, state)
-    except Exception as error:  # what safetensors and torch.load raise on foreign bytes has no common class
-        unsafe = isinstance(
-            error, pickle.UnpicklingError
-        )  # torch's own words advise to unpickle all the same
-        reason = "it is not a file of tensors and plain values" if unsafe else _one_line(error)
+    # What safetensors and torch.load raise on foreign bytes has no common class
+    except Exception as error:
+        # torch's own words on such a file advise to unpickle it all the same
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it is not a file of tensors and plain values" if unsafe else one_line(error)
         raise ValueError(f"checkpoint file {str(path)!r} is missing or damaged: {reason}") from error
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is kept for a look and never chosen; returns its new name."""
+    """Rename a damaged checkpoint, so that it can be examined and is never chosen; returns its new path."""
     return folder.rename(free_path(folder.with_name(f"damaged-{folder.name}")))
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under `run`/checkpoints, oldest first."""
-    parent = run / "checkpoints"
-    found = [(int(m[1]), path) for path in parent.glob("step-*") if (m := FOLDER.fullmatch(path.name))]
-    return sorted(found)
+    paths = (run / CHECKPOINTS).glob("step-*")
+    return sorted((int(m[1]), path) for path in paths if (m := STEP.fullmatch(path.name)))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,7 +196,3 @@ def _sha256(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

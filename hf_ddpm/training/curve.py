@@ -12,11 +12,16 @@ from hf_ddpm.runtime.disk import named
 
 
 def draw_curve(run: Path) -> None:
-    """Draw what the log says so far; nothing if it says no loss."""
+    """Draw what the log of a run's folder says so far, as `CURVE` in it; nothing if it has no loss yet.
+
+    Raises:
+        OSError: the picture can't be written.
+    """
     lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    # A single image has no standard error
     heldout = [
-        (line["step"], line["heldout_bpd"], line.get("heldout_stderr", 0.0))  # a single image has no error
+        (line["step"], line["heldout_bpd"], line.get("heldout_stderr", 0.0))
         for line in lines
         if "heldout_bpd" in line
     ]
@@ -40,7 +45,8 @@ def plot_training(
     steps, values = zip(*losses, strict=True)
     axes.plot(steps, values, linewidth=1)
     axes.set(xlabel="optimizer steps", title="Loss")
-    if min(values) > 0:  # a log density may be below
+    # An objective that is a log density may be negative
+    if min(values) > 0:
         axes.set(yscale="log")
     axes.grid(alpha=0.3, which="both")
     if heldout:

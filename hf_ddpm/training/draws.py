@@ -1,7 +1,7 @@
-"""What is drawn for an image of a run: t and ε depend on (seed, its position in the run) alone.
+"""What is drawn for an image of a run depends on (seed, its position in the run) alone.
 
 So a resumed run draws what the unbroken one would have drawn, on any number of processes, and no generator
-needs saving.
+needs saving. What a number makes of the steps t is said in importance.py.
 """
 
 import functools
@@ -17,13 +17,8 @@ _BLOCK = 1024  # positions whose seeds come from one generator: seeding costs mo
 
 
 def draw_uniform(seed: int, positions: Sequence[int]) -> Tensor:
-    """A number in [0, 1) for each position, which chooses its t, (B,), float64, on the CPU."""
+    """A number in [0, 1) for each position, which chooses its step t, (B,), float64, on the CPU."""
     return torch.tensor([_uniform(Use.STEPS, seed, p) for p in map(abs, positions)], dtype=torch.float64)
-
-
-def draw_t(seed: int, positions: Sequence[int], num_steps: int) -> Tensor:
-    """Steps t ~ U{0, …, T − 1} for each position, (B,), int64, on the CPU."""
-    return (draw_uniform(seed, positions) * num_steps).long().clamp(max=num_steps - 1)
 
 
 def draw_noise(
@@ -31,11 +26,16 @@ def draw_noise(
 ) -> Tensor:
     """Noise ε ~ N(0, I) for each position, (B, *shape), float32, drawn on the device.
 
-    A device has numbers of its own; within one kind they repeat. Noise of another `number` is independent.
+    Args:
+        seed: the run's.
+        positions: of the images in the run, (B,). An empty slot, −1, gets the noise of position 1.
+        shape: (C, H, W).
+        device: where the noise is drawn. Each kind of device has numbers of its own, which repeat on it.
+        number: 0, 1, … for independent noises of the same image.
     """
     noise = torch.empty(len(positions), *shape, device=device)
     generator = torch.Generator(device)
-    for image, p in zip(noise, map(abs, positions), strict=True):  # an empty slot is −1: some position's
+    for image, p in zip(noise, map(abs, positions), strict=True):
         generator.manual_seed(int(_uniform(Use.NOISE + number, seed, p) * 2**53))
         torch.randn(tuple(shape), generator=generator, device=device, out=image)
     return noise
@@ -43,7 +43,8 @@ def draw_noise(
 
 def _uniform(use: int, seed: int, position: int) -> float:
     block, place = divmod(position, _BLOCK)
-    return _block(use, seed % 2**32, block, seed >> 32)[place]  # NumPy would split a large seed into words
+    # NumPy would split a large seed into words of 32 bits, and so confuse it with other keys
+    return _block(use, seed % 2**32, block, seed >> 32)[place]
 
 
 @functools.lru_cache(maxsize=8)

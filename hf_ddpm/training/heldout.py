@@ -7,8 +7,6 @@ difference, whose error is far below that of either estimate.
 """
 
 import logging
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,26 @@ from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.stream import load_stream
 from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
+from hf_ddpm.folders.layout import HELDOUT, STEP, step_name
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.runtime.disk import named
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
 logger = logging.getLogger(__name__)
 
-FILE = re.compile(r"step-(\d{8,})\.safetensors")
+ENDING = ".safetensors"
 COLUMNS = ("rows", "digests", "bpd", "rate_bpd", "distortion_bpd")
 
 
 class HeldOut:
-    """This rank's share of the held-out images, in memory as uint8.
+    """This process's share of the held-out images, in memory as uint8.
 
     Args:
         config: the run; its images are fitted as the run's, but never mirrored or cropped at random.
-        run: the run's folder.
+        folder: the run's folder.
         accelerator: the processes that share the images.
         shape: (C, H, W) of the run's images.
 
@@ -50,7 +49,9 @@ class HeldOut:
         ValueError: no such split, or images of another shape.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, accelerator: Accelerator, shape: tuple[int, int, int]):
+    def __init__(
+        self, config: TrainConfig, folder: Path, accelerator: Accelerator, shape: tuple[int, int, int]
+    ):
         stream = load_stream(
             config.dataset,
             config.evaluate_split,
@@ -70,14 +71,14 @@ class HeldOut:
             stream.num_rows()
         )
         chosen = np.sort(order[: config.evaluate_num_images])
-        # As many for every process, the first one again where they don't divide: a network that FSDP shares
-        # out wants as many calls from each
+        # Every process gets as many, the first image again where they don't divide: FSDP needs every process
+        # at every call of a network that it shares out
         world = accelerator.num_processes
         chosen = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % world)])
         self._rows = np.sort(chosen[accelerator.process_index :: world]).tolist()
         selected = dict(zip(dict.fromkeys(self._rows), stream.select(sorted(set(self._rows))), strict=True))
         self._images = [selected[row] for row in self._rows]
-        self._folder, self._accelerator, self._config = run / "heldout", accelerator, config
+        self._folder, self._accelerator, self._config = folder / HELDOUT, accelerator, config
 
     def evaluate(
         self,
@@ -87,17 +88,22 @@ class HeldOut:
         options: dict[str, Any],
         check: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Estimate the bound, note each image's, and compare with the last time.
+        """Estimate the bound, write down each image's, and compare with the last time.
+
+        All processes call it together and share the images.
 
         Args:
             model: the network with its averaged weights, in eval mode.
             process: the run's.
             step: optimizer steps done.
             options: `variance_type` and `prediction_type`, as in `bound_term`.
-            check: called between calls of the network; it may raise.
+            check: called at each call of the network; it may raise.
 
         Returns:
-            For log.jsonl: means over all images with standard errors, on every process.
+            For log.jsonl, on every process: means over all images in bits/dim, with standard errors.
+
+        Raises:
+            OSError: the file of this step can't be written.
         """
         accelerator, evals = self._accelerator, self._config.evaluate_num_evals
         found: dict[str, list] = {name: [] for name in COLUMNS}
@@ -142,19 +148,19 @@ class HeldOut:
         if before is not None and all(torch.equal(before[name], now[name]) for name in ("rows", "digests")):
             change = now["bpd"] - before["bpd"]
             line["heldout_change"], line["heldout_change_stderr"] = mean_and_stderr(change)
-        accelerator.wait_for_everyone()  # all have looked for the last one
+        # Process 0 writes this step's file when all have read the one before
+        accelerator.wait_for_everyone()
+        on_main_process(accelerator, lambda: self._write(step, now))
+        # A single image has no standard error: NaN, which JSON doesn't have
+        return {name: value for name, value in line.items() if value == value}
 
-        def write() -> None:
-            self._folder.mkdir(exist_ok=True)
-            with named(self._folder / f"step-{step:08d}.safetensors") as file:
-                save_file(now, partial := file.with_name(".new.tmp"))
-                os.replace(partial, file)
-
-        on_main_process(accelerator, write)
-        return {name: value for name, value in line.items() if value == value}  # JSON has no NaN
+    def _write(self, step: int, found: dict[str, torch.Tensor]) -> None:
+        with whole_file(self._folder / f"{step_name(step)}{ENDING}") as place:
+            save_file(found, place)
 
     def _last_before(self, step: int) -> dict[str, torch.Tensor] | None:
-        """What was noted the last time before `step`."""
-        steps = [(int(m[1]), path) for path in self._folder.glob("*") if (m := FILE.fullmatch(path.name))]
+        """What was written the last time before `step`; None if that is the first time."""
+        files = self._folder.glob(f"*{ENDING}")
+        steps = [(int(m[1]), path) for path in files if (m := STEP.fullmatch(path.stem))]
         earlier = [path for at, path in sorted(steps) if at < step]
         return load_file(earlier[-1]) if earlier else None

@@ -1,4 +1,4 @@
-"""The launch: devices, processes, precision and trackers, and whether they are what was asked for."""
+"""The launch: devices, processes, precision and trackers, checked against what was asked for."""
 
 import os
 from pathlib import Path
@@ -30,12 +30,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             raise ValueError(
                 f"tracker {name!r} is unknown or not installed; available: {', '.join(available) or 'none'}"
             )
+    # An earlier run in this process may have had another precision
     if is_initialized():
-        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+        AcceleratorState._reset_state()
+    # The trainer accumulates gradients by itself. The plugin keeps the environment's variable
+    # ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which would overrule a number, out of it. Without `cpu`, two
+    # processes on a CPU would each believe to be alone.
     accelerator = Accelerator(
-        cpu=get_device() == "cpu",  # else two processes on a CPU would each believe to be alone
+        cpu=get_device() == "cpu",
         mixed_precision=config.mixed_precision,
-        # The trainer accumulates by itself. ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.output_dir,
@@ -52,7 +55,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _check_launch(accelerator: Accelerator) -> None:
-    """Refuse a launch that isn't what was asked for, or can't be served."""
+    """Refuse a launch that isn't what was asked for, or can't be served.
+
+    Raises:
+        ValueError: the message names the mistake and what to do about it.
+    """
     world, env = accelerator.num_processes, os.environ
     launched = int(env.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in env else 1
     if launched != world:
@@ -87,7 +94,7 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 
 def start_pushing(config: TrainConfig, model: nn.Module, accelerator: Accelerator) -> BackgroundPush | None:
-    """What uploads the run's folder in the background, on process 0 if it is asked for; None elsewhere.
+    """What uploads the run's folder in the background: on process 0, if the config asks for it; else None.
 
     Raises:
         ValueError: a bad repository id or licence, or a network that no pipeline can be saved of.

@@ -1,6 +1,6 @@
-"""From a TrainConfig to the objects of a run: accelerator, scheduler, batches, network, optimizer.
+"""From a TrainConfig to the network, its optimizer and the schedule of the learning rate.
 
-It knows which key feeds which argument, and nothing of what the trainer does with the objects.
+The file knows which key of the config feeds which argument; what is done with the objects is said in step.py.
 """
 
 import logging
@@ -28,8 +28,13 @@ logger = logging.getLogger(__name__)
 def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
     """The preset for the stream's images, freshly initialised from the seed; or the network of a pipeline.
 
+    Args:
+        config: the run, whose `model` names a preset, a pipeline's folder or one on the Hub.
+        stream: the run's images, which say the preset's size and channels.
+        scheduler: the run's; a pipeline that was trained with another process is pointed out.
+
     Raises:
-        ValueError: neither, or a `dropout` for a network that has its own.
+        ValueError: the name is of neither, or `dropout` is given for a network that has its own.
     """
     channels, height, width = stream.shape
     if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
@@ -60,8 +65,15 @@ def prepare_model(
 ) -> nn.Module:
     """The network as it is trained: on its device, with float32 master weights and the run's options.
 
+    Args:
+        model: the network, which is changed in place.
+        config: the run.
+        stream: the run's images.
+        accelerator: the launch.
+
     Raises:
-        ValueError: a U-Net for other images, or an option that the network or the launch doesn't have.
+        ValueError: the network is for images or outputs of another shape, or the config has an option that
+            the network or the launch can't serve.
     """
     if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
@@ -81,7 +93,8 @@ def prepare_model(
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.gradient_checkpointing:
-        able = hasattr(model, "enable_gradient_checkpointing")  # which all of diffusers' have
+        # All of diffusers' networks have the method, some of them only to refuse
+        able = hasattr(model, "enable_gradient_checkpointing")
         if not getattr(model, "_supports_gradient_checkpointing", able):
             raise ValueError(f"gradient_checkpointing is True, which {type(model).__name__} doesn't have")
         model.enable_gradient_checkpointing()  # type: ignore[operator,call-arg]
@@ -100,7 +113,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> AdamW:
 
 
 def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRScheduler:
-    """The learning rate from `step` steps on; it is a function of the step, so it has no state to save."""
+    """The learning rate from the step `step` on; it is a function of the step, so it has no state to save."""
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps:
         logger.warning(
             "lr_warmup_steps is %d in a run of max_steps %d: the learning rate never reaches its peak",

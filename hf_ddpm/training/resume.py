@@ -1,6 +1,7 @@
-"""How a run goes on: from which checkpoint, whether it may, and putting it into the run's objects.
+"""From which checkpoint a run goes on, and whether it may.
 
-Process 0 chooses, as what it finds may change what the others would. All of them read the chosen one.
+Process 0 chooses, since it may rename a damaged checkpoint, which the others then would not find. All
+processes read the chosen one. How it is put into the run's objects is said in run.py.
 """
 
 import contextlib
@@ -10,16 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.layout import INDEX
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.training.batches import StepShare
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
-from hf_ddpm.training.importance import LossSecondMoment
-from hf_ddpm.training.sharding import restore_model, restore_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +32,18 @@ FREE_TO_CHANGE = {
 def find_checkpoint(config: TrainConfig, run: Path, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint to go on from, None for a fresh start; all processes call it together.
 
-    A damaged one is named in a warning and set aside, and the one before it is taken, unless `config.resume`
-    names it. A run in the folder that itself went on from the named one just goes on.
+    A damaged checkpoint is named in a warning and renamed, and the one before it is taken, unless
+    `config.resume` names the damaged one. If `config.resume` names a checkpoint that the run in the folder
+    began with, the newest checkpoint of that run is taken, so that the same command goes on.
+
+    Args:
+        config: the run.
+        run: its folder.
+        accelerator: the processes.
 
     Raises:
-        ValueError: no such checkpoint, a damaged one without another, a folder that holds something else, or
-            a config that differs from the run's.
+        ValueError: no such checkpoint, none that is whole, a folder that holds something else, or a config
+            that differs from the run's.
     """
     choice: tuple[Path, Checkpoint] | None = None
 
@@ -64,7 +67,7 @@ def find_checkpoint(config: TrainConfig, run: Path, accelerator: Accelerator) ->
 def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
     found = list_checkpoints(run)
     named = config.resume not in ("auto", "never")
-    if not found and (run / "model_index.json").exists():
+    if not found and (run / INDEX).exists():
         raise ValueError(
             f"output_dir {str(run)!r} holds a pipeline, but no checkpoint to go on from; allowed: another one"
         )
@@ -99,7 +102,7 @@ def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def _began_there(found: list[tuple[int, Path]], named: str) -> bool:
-    """Whether the newest whole checkpoint is of a run that itself went on from the named one."""
+    """Whether the run whose checkpoints these are began with the checkpoint of this name."""
     for _, folder in reversed(found):
         with contextlib.suppress(ValueError):
             return load_checkpoint(folder).state.get("config", {}).get("resume") == named
@@ -107,7 +110,7 @@ def _began_there(found: list[tuple[int, Path]], named: str) -> bool:
 
 
 def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
-    # What an older version did not know had its default's effect
+    # An option that is newer than the checkpoint had the effect of its default then
     was, now = dataclasses.asdict(TrainConfig()) | state.get("config", {}), dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
     if changed:
@@ -125,26 +128,16 @@ def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
         )
 
 
-def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any]) -> StepShare:
-    """This process's part of each step, whose images are as many as when the run began."""
-    world = accelerator.num_processes
-    per_step = config.batch_size * config.gradient_accumulation_steps * world
-    share = StepShare(
-        state.get("images_per_step", per_step), config.batch_size, accelerator.process_index, world
-    )
-    if share.per_step != per_step and accelerator.is_main_process:
-        logger.warning(
-            "the run has steps of %d images; %d processes share them, in %d micro-steps of %d each",
-            share.per_step,
-            world,
-            share.micro_steps,
-            share.micro_batch,
-        )
-    return share
-
-
 def check_rows(counts: list[int], state: Mapping[str, Any]) -> None:
-    """Refuse a data set that has changed since: a position would be another image's."""
+    """Refuse a data set that has changed since the run began: its positions would hold other images.
+
+    Args:
+        counts: rows of each shard now.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+
+    Raises:
+        ValueError: the counts differ.
+    """
     was = state.get("row_counts", counts)
     if was != counts:
         raise ValueError(
@@ -153,37 +146,23 @@ def check_rows(counts: list[int], state: Mapping[str, Any]) -> None:
         )
 
 
-def _some(counts: list[int]) -> str:
-    return ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")
+def check_objective(name: str | None, state: Mapping[str, Any]) -> None:
+    """Refuse to go on with another objective than the run began with, where a caller handed one over.
 
-
-def restore(
-    start: Checkpoint,
-    unet: nn.Module,
-    averages: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    t_sampler: LossSecondMoment | None,
-) -> None:
-    """Put a checkpoint into the objects of a run; all processes call it together.
+    Args:
+        name: of the caller's objective; None if it is the config's.
+        state: of the checkpoint that the run goes on from; empty for a new run.
 
     Raises:
-        ValueError: it is of another network, or lacks the losses that steps are drawn by.
+        ValueError: the names differ.
     """
-    if t_sampler is not None and "t_sampler" not in start.optimizer:
+    was = state.get("own_objective")
+    if state and was != name:
         raise ValueError(
-            f"the checkpoint at step {start.step} has no losses to draw steps by; allowed: one of a run with "
-            "t_sampler 'importance'"
+            f"the objective is {name or 'the one of the config'}, the run began with "
+            f"{was or 'the one of the config'}; allowed: the same, or another output_dir"
         )
-    try:
-        restore_model(unet, start.model)
-        for name, average in averages.items():
-            restore_model(average, start.averages[name])
-        restore_optimizer(unet, optimizer, start.optimizer["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(start.optimizer["scaler"])
-        if t_sampler is not None:
-            t_sampler.load_state_dict(start.optimizer["t_sampler"])
-    except (RuntimeError, ValueError, KeyError) as error:  # torch lists every tensor, on a line each
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the checkpoint at step {start.step} is of another network: {reason}") from error
+
+
+def _some(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")

@@ -1,7 +1,7 @@
-"""A network's and an optimizer's state as whole tensors by name, whether processes share them out or not.
+"""The state of a network and its optimizer as whole tensors by name, also where FSDP shares them out.
 
-torch's own calls do it for one process, DDP and FSDP alike, so that a checkpoint of one serves the others.
-All processes call these functions together.
+torch's own functions do the same for one process, DDP and FSDP, so that a checkpoint of one serves the
+others. All processes call the functions here together.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,22 @@ from torch.optim import Optimizer
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SCATTER = StateDictOptions(full_state_dict=True)
-_SCATTER_SOME = StateDictOptions(
-    full_state_dict=True, strict=False
-)  # a weight without gradients has no state
+# A weight that never had a gradient has no state
+_SCATTER_SOME = StateDictOptions(full_state_dict=True, strict=False)
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers by name, on the CPU of process 0, maybe the live tensors; empty elsewhere."""
+    """Weights and buffers by name on process 0, on the CPU; empty elsewhere.
+
+    Without FSDP they may be the network's own tensors, which its next step changes.
+    """
     return get_model_state_dict(model, options=_GATHER)  # type: ignore[return-value]
 
 
 def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state by the weights' names, like `gather_model`; empty before its first step."""
-    if not optimizer.state:  # torch would take a step to have one
+    # Of an optimizer without a state, torch would first make one by taking a step
+    if not optimizer.state:
         return {}
     return get_optimizer_state_dict(model, optimizer, options=_GATHER)
 
@@ -64,13 +67,12 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str
         if weight not in saved:
             del optimizer.state[weight]
         elif isinstance(moments.get("step"), Tensor):
-            moments["step"] = moments[
-                "step"
-            ].cpu()  # AdamW reads it at each step; a device would be waited for
+            # AdamW reads the count at each step, for which it would wait for a device
+            moments["step"] = moments["step"].cpu()
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up what a process has of the others' shares: FSDP keeps the outermost weights after a forward."""
+    """Give up what a process holds of the others' shares: FSDP keeps the outermost ones after a forward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -21,7 +21,6 @@ from torch import nn
 
 from hf_ddpm import TrainConfig, create_model, load_stream, train
 from hf_ddpm.data.pixels import to_float
-from hf_ddpm.training.log import Record
 
 from .test_bench_data import png, smooth_images
 
@@ -80,13 +79,12 @@ class BareLoop:
         self.steps += 1
 
 
-def test_time_of_a_step(folder, tmp_path, monkeypatch, report):
-    bare, advance, rounds, warm_up = BareLoop(folder), Record.advance, 34, 4
+def test_time_of_a_step(folder, tmp_path, report):
+    bare, rounds, warm_up = BareLoop(folder), 34, 4
     marks, ours, theirs = [], [], []
 
-    def interleaved(record, step):
+    def interleaved(run):
         """Between two steps of the trainer one of the bare loop."""
-        advance(record, step)
         if marks:
             ours.append(time.perf_counter() - marks[-1])
         start = time.perf_counter()
@@ -94,8 +92,7 @@ def test_time_of_a_step(folder, tmp_path, monkeypatch, report):
         marks.append(time.perf_counter())
         theirs.append(marks[-1] - start)
 
-    monkeypatch.setattr(Record, "advance", interleaved)
-    train(config(folder, tmp_path / "run", rounds))
+    train(config(folder, tmp_path / "run", rounds), after_step=interleaved)
     # a step of the trainer with the bare ones before and after it
     pairs = [2 * own / (theirs[i] + theirs[i + 1]) for i, own in enumerate(ours)][warm_up:]
     low, middle, high = statistics.quantiles(pairs, n=4)

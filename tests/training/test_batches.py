@@ -1,4 +1,4 @@
-"""share.py: every image of a step is one process's, whatever their number."""
+"""batches.py: every image of a step is one process's, whatever their number."""
 
 import itertools
 

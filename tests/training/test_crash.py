@@ -85,7 +85,7 @@ def check(folder, unbroken, kinds, codes) -> None:
         # 0 if the run was over before the signal came
         assert code in (0, -kind if kind == signal.SIGKILL else EXIT_CODE), told
     # A data loader may print a traceback of its own when its parent is killed, with nothing of ours in it
-    assert "damaged" not in told and not re.search(r'File ".*hf_ddpm/\w+\.py"', told), told
+    assert "damaged" not in told and not re.search(r'File ".*hf_ddpm/[\w/]+\.py"', told), told
     found = results(folder / "run")
     assert found.keys() == unbroken.keys()
     assert [name for name in found if found[name] != unbroken[name]] == []

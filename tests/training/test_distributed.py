@@ -20,7 +20,7 @@ from torch import nn
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.runtime.signals import EXIT_CODE
 from hf_ddpm.training.checkpoint import list_checkpoints, load_checkpoint
-from hf_ddpm.training.log import Record
+from hf_ddpm.training.sample_grids import SampleGrids
 from tests.launching import ROOT, SCRIPT, environment, finish, flags, results, run, start, together, torchrun
 
 pytestmark = pytest.mark.distributed
@@ -258,13 +258,13 @@ class Normed(nn.Module):
 
 def sampled_with(folder: Path, plan: TrainConfig) -> list[torch.Tensor]:
     """The statistics that this process draws its part of a grid with."""
-    found, save_grid = [], Record.save_grid
+    found, save = [], SampleGrids.save
 
     def watching(self, model, *args):
         found.extend(buffer.clone() for buffer in model.buffers())
-        save_grid(self, model, *args)
+        save(self, model, *args)
 
-    Record.save_grid = watching
+    SampleGrids.save = watching
     os.chdir(folder)
     torch.manual_seed(0)
     train(plan, Normed())

@@ -7,11 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ddpm.data.order import EMPTY
-from hf_ddpm.training.draws import draw_noise, draw_t
+from hf_ddpm.training.draws import draw_noise, draw_uniform
+from hf_ddpm.training.importance import UniformSteps
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 5)
 positions = st.lists(st.integers(0, 2**40) | st.integers(0, 3000), min_size=1, max_size=6)
+
+
+def draw_t(seed, where, num_steps):
+    return UniformSteps(num_steps).draw(draw_uniform(seed, where))
 
 
 def noise_of(seed, where, shape=SHAPE):

@@ -14,7 +14,7 @@ from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.likelihood import estimate_bound
 from hf_ddpm.training.heldout import HeldOut
-from hf_ddpm.training.log import Record
+from tests.training.helpers import kill_at
 
 NAMES = ("heldout_bpd", "heldout_stderr", "heldout_rate_bpd", "heldout_distortion_bpd")
 
@@ -108,33 +108,24 @@ def test_training_is_not_disturbed(finished, tmp_path):
     assert not (tmp_path / "heldout").exists() and not held(tmp_path)
 
 
-def kill(where, name, step, monkeypatch):
-    """End the run as Ctrl-C would, in `where.name` of this step."""
-    whole = getattr(where, name)
+def test_a_run_killed_between_says_the_same(finished, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(small(tmp_path), after_step=kill_at(3))
+    train(small(tmp_path))
+    assert held(tmp_path) == held(finished)
+    torch.testing.assert_close(noted(tmp_path), noted(finished), rtol=0, atol=0)
 
-    def killed(self, *what):
-        if step in what:
+
+def test_a_run_killed_while_evaluating_says_the_same(finished, tmp_path):
+    evaluate = HeldOut.evaluate
+
+    def killed(self, model, process, step, *rest):
+        if step == 4:
             raise KeyboardInterrupt
-        return whole(self, *what)
+        return evaluate(self, model, process, step, *rest)
 
-    monkeypatch.setattr(where, name, killed)
-
-
-@pytest.mark.parametrize(
-    ("where", "name", "step"),
-    [
-        (Record, "advance", 3),
-        pytest.param(
-            HeldOut,
-            "evaluate",
-            4,
-        ),
-    ],
-    ids=["between", "while evaluating"],
-)
-def test_a_killed_run_says_the_same(where, name, step, finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill(where, name, step, patch)
+        patch.setattr(HeldOut, "evaluate", killed)
         train(small(tmp_path))
     train(small(tmp_path))
     assert held(tmp_path) == held(finished)
@@ -171,8 +162,7 @@ def images(folder, counts, size=(8, 8)):
     return folder
 
 
-def test_what_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(Record, "advance", lambda *_: pytest.fail("it trained"))
+def test_what_is_refused_before_training(tmp_path):
     data = images(tmp_path / "data", {"train": 3, "test": -3})
     for changes, words in (
         ({"evaluate_split": "tset"}, "no split 'tset' in digits; it has train, test"),
@@ -182,7 +172,7 @@ def test_what_is_refused_before_training(tmp_path, monkeypatch):
         ({"evaluate_every": -1}, "evaluate_every is -1; allowed: >= 0"),
     ):
         with pytest.raises(ValueError) as error:
-            train(small(tmp_path / "run", **changes))
+            train(small(tmp_path / "run", **changes), after_step=lambda run: pytest.fail("it trained"))
         assert words in str(error.value) and "\n" not in str(error.value)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_ddpm.data.order import EMPTY
-from hf_ddpm.training.importance import HISTORY, LossSecondMoment
+from hf_ddpm.training.importance import HISTORY, LossSecondMoment, UniformSteps
 
 
 def filled(*losses, repeat: int = HISTORY) -> LossSecondMoment:
@@ -88,5 +88,39 @@ def test_it_goes_on_from_its_state():
         both.add(torch.tensor([30, 31]), torch.tensor([2, 2]), torch.tensor([7.0, 8.0]))
     assert torch.equal(sampler.probabilities, other.probabilities)
     assert not torch.equal(sampler.probabilities, filled(1.0, 2.0, 0.5).probabilities)
-    with pytest.raises(ValueError, match="losses of 3 steps; allowed: of 4"):
-        LossSecondMoment(4).load_state_dict(sampler.state_dict())
+    for state, count in ((sampler.state_dict(), 3), ({}, 0)):
+        with pytest.raises(ValueError, match=f"losses of {count} steps; allowed: of 4"):
+            LossSecondMoment(4).load_state_dict(state)
+
+
+def test_what_is_noted_in_micro_steps_is_added_at_the_end_of_the_step():
+    sampler, same, gathered = filled(1.0, 3.0), filled(1.0, 3.0), []
+
+    def gather(columns):
+        gathered.append(columns)
+        return columns
+
+    present = torch.tensor([True, False])
+    for positions, losses in (([20, EMPTY], [9.0, 1e9]), ([22, EMPTY], [4.0, math.nan])):
+        sampler.note(positions, torch.tensor([0, 1]), present, torch.tensor(losses))
+    assert torch.equal(sampler.probabilities, same.probabilities)
+    sampler.update(gather)
+    same.add(torch.tensor([20, 22]), torch.tensor([0, 0]), torch.tensor([9.0, 4.0]))
+    assert torch.equal(sampler.probabilities, same.probabilities)
+    assert gathered[0][0].tolist() == [20, EMPTY, 22, EMPTY]
+    sampler.note([30, 31], torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool), torch.ones(2))
+    sampler.update(gather)
+    assert gathered[1][0].tolist() == [30, 31]  # each step begins anew
+
+
+def test_uniform_steps_have_the_same_methods_and_learn_nothing():
+    steps = UniformSteps(4)
+    public = [name for name in dir(UniformSteps) if not name.startswith("_")]
+    assert all(callable(getattr(LossSecondMoment, name)) for name in public)
+    uniforms = torch.tensor([0.0, 0.24, 0.25, 0.99, 1 - 2**-53], dtype=torch.float64)
+    t = steps.draw(uniforms)
+    assert t.tolist() == [0, 0, 1, 3, 3] and steps.weights(t).tolist() == [1] * 5
+    steps.note([1], t[:1], torch.tensor([True]), torch.tensor([2.0]))
+    steps.update(lambda columns: pytest.fail("processes have nothing to tell each other"))
+    steps.load_state_dict(steps.state_dict())
+    assert steps.state_dict() == {}

@@ -1,4 +1,4 @@
-"""record.py: what the log says is the same however often a run was stopped, and what stops a run."""
+"""log.py: what the log says is the same however often a run was stopped, and what stops a run."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_ddpm import TrainConfig
 from hf_ddpm.training.curve import draw_curve
-from hf_ddpm.training.log import Record
+from hf_ddpm.training.log import RunLog
 from tests.launching import TIMES, together
 
 PER_STEP = 8
@@ -23,10 +23,10 @@ def alone():
     return Accelerator(cpu=True)
 
 
-def record(run, accelerator, first=0, state=None, **changes) -> Record:
+def record(run, accelerator, first=0, state=None, **changes) -> RunLog:
     run.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(run), max_steps=100, **changes)
-    return Record(run, accelerator, config, first, PER_STEP, PER_EPOCH, state or {})
+    return RunLog(run, accelerator, config, first, PER_STEP, PER_EPOCH, state or {})
 
 
 def drawn(step):
@@ -138,19 +138,6 @@ def test_the_step_of_a_loss_that_is_not_finite_is_named(tmp_path, alone, bad, as
         it.log(1.0, 0.0) if ask == "log" else it.state()
     assert str(error.value) == f"the loss is {bad} at step 13; checkpoints from before stand"
     assert lines(tmp_path) == []
-
-
-def test_a_checkpoint_of_before_weights_and_costs(tmp_path, alone):
-    with record(tmp_path / "whole", alone) as it:
-        do(it, 1, 2)
-        state = through_json(it.state())
-        do(it, 3)
-        it.log(1e-3, 0.9)
-    old = state | {"pending": [step[:2] for step in state["pending"]]}
-    with record(tmp_path / "old", alone, first=2, state=old) as it:
-        do(it, 3)
-        it.log(1e-3, 0.9)
-    assert untimed(lines(tmp_path / "old")[0]) == untimed(lines(tmp_path / "whole")[0])
 
 
 def test_the_step_is_named_after_pending_ones(tmp_path, alone):
@@ -292,15 +279,6 @@ def test_the_seconds_of_a_run_go_on_where_its_log_stands(tmp_path, alone, monkey
         (3, 30),
         (4, 40),
     ]
-
-
-def test_a_log_of_before_seconds_were_noted_gets_none(tmp_path, alone):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "images": 8, "loss": 1.0}\n')
-    with record(tmp_path, alone, 1, {}) as it:
-        do(it, 2)
-        it.log(1.0, 0.0)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-    assert not any("seconds" in line for line in lines(tmp_path))
 
 
 def test_the_curve(tmp_path, alone):

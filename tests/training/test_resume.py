@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import hf_ddpm.training.resume
-import hf_ddpm.training.trainer
+import hf_ddpm.training.run
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.cli import run as command
 from hf_ddpm.cli import train_command
@@ -304,8 +304,8 @@ def read_only_in(folder: Path, work):
 @pytest.mark.parametrize(
     ("owner", "work", "folder", "kind"),
     [
-        (hf_ddpm.training.trainer.RunLock, "acquire", ".", ValueError),
-        (hf_ddpm.training.trainer, "save_checkpoint", "checkpoints", PermissionError),
+        (hf_ddpm.training.run.RunLock, "acquire", ".", ValueError),
+        (hf_ddpm.training.run, "save_checkpoint", "checkpoints", PermissionError),
     ],
     ids=["at the start", "while it saves"],
 )

@@ -1,4 +1,4 @@
-"""states.py: whole states by name, of one process and of networks that processes share out with FSDP."""
+"""sharding.py: whole states by name, of one process and of networks that processes share out with FSDP."""
 
 import copy
 import json
@@ -16,11 +16,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-import hf_ddpm.training.trainer
+import hf_ddpm.training.run
 from hf_ddpm import TrainConfig, train
+from hf_ddpm.folders.layout import variant_name
 from hf_ddpm.training.averages import average_of, update_average
 from hf_ddpm.training.checkpoint import list_checkpoints, load_checkpoint
-from hf_ddpm.training.exports import variant_name
 from hf_ddpm.training.sharding import (
     all_finite,
     gather_model,
@@ -279,8 +279,8 @@ def plan(folder, **changes):
 def train_here(values, fsdp):
     """A real run in this process and those beside it."""
     if fsdp:
-        make = hf_ddpm.training.trainer.make_accelerator
-        hf_ddpm.training.trainer.make_accelerator = lambda config: share_out(make(config))
+        make = hf_ddpm.training.run.make_accelerator
+        hf_ddpm.training.run.make_accelerator = lambda config: share_out(make(config))
     try:
         result = train(TrainConfig(**values))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Objectives and importance-sampled steps in real runs, against algorithm 1 written out (test_trainer.py)."""
+"""Objectives and importance-sampled steps in real runs, against algorithm 1 written out (helpers.py)."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-import hf_ddpm.training.resume
 from hf_ddpm import DDPMPipeline, DDPMScheduler, train
 from hf_ddpm.objectives import (
     bound_loss,
@@ -20,9 +19,9 @@ from hf_ddpm.objectives import (
     sddpm_loss,
 )
 from hf_ddpm.training.checkpoint import load_checkpoint
-from hf_ddpm.training.draws import draw_t
+from hf_ddpm.training.draws import draw_uniform
 from hf_ddpm.training.importance import LossSecondMoment
-from tests.training.test_trainer import (
+from tests.training.helpers import (
     assert_same,
     by_hand,
     checkpoint,
@@ -90,12 +89,11 @@ def test_importance_sampled_steps(tmp_path, monkeypatch):
     assert state["counts"].sum() == 8 * 32
 
 
-def test_importance_sampling_goes_on_to_the_same_result(tmp_path, monkeypatch):
+def test_importance_sampling_goes_on_to_the_same_result(tmp_path):
     train(small(tmp_path / "whole", max_steps=8, checkpoint_every=3, **IMPORTANCE))
-    with monkeypatch.context() as context:
-        kill_at(context, 5)
-        with pytest.raises(KeyboardInterrupt):
-            train(small(tmp_path / "cut", max_steps=8, checkpoint_every=3, **IMPORTANCE))
+    with pytest.raises(KeyboardInterrupt):
+        config = small(tmp_path / "cut", max_steps=8, checkpoint_every=3, **IMPORTANCE)
+        train(config, after_step=kill_at(5))
     train(small(tmp_path / "cut", max_steps=8, checkpoint_every=3, **IMPORTANCE))
     assert_same(weights(tmp_path / "cut", 8), weights(tmp_path / "whole", 8))
     states = (
@@ -137,22 +135,9 @@ def test_images_that_cannot_be_read_are_no_losses(tmp_path):
 
 def test_one_image_at_the_dear_end_is_no_explosion(tmp_path):
     # L_0 counts T times: an image at t = 0 costs over a hundred times what answering zero costs in the mean.
-    seed = next(seed for seed in range(10_000) if (draw_t(seed, range(6), 1000) == 0).any())
+    seed = next(seed for seed in range(10_000) if (draw_uniform(seed, range(6)) < 1 / 1000).any())
     train(small(tmp_path, objective="bound", batch_size=1, max_steps=6, seed=seed))
     assert max(log(tmp_path)) > 100 * make_objective("bound").cost_of_zero(DDPMScheduler().process).mean()
-
-
-def test_a_checkpoint_without_losses_to_draw_by(tmp_path, monkeypatch):
-    train(small(tmp_path, max_steps=2, **IMPORTANCE))
-    whole = hf_ddpm.training.resume.load_checkpoint
-
-    def lacking(folder):
-        checkpoint = whole(folder)
-        del checkpoint.optimizer["t_sampler"]
-        return checkpoint
-
-    monkeypatch.setattr(hf_ddpm.training.resume, "load_checkpoint", lacking)
-    assert "has no losses to draw steps by" in refused(small(tmp_path, max_steps=4, **IMPORTANCE))
 
 
 def test_a_run_that_costs_more_than_guessing_by_nature_is_no_explosion(tmp_path):

@@ -1,0 +1,344 @@
+"""A training run: all that a checkpoint is made of, gathered into one and restored from one.
+
+The run's folder is its pipeline's folder too, of weights averaged with each decay, for diffusers to load:
+
+    RUN/model_index.json   scheduler/   unet/diffusion_pytorch_model.safetensors            the first decay
+                                        unet/diffusion_pytorch_model.ema_0_999.safetensors  another, a variant
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from hf_ddpm.config import TrainConfig, make_scheduler
+from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.folders.layout import CURVE, GRIDS, HELDOUT, INDEX, LOG, RECORD, variant_name
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.objectives import Objective, make_objective
+from hf_ddpm.process import PRIOR_WARNING
+from hf_ddpm.runtime.disk import update_folder
+from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.training.averages import average_of
+from hf_ddpm.training.batches import make_batches, open_stream, share_steps
+from hf_ddpm.training.checkpoint import Checkpoint, RunLock, save_checkpoint
+from hf_ddpm.training.heldout import HeldOut
+from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
+from hf_ddpm.training.launch import make_accelerator
+from hf_ddpm.training.network import make_model, make_optimizer, make_schedule, prepare_model
+from hf_ddpm.training.resume import check_objective, check_rows, find_checkpoint
+from hf_ddpm.training.sample_grids import SampleGrids
+from hf_ddpm.training.sharding import (
+    all_finite,
+    gather_model,
+    gather_optimizer,
+    restore_model,
+    restore_optimizer,
+)
+
+logger = logging.getLogger(__name__)
+
+OwnObjective = Objective | Callable[..., Tensor]  # what a caller may hand over instead of a name
+
+
+@contextlib.contextmanager
+def open_run(
+    config: TrainConfig, model: nn.Module | None = None, objective: str | OwnObjective | None = None
+) -> Iterator["Run"]:
+    """A run whose folder no other training can use in this context.
+
+    Args:
+        config: the run.
+        model: the network; None for the one that the config names.
+        objective: what is minimised, as in `train`; None for what the config names.
+
+    Raises:
+        ValueError: bad input, as in `Run`, or a launch that can't be served.
+    """
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    config = dataclasses.replace(config, mixed_precision=precision)
+    if isinstance(objective, str):
+        config, objective = dataclasses.replace(config, objective=objective), None
+    accelerator = make_accelerator(config)
+    lock = RunLock(Path(config.output_dir))
+    try:
+        on_main_process(accelerator, lock.acquire)
+        yield Run(config, accelerator, model, objective)
+    finally:
+        lock.release()
+
+
+class Run:
+    """A run at some step, made from its config or from the checkpoint to go on from.
+
+    Args:
+        config: the run, whose `mixed_precision` is resolved.
+        accelerator: the processes.
+        model: the network; None for the one that the config names.
+        objective: what is minimised; None for what the config names.
+
+    Attributes:
+        config: the run's choices.
+        folder: the run's folder.
+        accelerator: processes, device and precision.
+        step: optimizer steps done.
+        first: the step that it started at in this call.
+        share: this process's part of each step.
+        scheduler: its config is saved with the pipeline; `process` is its process.
+        process: q(x_t | x_0) and all that follows from it.
+        shape: (C, H, W) of the images.
+        rows: images of the data set.
+        objective: what is minimised.
+        steps: how t is chosen.
+        cost: what a network that answers zero would lose at each t, (T,), float32, on the device.
+        model: the network, in float32; its share, where FSDP shares it out.
+        averages: for each decay, as text, the averaged network.
+        network: the model as it is called in training: compiled, and wrapped by the launch.
+        denoiser: `network` as a denoiser (x_t, t) → output.
+        optimizer: AdamW over the model's weights.
+        stepper: the optimizer as accelerate steps it.
+        schedule: of the learning rate.
+        lr: learning rate of the last step; 0 before there is one.
+        batches: this process's images from the step on, without end.
+        grids: sample grids of the averaged network.
+        heldout: the bound of held-out images; None if the config asks for none.
+        state: plain numbers of the checkpoint that it started from; empty for a new run.
+
+    Raises:
+        ValueError: bad input: data, model, folder, or a config that differs from the run to go on from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        model: nn.Module | None = None,
+        objective: OwnObjective | None = None,
+    ):
+        self.config, self.folder, self.accelerator = config, Path(config.output_dir), accelerator
+        # The checkpoint to go on from, and this process's share of a step
+        on_main_process(accelerator, self._tidy)
+        start = find_checkpoint(config, self.folder, accelerator)
+        self.state: Mapping[str, Any] = {} if start is None else start.state
+        self.step = self.first = 0 if start is None else start.step
+        self.share = share_steps(config, accelerator, self.state)
+
+        # The process, and the images
+        self.scheduler = make_scheduler(config)
+        self.process = self.scheduler.process
+        if self.process.prior_bpd_at_edges > PRIOR_WARNING:
+            logger.warning(
+                "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
+            )
+        stream = open_stream(config)
+        check_rows(stream.row_counts, self.state)
+        self.shape, self.rows, self._row_counts = stream.shape, stream.num_rows(), stream.row_counts
+        self.heldout = (
+            HeldOut(config, self.folder, accelerator, stream.shape) if config.evaluate_every else None
+        )
+        self.grids = SampleGrids(config, self.folder, accelerator, self.scheduler, stream.shape)
+
+        # What is minimised, and at which steps
+        self._own_objective = None if objective is None else _name_of(objective)
+        check_objective(self._own_objective, self.state)
+        if self._own_objective is not None and accelerator.is_main_process:
+            logger.warning(
+                "the objective is %s; train_config.json, and a card made from it, name the config's: %s",
+                self._own_objective,
+                config.objective,
+            )
+        self.objective = _objective_of(config, objective)
+        kind = LossSecondMoment if config.t_sampler == "importance" else UniformSteps
+        self.steps: LossSecondMoment | UniformSteps = kind(len(self.process), accelerator.device)
+
+        # The network, its averages and its optimizer
+        unet = model if model is not None else make_model(config, stream, self.scheduler)
+        self.model = prepare_model(unet, config, stream, accelerator)
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        # Where processes share the averages out, a whole network to save them from
+        self._shell = copy.deepcopy(self.model).cpu() if sharded else None
+        self.averages = {name: average_of(self.model) for name in config.ema_decays}
+        self.optimizer = make_optimizer(config, self.model)
+        self.schedule = make_schedule(config, self.optimizer, self.first)
+        self.lr = 0.0
+        called = torch.compile(self.model) if config.compile else self.model
+        self.network, self.stepper = accelerator.prepare(called, self.optimizer)
+        if sharded:
+            self.averages = {n: fsdp2_prepare_model(accelerator, mean) for n, mean in self.averages.items()}
+        self.denoiser = as_denoiser(self.network)
+        if start is not None:
+            self.restore(start)
+        self.batches = make_batches(stream, config, self.share, accelerator.device, self.first)
+        self.cost = self.objective.cost_of_zero(self.process).float().to(accelerator.device)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network averaged with the first decay, which is the pipeline's."""
+        return next(iter(self.averages.values()))
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done at every so many steps, and at the last, is done at this one."""
+        return every > 0 and self.step > 0 and (self.step == self.config.max_steps or self.step % every == 0)
+
+    def gather(self, noted: Mapping[str, Any]) -> Checkpoint:
+        """All of the run as a checkpoint, whole on process 0; all processes call it together.
+
+        Args:
+            noted: `RunLog.state`'s.
+
+        Raises:
+            RuntimeError: the weights are not finite.
+        """
+        # DDP shares the model's buffers, but not the averages': process 0's count
+        for average in self.averages.values():
+            for buffer in average.buffers():
+                broadcast(buffer)
+        finite: Tensor = self.accelerator.reduce(all_finite(self.model), "mean")  # type: ignore[assignment]
+        if finite != 1:
+            raise RuntimeError(
+                f"the weights are not finite at step {self.step}; checkpoints from before stand"
+            )
+        averages = self._gather_averages()
+        scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        optimizers = {"optimizer": gather_optimizer(self.model, self.optimizer), "scaler": scaler}
+        if losses := self.steps.state_dict():
+            optimizers["t_sampler"] = losses
+        world = self.accelerator.num_processes
+        state = {"num_processes": world, "images_per_step": self.share.per_step, **noted}
+        state |= {"row_counts": self._row_counts, "config": dataclasses.asdict(self.config)}
+        if self._own_objective is not None:
+            state["own_objective"] = self._own_objective
+        return Checkpoint(self.step, gather_model(self.model), averages, optimizers, state)
+
+    def restore(self, start: Checkpoint) -> None:
+        """Put a checkpoint's weights, averages and states into the run; all processes call it together.
+
+        Raises:
+            ValueError: it is of another network, or has other losses to draw t by.
+        """
+        self.steps.load_state_dict(start.optimizer.get("t_sampler", {}))
+        try:
+            restore_model(self.model, start.model)
+            for name, average in self.averages.items():
+                restore_model(average, start.averages[name])
+            restore_optimizer(self.model, self.optimizer, start.optimizer["optimizer"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(start.optimizer["scaler"])
+        # torch lists every tensor that differs, on a line each
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = one_line(error)[:200]
+            raise ValueError(
+                f"the checkpoint at step {start.step} is of another network: {reason}"
+            ) from error
+
+    def save(self, noted: Mapping[str, Any]) -> None:
+        """Save a checkpoint, then the pipeline; all processes call it together.
+
+        Args:
+            noted: `RunLog.state`'s.
+
+        Raises:
+            RuntimeError: the weights are not finite; checkpoints from before stand.
+            OSError: the folder can't be written any more; checkpoints from before stand.
+        """
+        checkpoint = self.gather(noted)
+        keep = self.config.keep_checkpoints
+        on_main_process(self.accelerator, lambda: save_checkpoint(self.folder, checkpoint, keep))
+        on_main_process(self.accelerator, lambda: self._write_pipeline(checkpoint.averages))
+
+    def save_pipeline(self) -> None:
+        """Save the pipeline without a checkpoint; all processes call it together."""
+        averages = self._gather_averages()
+        on_main_process(self.accelerator, lambda: self._write_pipeline(averages))
+
+    def close(self) -> None:
+        """Let go of what the launch made of the network, and of the images; no step can follow.
+
+        The images' iterator goes before the interpreter does, whose exit a parquet reader can abort. DDP goes
+        before its process group: as the group's last owner it would destroy it while it holds Python's lock,
+        for which a thread of the group may wait.
+        """
+        # A network of the caller's computes again as it did before
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        del self.batches, self.network, self.denoiser
+        self.accelerator.free_memory()
+        gc.collect()
+
+    def _gather_averages(self) -> dict[str, dict[str, Tensor]]:
+        return {name: gather_model(average) for name, average in self.averages.items()}
+
+    def _write_pipeline(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The first average as the folder's pipeline, the others beside it as variants of the weights.
+
+        Nothing is written for a network that is not one of diffusers' kind.
+
+        Args:
+            averages: whole weights by decay, as gathered.
+        """
+        if not isinstance(self.averaged, ModelMixin):
+            return
+
+        def fill(place: Path) -> None:
+            for name, average in self.averages.items():
+                if self._shell is not None:
+                    self._shell.load_state_dict(averages[name])
+                    average = self._shell
+                if name == next(iter(self.averages)):
+                    DDPMPipeline(average, self.scheduler).save_pretrained(place)
+                else:
+                    average.save_pretrained(place / "unet", variant=variant_name(name))  # type: ignore[operator]
+
+        update_folder(self.folder, fill, last=INDEX)
+
+    def _tidy(self) -> None:
+        """Delete what a training left of a file that it was writing when it was killed."""
+        for name in (LOG, RECORD, CURVE, f"{HELDOUT}/step-*", f"{GRIDS}/step-*"):
+            file = self.folder / name
+            for left in file.parent.glob(f".{file.name}.*tmp"):
+                left.unlink(missing_ok=True)
+
+
+def _objective_of(config: TrainConfig, objective: OwnObjective | None) -> Objective:
+    """The caller's objective, or the one that the config names.
+
+    Raises:
+        ValueError: it does not fit the config's variance.
+    """
+    if not isinstance(objective, Objective):
+        return make_objective(
+            config.objective if objective is None else objective,  # type: ignore[arg-type]
+            prediction_type=config.prediction_type,
+            variance_type=config.variance_type,
+            snr_gamma=config.snr_gamma,
+            hybrid_weight=config.hybrid_weight,
+        )
+    outputs = 2 if config.variance_type == "learned_range" else 1
+    if objective.outputs != outputs:
+        raise ValueError(
+            f"the objective is for a network of {objective.outputs} outputs per channel; allowed with "
+            f"variance_type {config.variance_type!r}: {outputs}"
+        )
+    return objective
+
+
+def _name_of(objective: OwnObjective) -> str:
+    """The name of the function that an objective is made of, be it wrapped in `functools.partial` or not."""
+    function: Any = objective.loss if isinstance(objective, Objective) else objective
+    while isinstance(function, functools.partial):
+        wrapped = (value for value in function.args if callable(value))
+        function = next(wrapped, function.func)
+    return getattr(function, "__qualname__", type(function).__qualname__)
