@@ -235,11 +235,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(
                 f"{len(generator)} generators for a batch of {len(sample)}; allowed: one, or one per sample"
             )
-        if (kind := self.config["prediction_type"]) not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {kind!r}; allowed: {', '.join(PREDICTION_TYPES)}")
-
         x_t = wide(sample)
-        x_0 = self._clip(to_x0(chain, kind, wide(output), x_t, t))
+        x_0 = self._clip(to_x0(chain, self.config["prediction_type"], output, x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if not self._is_last(t):
             noise = _draw_like(output, generator)
