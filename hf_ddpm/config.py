@@ -22,18 +22,17 @@ except ModuleNotFoundError:  # Python 3.10
 
 from hf_ddpm.data.pixels import FITS
 from hf_ddpm.objectives import OBJECTIVES, make_objective
-from hf_ddpm.parametrization import PREDICTION_TYPES
+from hf_ddpm.parametrization import PREDICTION_TYPES, works_from_pure_noise
 from hf_ddpm.runtime.options import check_options, option
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.schedules import SCHEDULES
+from hf_ddpm.variances import TRAINED
 
 # Keys that a choice leaves without effect: nobody may set them and believe they act.
 UNUSED = {
-    ("beta_schedule", "squaredcos_cap_v2"): ("beta_start", "beta_end"),
-    ("beta_schedule", "laplace"): ("beta_start", "beta_end"),
-    ("beta_schedule", "constant"): ("beta_end",),
-    ("lr_scheduler", "constant"): ("lr_warmup_steps",),
-}
+    ("beta_schedule", name): tuple(end for end in ("beta_start", "beta_end") if end not in schedule.uses)
+    for name, schedule in SCHEDULES.items()
+} | {("lr_scheduler", "constant"): ("lr_warmup_steps",)}
 
 # Keys that act together with a choice only.
 NEEDS = {
@@ -88,7 +87,7 @@ class TrainConfig:
     variance_type: str = option(
         "fixed_large",
         "reverse variance: beta_t, the posterior's, or one between them that the network learns",
-        choices=("fixed_large", "fixed_small", "learned_range"),
+        choices=TRAINED,
     )
     clip_sample: bool = option(True, "clip the predicted x_0 to [-1, 1] when sampling")
 
@@ -170,10 +169,11 @@ class TrainConfig:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "score"):
+        if self.rescale_betas_zero_snr and not works_from_pure_noise(self.prediction_type):
+            able = filter(works_from_pure_noise, PREDICTION_TYPES)
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, which can't sample from "
-                "rescale_betas_zero_snr's pure noise; allowed with it: sample, v_prediction, mean"
+                f"rescale_betas_zero_snr's pure noise; allowed with it: {', '.join(able)}"
             )
         make_objective(self.objective, self.prediction_type, self.variance_type)  # refuses what doesn't fit
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -265,14 +265,11 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def make_scheduler(config: TrainConfig) -> DDPMScheduler:
     """The scheduler of a run: its process trains, its config is saved."""
-    constant = (
-        config.beta_schedule == "constant"
-    )  # diffusers has no word for it, but a linear one can be flat
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
-        beta_schedule="linear" if constant else config.beta_schedule,  # type: ignore[arg-type]
+        beta_schedule=config.beta_schedule,  # type: ignore[arg-type]
         beta_start=config.beta_start,
-        beta_end=config.beta_start if constant else config.beta_end,
+        beta_end=config.beta_end,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         prediction_type=config.prediction_type,  # type: ignore[arg-type]
         variance_type=config.variance_type,  # type: ignore[arg-type]

@@ -71,9 +71,9 @@ class Parametrization:
         """Tables p and q."""
         return self.p(process), self.q(process)
 
-    def scale(self, process: DiffusionProcess) -> tuple[Tensor]:
+    def scale(self, process: DiffusionProcess) -> Tensor:
         """⟨(m_θ − m)²⟩ in units of ⟨(x̂_0 − x_0)²⟩ at one x_t, ((q a − s p) / s)², (T,) float64."""
-        return (_rounded_to_1(self._determinant(process) ** 2 / process.one_minus_alphas_cumprod),)
+        return _rounded_to_1(self._determinant(process) ** 2 / process.one_minus_alphas_cumprod)
 
     def _determinant(self, process: DiffusionProcess) -> Tensor:
         a, s = process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
@@ -126,9 +126,16 @@ def parametrization(prediction_type: str) -> Parametrization:
     Raises:
         ValueError: the name is unknown.
     """
-    if prediction_type not in PARAMETRIZATIONS:
+    if not isinstance(prediction_type, str) or prediction_type not in PARAMETRIZATIONS:
         raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PARAMETRIZATIONS)}")
     return PARAMETRIZATIONS[prediction_type]
+
+
+def in_diffusers(prediction_type: Any) -> bool:
+    """Whether diffusers' own schedulers read the output; True for an unknown name, which they refuse too."""
+    return not any(
+        name == prediction_type and not kind.in_diffusers for name, kind in PARAMETRIZATIONS.items()
+    )
 
 
 def works_from_pure_noise(prediction_type: str) -> bool:

@@ -94,14 +94,13 @@ class DiffusionProcess(Tables):
         if first_variance not in ("spaced", "full"):
             raise ValueError(f"first_variance is {first_variance!r}; allowed: 'spaced', 'full'")
         log_alphas_cumprod = self.log_alphas_cumprod[index]
+        first = self.log_variance("fixed_small")[0].item() if first_variance == "full" else None
         return dataclasses.replace(
             self,
             betas=-torch.expm1(torch.diff(log_alphas_cumprod, prepend=log_alphas_cumprod.new_zeros(1))),
             log_alphas_cumprod=log_alphas_cumprod,
             timesteps=self.timesteps[index],
-            first_log_variance=self.log_variance("fixed_small")[0].item()
-            if first_variance == "full"
-            else None,
+            first_log_variance=first,
             original=self if self.original is None else self.original,
         )
 
@@ -198,7 +197,7 @@ class DiffusionProcess(Tables):
     # Constants of p_θ(x_prev | x_t).
 
     def log_variance(self, variance_type: VarianceType) -> Tensor:
-        """Log σ_t² of the reverse step, Ho et al. 2020, section 3.2, float64, shape (T,).
+        """The log-variance log σ_t² of the reverse step, Ho et al. 2020, section 3.2, float64, shape (T,).
 
             "fixed_small": log [β̃_2, β̃_2, β̃_3, ...]        "fixed_large": log [β̃_2, β_2, β_3, ...]
             (paper's indices)
@@ -244,7 +243,7 @@ class DiffusionProcess(Tables):
 
     @cached_property
     def log_betas(self) -> Tensor:
-        """Log β_t, the upper end of a learned variance (at t = 0 too, where `log_variance` has β̃_2)."""
+        """The logarithm log β_t, the upper end of a learned variance (at t = 0 too, where `log_variance` has β̃_2)."""
         return self.betas.log()
 
     # The equations.

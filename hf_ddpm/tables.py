@@ -43,15 +43,15 @@ class Tables:
         return _gathered(found, t, like)
 
     def computed_at(
-        self, t: Tensor | int, like: Tensor, function: Callable[[Any], tuple[Tensor, ...]]
+        self, t: Tensor | int, like: Tensor, function: Callable[[Any], Tensor | tuple[Tensor, ...]]
     ) -> Sequence[Any]:
         """Coefficients that the chain doesn't name: a function of it computes their tables, once.
 
         Args:
             t: as in `at`.
             like: as in `at`.
-            function: gives a tuple of tables of shape (T,), float64, for this chain. It is called once, and
-                what it gave is kept.
+            function: gives a table of shape (T,), float64, for this chain, or a tuple of them. It is called
+                once, and what it gave is kept.
 
         Returns:
             One coefficient for each table, as from `at`. A table that is 0 at every step, or 1 at every step,
@@ -63,11 +63,11 @@ class Tables:
         self._check_index(t)
         if not isinstance(t, Tensor):
             if (rows := self._copies.get(function)) is None:
-                tables = [table.tolist() for table in function(self)]
+                tables = [table.tolist() for table in _tuple(function(self))]
                 rows = self._copies[function] = list(zip(*tables, strict=True))
             return rows[t]
         if (found := self._copies.get((function, like.device))) is None:
-            found = [_constant(table, _moved(table, like.device)) for table in function(self)]
+            found = [_constant(table, _moved(table, like.device)) for table in _tuple(function(self))]
             self._copies[function, like.device] = found
         return _gathered(found, t, like)
 
@@ -144,6 +144,10 @@ class Tables:
         return {key: value for key, value in self.__dict__.items() if key != "_copies"}
 
 
+def _tuple(tables: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (tables,) if isinstance(tables, Tensor) else tables
+
+
 def _moved(table: Tensor, device: torch.device) -> Tensor:
     """The table on a device. Apple's MPS has no float64: there the one cast comes before the move."""
     return table.to(device, torch.float32 if device.type == "mps" and table.dtype == torch.float64 else None)
@@ -160,7 +164,7 @@ def _gathered(tables: Iterable[Tensor | float], t: Tensor, like: Tensor) -> list
     dtype, view = wide_dtype(like.dtype), (-1, *[1] * (like.ndim - 1))
     index = t.reshape(-1).to(like.device, torch.int64)
     return [
-        table if isinstance(table, float) else table.index_select(0, index).to(dtype).view(view)
+        table.index_select(0, index).to(dtype).view(view) if isinstance(table, Tensor) else table
         for table in tables
     ]
 

@@ -8,11 +8,12 @@
 
 To add a variance type, add its row to `VARIANCES`. With `trained=True`, runs of `train` may choose it.
 
-Sources: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15. The file knows no network and no sampler.
+Sources: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15. The file knows no network, no sampler.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -93,15 +94,20 @@ def variance(variance_type: str) -> Variance:
     Raises:
         ValueError: the name is unknown.
     """
-    if variance_type not in VARIANCES:
+    if not isinstance(variance_type, str) or variance_type not in VARIANCES:
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(VARIANCES)}")
     return VARIANCES[variance_type]
 
 
 def plain_name(variance_type: str) -> str:
     """The name without diffusers' "_log", which changes nothing; an unknown name stays as it is."""
-    known = VARIANCES.get(variance_type)
-    return variance_type if known is None or known.same_as is None else known.same_as
+    found = (kind.same_as for name, kind in VARIANCES.items() if name == variance_type)
+    return next(found, None) or variance_type
+
+
+def in_diffusers(variance_type: Any) -> bool:
+    """Whether diffusers' own `DDPMScheduler` runs it rightly; True for an unknown name."""
+    return not any(name == variance_type and not kind.in_diffusers for name, kind in VARIANCES.items())
 
 
 def outputs(variance_type: str | Tensor) -> int:
@@ -116,8 +122,20 @@ def outputs(variance_type: str | Tensor) -> int:
     return 1 if isinstance(variance_type, Tensor) else variance(variance_type).outputs
 
 
-def scored_variance(process: DiffusionProcess, variance_type: str | Tensor) -> Variance:
-    """The variance of a bound: one of `FIXED` or `LEARNED`, or a table of one's own.
+def log_variance_table(process: DiffusionProcess, variance_type: str) -> Tensor:
+    """The table of log σ_t² of a fixed variance type, (T,) float64.
+
+    Raises:
+        ValueError: the name is not in `FIXED`, or the chain has one step and so no β̃_2.
+    """
+    table = VARIANCES[variance_type].log_variance if variance_type in FIXED else None
+    if table is None:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+    return table(process)
+
+
+def check_scored(process: DiffusionProcess, variance_type: str | Tensor) -> None:
+    """Check that a bound can be taken with this variance: one of `FIXED` or `LEARNED`, or a table.
 
     Args:
         process: the chain.
@@ -131,32 +149,35 @@ def scored_variance(process: DiffusionProcess, variance_type: str | Tensor) -> V
             raise ValueError(
                 f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
             )
-        return Variance(log_variance=lambda process: variance_type.double())
-    allowed = (*FIXED, *LEARNED)
-    if not isinstance(variance_type, str) or variance_type not in allowed:
-        raise ValueError(
-            f"variance_type is {variance_type!r}; allowed: {', '.join(allowed)}, or a (T,) tensor"
-        )
-    return VARIANCES[variance_type]
+    elif not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
+        allowed = ", ".join((*FIXED, *LEARNED))
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}, or a (T,) tensor")
 
 
 def log_variance_at(
-    process: DiffusionProcess, kind: Variance, second: Tensor | None, t: Tensor | int, like: Tensor
+    process: DiffusionProcess,
+    variance_type: str | Tensor,
+    second: Tensor | None,
+    t: Tensor | int,
+    like: Tensor,
 ) -> Tensor | float:
     """The log-variance log σ_t² at t, ready to go with images shaped `like`.
 
     Args:
         process: the chain that t indexes.
-        kind: the variance type.
-        second: the second C channels of the network's output, (B, C, H, W), for a learned one.
+        variance_type: a name, or a table of log σ_t², shape (T,).
+        second: the second C channels of the network's output, (B, C, H, W), if the variance is learned.
         t: zero-based index into the chain, shape (B,) int64, or one int for all.
         like: images, shape (B, C, H, W).
 
     Returns:
-        Shape of `second` if it is learned, else as from `DiffusionProcess.at`.
+        Shape of `second` if it is learned; else a float for an int t, and (B, 1, 1, 1) for a tensor.
     """
+    if isinstance(variance_type, Tensor):
+        return process.at(t, like, variance_type.double())[0]
+    kind = variance(variance_type)
     if kind.from_output is not None:
         assert second is not None
         return kind.from_output(process, second, t)
     assert kind.log_variance is not None
-    return process.at(t, like, kind.log_variance(process))[0]
+    return process.computed_at(t, like, kind.log_variance)[0]

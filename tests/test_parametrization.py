@@ -247,7 +247,7 @@ def test_zero_terminal_snr():
     for kind in ("epsilon", "score"):
         for t in (2, torch.tensor([0, 2])):
             with pytest.raises(
-                ValueError, match="alphas_cumprod is 0 at step 2.*'sample', 'v_prediction', 'mean'"
+                ValueError, match=r"alphas_cumprod is 0 at step 2.*'sample', 'v_prediction', 'mean'"
             ):
                 to_x0(process, kind, eps, eps, t)
         assert to_x0(process, kind, eps, eps, 1).isfinite().all()

@@ -339,7 +339,7 @@ def test_zero_terminal_snr_has_no_x0_in_eps():
     x = images(1, 2, 2)
     for t in (2, torch.tensor(2), torch.tensor([0, 2])):
         with pytest.raises(
-            ValueError, match="alphas_cumprod is 0 at step 2: .*allowed: steps where it is positive"
+            ValueError, match=r"alphas_cumprod is 0 at step 2: .*allowed: steps where it is positive"
         ):
             process.predict_x0(x, x, t)
     assert process.predict_x0(x, x, torch.tensor([0, 1])).isfinite().all()

@@ -19,6 +19,7 @@ from hf_ddpm.folders.guard import check_network, check_scheduler, read_json, wei
 from hf_ddpm.folders.layout import INDEX, WEIGHTS
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.scheduler import PACKAGE, DDPMScheduler
+from hf_ddpm.variances import LEARNED, in_diffusers
 
 # Keywords of `from_pretrained` that are about the way from the Hub.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -34,13 +35,15 @@ def __getattr__(name: str) -> Any:
 def entries(network: Any, scheduler: Any) -> dict[str, list[str]]:
     """What a pipeline of the two writes into its index; only what it runs rightly is left to plain diffusers.
 
-    Plain diffusers knows two outputs: C channels, and 2C under its own scheduler with "learned_range".
+    Plain diffusers knows two outputs: C channels, and 2C under its own scheduler with a learned variance that
+    it runs rightly.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     kind, config = type(network), getattr(network, "config", {})
     learns = config.get("out_channels") != config.get("in_channels")
     splits = isinstance(scheduler, diffusers.DDPMScheduler)
-    plain = not learns or (splits and scheduler.config.get("variance_type") == "learned_range")
+    word = scheduler.config.get("variance_type")
+    plain = not learns or (splits and word in LEARNED and in_diffusers(word))
     plain = plain and _is_diffusers(kind.__module__)
     module = scheduler.__module__  # the instance's word, see DDPMScheduler.register_to_config
     return {
