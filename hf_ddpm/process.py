@@ -243,7 +243,7 @@ class DiffusionProcess(Tables):
 
     @cached_property
     def log_betas(self) -> Tensor:
-        """The logarithm log β_t, the upper end of a learned variance (at t = 0 too, where `log_variance` has β̃_2)."""
+        """The logarithm log β_t, the upper end of a learned variance, at t = 0 too."""
         return self.betas.log()
 
     # The equations.

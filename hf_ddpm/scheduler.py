@@ -361,7 +361,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return self.process.q_sample(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity v = √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments and errors as in `add_noise`."""
+        """The velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments, errors as in `add_noise`."""
         return from_x0_eps(self.process, "v_prediction", sample, noise, timesteps)
 
     def decoder_log_likelihood(

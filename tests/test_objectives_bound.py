@@ -392,7 +392,7 @@ def test_a_registered_objective_gets_the_choices_of_the_run(monkeypatch):
 @pytest.mark.parametrize("wrong", [lambda *_: torch.tensor(1.0), lambda *_: 1.0], ids=["mean", "float"])
 def test_a_loss_that_is_not_one_value_per_example_is_refused(wrong):
     x = draw(2, 1, 2, 2)
-    with pytest.raises(ValueError, match="the objective's loss gave .*; allowed: one value per example, 2"):
+    with pytest.raises(ValueError, match=r"the objective's loss gave .*; allowed: one value per example, 2"):
         make_objective(wrong).loss(LINEAR, None, x, torch.tensor([0, 1]), x)
 
 
