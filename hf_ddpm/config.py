@@ -54,9 +54,9 @@ def _prediction_types() -> Iterable[str]:
 
 
 def _variance_types() -> Iterable[str]:
-    from hf_ddpm.variances import FIXED
+    from hf_ddpm.variances import TRAINED
 
-    return sorted((*FIXED, "learned_range"))
+    return sorted(TRAINED)
 
 
 def _objectives() -> Iterable[str]:
@@ -65,13 +65,16 @@ def _objectives() -> Iterable[str]:
     return OBJECTIVES
 
 
-# Keys that have no effect with a certain choice of another key; setting them is refused.
-UNUSED = {
-    ("beta_schedule", "squaredcos_cap_v2"): ("beta_start", "beta_end"),
-    ("beta_schedule", "laplace"): ("beta_start", "beta_end"),
-    ("beta_schedule", "constant"): ("beta_end",),
-    ("lr_scheduler", "constant"): ("lr_warmup_steps",),
-}
+def _unused() -> dict[tuple[str, str], tuple[str, ...]]:
+    """Keys that have no effect with a certain choice of another key; setting them is refused."""
+    from hf_ddpm.schedules import SCHEDULES
+
+    ends = {
+        ("beta_schedule", name): tuple(end for end in ("beta_start", "beta_end") if end not in schedule.uses)
+        for name, schedule in SCHEDULES.items()
+    }
+    return ends | {("lr_scheduler", "constant"): ("lr_warmup_steps",)}
+
 
 # Keys that have an effect only with a certain choice of another key; setting them without it is refused.
 NEEDS = {
@@ -79,9 +82,6 @@ NEEDS = {
     "snr_gamma": ("objective", "min-snr"),
     "hybrid_weight": ("objective", "hybrid"),
 }
-
-# Prediction types whose target holds the noise alone: where x_t is pure noise, they say nothing about x_0.
-NOISE_ALONE = ("epsilon", "score")
 
 
 @dataclass(frozen=True)
@@ -225,15 +225,16 @@ class TrainConfig:
             raise ValueError(
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
-        if self.rescale_betas_zero_snr and self.prediction_type in NOISE_ALONE:
-            allowed = ", ".join(name for name in _prediction_types() if name not in NOISE_ALONE)
+        # Importing these takes seconds, which a value that is refused above need not wait for.
+        from hf_ddpm.objectives import make_objective
+        from hf_ddpm.parametrization import works_from_pure_noise
+
+        if self.rescale_betas_zero_snr and not works_from_pure_noise(self.prediction_type):
+            allowed = ", ".join(filter(works_from_pure_noise, _prediction_types()))
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, which can't sample from "
                 f"rescale_betas_zero_snr's pure noise; allowed with it: {allowed}"
             )
-        # Importing it takes seconds, which a value that is refused above need not wait for.
-        from hf_ddpm.objectives import make_objective
-
         make_objective(self.objective, self.prediction_type, self.variance_type)  # raises if they don't fit
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, (key, choice) in NEEDS.items():
@@ -242,7 +243,7 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)!r}, but has no use without {key} {choice!r}; allowed: "
                     f"{defaults[name]!r} (the default)"
                 )
-        for (key, choice), unused in UNUSED.items():
+        for (key, choice), unused in _unused().items():
             for name in unused:
                 if getattr(self, key) == choice and getattr(self, name) not in (defaults[name], 0):
                     raise ValueError(
@@ -326,13 +327,11 @@ def make_scheduler(config: TrainConfig) -> "DDPMScheduler":
     """The scheduler of a run: its process is trained, and its config is saved with the weights."""
     from hf_ddpm.scheduler import DDPMScheduler
 
-    # diffusers has no word for a constant schedule, but a linear one whose ends agree is constant.
-    constant = config.beta_schedule == "constant"
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
-        beta_schedule="linear" if constant else config.beta_schedule,  # type: ignore[arg-type]
+        beta_schedule=config.beta_schedule,  # type: ignore[arg-type]
         beta_start=config.beta_start,
-        beta_end=config.beta_start if constant else config.beta_end,
+        beta_end=config.beta_end,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         prediction_type=config.prediction_type,  # type: ignore[arg-type]
         variance_type=config.variance_type,  # type: ignore[arg-type]

@@ -19,8 +19,10 @@ EDGE = 0.999  # between the outermost level (±1) and its neighbour (±253/255),
 TANH_CLAMP = 1e-12  # the smallest probability of the published code
 
 
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, exp log_variance1) ‖ N(mean2, exp log_variance2)) per element.
+def normal_kl(
+    mean1: Tensor, log_variance1: Tensor | float, mean2: Tensor, log_variance2: Tensor | float
+) -> Tensor:
+    """Divergence KL(N(mean1, exp log_variance1) ‖ N(mean2, exp log_variance2)), per element.
 
     Args:
         mean1: mean of the first Gaussian, any shape.
@@ -42,7 +44,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_gaussian_log_likelihood(
     x_0: Tensor,
     mean: Tensor,
-    log_variance: Tensor,
+    log_variance: Tensor | float,
     method: Literal["exact", "tanh"] = "exact",
 ) -> Tensor:
     """The decoder log p_θ(x_0 | x_1) of 8-bit images, Ho et al. 2020, eq. 13.

@@ -10,12 +10,16 @@
 What is of the bound comes in bits/dim, times T, so that its mean over uniform t is the sum over all t. The
 file knows the process, what outputs mean, and the bound's terms. It does not know how t and noise are drawn,
 nor what is done with the gradient.
+
+To add an objective, write its function and add its row to `OBJECTIVES`. Outside this file, pass a function or
+an `Objective` to `train`, or give it a name with `register_objective`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +29,8 @@ from hf_ddpm.likelihood.bound import bound_term, decoder_nats, predicted
 from hf_ddpm.parametrization import from_x0_eps, output_scale
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import wide
-from hf_ddpm.variances import FIXED
+from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
 
-OBJECTIVES = ("simple", "bound", "hybrid", "min-snr", "score-matching", "sddpm")
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,7 +53,8 @@ def simple_loss(
         Mean square over dimensions, shape (B,), float32 or wider.
 
     Raises:
-        ValueError: the noise or the model's answer has another shape than the images.
+        ValueError: an unknown prediction type, or the noise or the model's answer has another shape than the
+            images.
     """
     _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
@@ -94,13 +98,14 @@ def score_matching_loss(
     target would have the same gradient in expectation (Vincent 2011).
 
     Args and errors as in `simple_loss`, and:
-        variance_type: σ_t², "fixed_small" or "fixed_large".
+        variance_type: σ_t², one of `variances.FIXED`.
     """
     if variance_type not in FIXED:
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
-    # As a weight on the error of x_0 it is c0² / (2σ_t²), which is finite where α_t = 0 too
+    # As a weight on the error of x_0 it is c0² / (2σ_t²), which is finite where α_t = 0 too.
     like = _doubles(x_0)
-    c0, log_variance = process.at(t, like, "posterior_mean_coef_x0", FIXED[variance_type])
+    (c0,) = process.at(t, like, "posterior_mean_coef_x0")
+    log_variance = torch.as_tensor(log_variance_at(process, variance_type, None, t, like))
     weight = c0**2 * torch.exp(-log_variance) / 2 / output_scale(process, prediction_type, t, like)
     loss = weight * simple_loss(process, model, x_0, t, noise, prediction_type)
     return len(process) * bits_per_dim(loss, 1)
@@ -134,8 +139,7 @@ def bound_loss(
     Raises:
         ValueError: as in `bound_term`.
     """
-    how = {"variance_type": variance_type, "prediction_type": prediction_type}
-    return _bound(process, model, x_0, t, noise, **how)
+    return _bound(process, model, x_0, t, noise, prediction_type, variance_type)
 
 
 def hybrid_loss(
@@ -146,19 +150,20 @@ def hybrid_loss(
     noise: Tensor,
     prediction_type: str,
     weight: float = 1e-3,
+    variance_type: str = "learned_range",
 ) -> Tensor:
     """L_hybrid, Nichol & Dhariwal 2021, eq. 16, for a network that answers (m, v), 2C channels.
 
         ⟨(m_θ − m)²⟩ + λ T L_t / (D ln 2),   log σ_t² interpolated by v, and no gradient of L_t to m_θ
 
-    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`.
+    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but
+    `variance_type` is a learned one.
     """
     _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     m, v = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
     held = torch.cat([m.detach(), v], 1)
-    how = {"variance_type": "learned_range", "prediction_type": prediction_type, "model_output": held}
-    bound = _bound(process, None, x_0, t, noise, **how)
+    bound = _bound(process, None, x_0, t, noise, prediction_type, variance_type, model_output=held)
     return _square(process, m, x_0, t, noise, prediction_type) + weight * bound
 
 
@@ -192,6 +197,7 @@ def sddpm_loss(
     mean_x0, log_variance = predicted(process, output, x_t, t, prediction_type, variance_type)
     error = x_prev - process.q_posterior_mean(mean_x0, x_t, t)
     (log_posterior,) = process.at(t, x_t, "log_fixed_small")
+    log_variance = torch.as_tensor(log_variance)
     kernel = 0.5 * (error.square() * torch.exp(-log_variance) + log_variance - log_posterior - 1)
     decoder = decoder_nats(x_0, mean_x0, log_variance, t == 0)
     nats = torch.where(t == 0, decoder, kernel.flatten(1).sum(1))
@@ -203,14 +209,19 @@ class Objective:
     """An objective and what it needs.
 
     Attributes:
-        loss: (process, model, x_0, t, *noises) → a value per example, (B,).
-        noises: how many independent ε ~ N(0, I) it takes.
-        outputs: channels of the network's answer per channel of the images, 1 or 2.
+        loss: a function (process, model, x_0, t, *noises) that gives a value per example, shape (B,). `model`
+            is a denoiser (x_t, t) → output; x_0 is (B, C, H, W); t is (B,) int64; each noise is ε ~ N(0, I),
+            shape of x_0.
+        noises: how many independent ε it takes.
+        variance: which reverse variances it goes with. "fixed": those that need no training, as it trains
+            none. "any": a learned one is trained too. "learned": only learned ones.
+        outputs: channels of the network's answer per channel of the images, 1 or 2; `make_objective` sets it.
     """
 
     loss: Callable[..., Tensor]
-    noises: int
-    outputs: int
+    noises: int = 1
+    variance: Literal["fixed", "any", "learned"] = "fixed"
+    outputs: int = 1
 
     @torch.no_grad()
     def cost_of_zero(self, process: DiffusionProcess) -> Tensor:
@@ -223,51 +234,124 @@ class Objective:
         return self.loss(process, lambda x_t, steps: zero, torch.ones(shape), t, *noises).double()
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The options of a run that an objective may depend on.
+
+    Attributes:
+        prediction_type: what the network's output means, one of `PREDICTION_TYPES`.
+        variance_type: the reverse variance, one of `variances.TRAINED`.
+        snr_gamma: γ of min-snr.
+        hybrid_weight: λ of hybrid.
+    """
+
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_large"
+    snr_gamma: float = 5.0
+    hybrid_weight: float = 1e-3
+
+    @property
+    def both(self) -> dict[str, str]:
+        """Prediction and variance type, as keywords of a loss."""
+        return {"prediction_type": self.prediction_type, "variance_type": self.variance_type}
+
+
+OBJECTIVES: dict[str, Callable[[Choices], Objective]] = {
+    "simple": lambda how: Objective(partial(simple_loss, prediction_type=how.prediction_type)),
+    "bound": lambda how: Objective(partial(bound_loss, **how.both), variance="any"),
+    "hybrid": lambda how: Objective(
+        partial(hybrid_loss, **how.both, weight=how.hybrid_weight), variance="learned"
+    ),
+    "min-snr": lambda how: Objective(
+        partial(min_snr_loss, prediction_type=how.prediction_type, gamma=how.snr_gamma)
+    ),
+    "score-matching": lambda how: Objective(partial(score_matching_loss, **how.both)),
+    "sddpm": lambda how: Objective(partial(sddpm_loss, **how.both), noises=2, variance="any"),
+}
+
+
+def register_objective(name: str, make: Callable[[Choices], Objective]) -> None:
+    """Give an objective of yours a name, which `TrainConfig(objective=NAME)` and `make_objective` then know.
+
+    Args:
+        name: not one of `OBJECTIVES`.
+        make: a function of the run's `Choices` that gives the `Objective`. It is called once for each run.
+
+    Raises:
+        ValueError: the name is taken or no text, or `make` can't be called.
+    """
+    if not isinstance(name, str) or not name or OBJECTIVES.get(name, make) is not make:
+        raise ValueError(f"objective {name!r} can't be registered; allowed: a name that is not taken")
+    if not callable(make):
+        raise ValueError(f"make is {make!r}; allowed: a function of Choices that gives an Objective")
+    OBJECTIVES[name] = make
+
+
 def make_objective(
-    name: str,
+    objective: str | Objective | Callable[..., Tensor],
     prediction_type: str = "epsilon",
     variance_type: str = "fixed_large",
     snr_gamma: float = 5.0,
     hybrid_weight: float = 1e-3,
 ) -> Objective:
-    """The objective of that name.
+    """The objective of a run.
 
     Args:
-        name: one of `OBJECTIVES`.
-        prediction_type: what the network's output means, one of `PREDICTION_TYPES`.
-        variance_type: "fixed_small", "fixed_large", or "learned_range" (bound, hybrid, sddpm).
+        objective: one of the names in `OBJECTIVES`; or an `Objective`; or a loss that trains no variance: a
+            function (process, model, x_0, t, noise) that gives a value per example, shape (B,).
+        prediction_type: what the network's output means, one of `PREDICTION_TYPES`. An `Objective` or a loss
+            of your own must know it by itself.
+        variance_type: one of `variances.TRAINED`; "learned_range" only with an objective that trains it.
         snr_gamma: γ of min-snr.
         hybrid_weight: λ of hybrid.
 
+    Returns:
+        The objective with its `outputs`, whose loss refuses values that are not one per example.
+
     Raises:
-        ValueError: an unknown name, or a variance that the objective doesn't train.
+        ValueError: an unknown name, no objective, or a variance that the objective doesn't train.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective is {name!r}; allowed: {', '.join(OBJECTIVES)}")
-    if variance_type not in (*FIXED, "learned_range"):
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}, learned_range")
-    learned = variance_type == "learned_range"
-    if name == "hybrid" and not learned:
+    choices = Choices(prediction_type, variance_type, snr_gamma, hybrid_weight)
+    if isinstance(objective, str) and objective in OBJECTIVES:
+        name, found = repr(objective), OBJECTIVES[objective](choices)
+    else:
+        name, found = getattr(objective, "__name__", "of your own"), objective
+    if callable(found) and not isinstance(found, type):
+        found = Objective(found)
+    if not isinstance(found, Objective):
         raise ValueError(
-            f"variance_type is {variance_type!r}, but objective 'hybrid' trains one; allowed with it: "
-            "learned_range"
+            f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}, an Objective, or a function "
+            "(process, model, x_0, t, noise)"
         )
-    if learned and name in ("simple", "min-snr", "score-matching"):
+    if variance_type not in TRAINED:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(TRAINED)}")
+    if found.variance == "learned" and variance_type in FIXED:
+        learned = ", ".join(kind for kind in TRAINED if kind in LEARNED)
         raise ValueError(
-            f"variance_type is 'learned_range', which objective {name!r} doesn't train; allowed with it: "
+            f"variance_type is {variance_type!r}, but objective {name} trains one; allowed with it: {learned}"
+        )
+    if found.variance == "fixed" and variance_type in LEARNED:
+        raise ValueError(
+            f"variance_type is {variance_type!r}, which objective {name} doesn't train; allowed with it: "
             f"{', '.join(FIXED)}"
         )
-    how = {"prediction_type": prediction_type}
-    both = how | {"variance_type": variance_type}
-    loss = {
-        "simple": partial(simple_loss, **how),
-        "bound": partial(bound_loss, **both),
-        "hybrid": partial(hybrid_loss, **how, weight=hybrid_weight),
-        "min-snr": partial(min_snr_loss, **how, gamma=snr_gamma),
-        "score-matching": partial(score_matching_loss, **both),
-        "sddpm": partial(sddpm_loss, **both),
-    }[name]
-    return Objective(loss, noises=2 if name == "sddpm" else 1, outputs=2 if learned else 1)
+    return replace(found, loss=partial(_per_example, found.loss), outputs=outputs(variance_type))
+
+
+def _per_example(
+    loss: Callable[..., Tensor],
+    process: DiffusionProcess,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    *noises: Tensor,
+) -> Tensor:
+    """The values of a loss; a mean over the batch in their place would train with other weights."""
+    values: Any = loss(process, model, x_0, t, *noises)
+    if not isinstance(values, Tensor) or values.shape != x_0.shape[:1]:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"the objective's loss gave {shape}; allowed: one value per example, {len(x_0)}")
+    return values
 
 
 def _square(
@@ -295,8 +379,25 @@ def _doubles(x_0: Tensor) -> Tensor:
 
 
 def _bound(
-    process: DiffusionProcess, model: Model | None, x_0: Tensor, t: Tensor, noise: Tensor, **how
+    process: DiffusionProcess,
+    model: Model | None,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+    variance_type: str,
+    model_output: Tensor | None = None,
 ) -> Tensor:
-    """T · L_t in bits/dim, (B,), float64."""
-    nats = bound_term(process, model, x_0, t, noise, clip_x0=False, **how).nats
-    return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))
+    """The term T · L_t in bits/dim, (B,), float64."""
+    term = bound_term(
+        process,
+        model,
+        x_0,
+        t,
+        noise,
+        variance_type=variance_type,
+        prediction_type=prediction_type,
+        clip_x0=False,
+        model_output=model_output,
+    )
+    return len(process) * bits_per_dim(term.nats, math.prod(x_0.shape[1:]))

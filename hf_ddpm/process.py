@@ -23,6 +23,8 @@ from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
 VarianceType = Literal["fixed_small", "fixed_large"]
+# Above so many bits/dim that the last x_t still knows of its image, starting from N(0, I) is worth a warning.
+PRIOR_WARNING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,25 +94,15 @@ class DiffusionProcess(Tables):
         if first_variance not in ("spaced", "full"):
             raise ValueError(f"first_variance is {first_variance!r}; allowed: 'spaced', 'full'")
         log_alphas_cumprod = self.log_alphas_cumprod[index]
+        first = self.log_variance("fixed_small")[0].item() if first_variance == "full" else None
         return dataclasses.replace(
             self,
             betas=-torch.expm1(torch.diff(log_alphas_cumprod, prepend=log_alphas_cumprod.new_zeros(1))),
             log_alphas_cumprod=log_alphas_cumprod,
             timesteps=self.timesteps[index],
-            first_log_variance=self.log_variance("fixed_small")[0].item()
-            if first_variance == "full"
-            else None,
+            first_log_variance=first,
             original=self if self.original is None else self.original,
         )
-
-    def in_original(self, t: Tensor | int) -> tuple["DiffusionProcess", Tensor | int]:
-        """The chain that the network was trained on, and the index there of this chain's t."""
-        if self.original is None:
-            return self, t
-        if isinstance(t, Tensor):
-            return self.original, self.timesteps_at(t)  # the original one's steps are its indices
-        self._check_index(t)
-        return self.original, self._floats("timesteps")[t]  # type: ignore[return-value]
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -205,7 +197,7 @@ class DiffusionProcess(Tables):
     # Constants of p_θ(x_prev | x_t).
 
     def log_variance(self, variance_type: VarianceType) -> Tensor:
-        """Log σ_t² of the reverse step, Ho et al. 2020, section 3.2, float64, shape (T,).
+        """The log-variance log σ_t² of the reverse step, Ho et al. 2020, section 3.2, float64, shape (T,).
 
             "fixed_small": log [β̃_2, β̃_2, β̃_3, ...]        "fixed_large": log [β̃_2, β_2, β_3, ...]
             (paper's indices)
@@ -251,7 +243,7 @@ class DiffusionProcess(Tables):
 
     @cached_property
     def log_betas(self) -> Tensor:
-        """Log β_t, the upper end of a learned variance (at t = 0 too, where `log_variance` has β̃_2)."""
+        """The logarithm log β_t, the upper end of a learned variance, at t = 0 too."""
         return self.betas.log()
 
     # The equations.
@@ -300,8 +292,12 @@ class DiffusionProcess(Tables):
             ValueError: ᾱ_t = 0 (zero terminal SNR), where ε says nothing about x_0; steps on a device are
                 trusted.
         """
-        self.require_signal(t)
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        if (step := self.first_zero(t, _level)) is not None:
+            raise ValueError(
+                f"alphas_cumprod is 0 at step {step}: the noise there says nothing about x_0; "
+                "allowed: steps where it is positive"
+            )
         return narrow(add_scaled(wide(x_t), -s, wide(eps)) / a, x_t.dtype)
 
     def predict_eps(self, x_t: Tensor, x_0: Tensor, t: Tensor | int) -> Tensor:
@@ -325,17 +321,6 @@ class DiffusionProcess(Tables):
         c0, ct = self.at(t, x_t, "posterior_mean_coef_x0", "posterior_mean_coef_xt")
         return narrow(add_scaled(c0 * wide(x_0), ct, wide(x_t)), x_t.dtype)
 
-    def require_signal(self, t: Tensor | int) -> None:
-        """Refuse steps where ᾱ_t = 0: neither ε nor the score determines x_0 (ints and CPU tensors)."""
-        if self._floats("alphas_cumprod")[-1] > 0 or (isinstance(t, Tensor) and t.device.type != "cpu"):
-            return
-        silent = self.alphas_cumprod[t] == 0
-        if silent.any():
-            step = self.timesteps[t][silent].view(-1)[0]
-            raise ValueError(
-                f"alphas_cumprod is 0 at step {step}: the noise there says nothing about x_0; "
-                "allowed prediction types for zero terminal SNR: 'v_prediction', 'sample', 'mean'"
-            )
 
-
-PRIOR_WARNING = 0.01  # bits/dim
+def _level(process: DiffusionProcess) -> Tensor:
+    return process.alphas_cumprod

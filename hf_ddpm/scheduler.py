@@ -18,18 +18,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm import parametrization, variances
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
-from hf_ddpm.parametrization import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0
+from hf_ddpm.parametrization import PredictionType, from_x0_eps, to_x0
 from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
-from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr, spaced_timesteps
+from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr, spaced_timesteps
 from hf_ddpm.tables import add_scaled, narrow, wide
-from hf_ddpm.variances import LEARNED, SIGMA_TABLES, VARIANCE_TYPES, learned_range_log_variance
+from hf_ddpm.variances import log_variance_at, outputs, variance
 
 logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
-
-# What the stock class, given the same config, makes NaN of or refuses.
-OURS_ALONE = {"variance_type": ("learned", "fixed_large_log"), "prediction_type": ("mean", "score")}
 
 
 class DDPMScheduler(diffusers.DDPMScheduler):
@@ -45,7 +43,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         beta_start (`float`, defaults to 0.0001): first β.
         beta_end (`float`, defaults to 0.02): last β.
         beta_schedule (`str`, defaults to `"linear"`): "linear", "scaled_linear", "squaredcos_cap_v2",
-            "sigmoid" or "laplace"; for a constant β, equal `beta_start` and `beta_end`.
+            "sigmoid", "laplace", or "constant", which diffusers has no word for: its betas are put into
+            `trained_betas`.
         trained_betas (`list[float]` or array, *optional*): the T betas themselves, used exactly.
         variance_type (`str`, defaults to `"fixed_small"`): σ_t² = β̃_t ("fixed_small"), β_t ("fixed_large"),
             either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²)
@@ -89,6 +88,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             self.register_to_config(trained_betas=betas.tolist())  # JSON knows no tensors
         else:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+            if not SCHEDULES[beta_schedule].in_diffusers:
+                self._register_betas(betas)
         self._exact_betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
 
         # What other diffusers code reads: float32, as in the stock class.
@@ -112,8 +113,17 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """
         super().register_to_config(**kwargs)
         if type(self) is DDPMScheduler:
-            portable = all(self.config.get(key) not in values for key, values in OURS_ALONE.items())
+            portable = parametrization.in_diffusers(self.config.get("prediction_type"))
+            portable = portable and variances.in_diffusers(self.config.get("variance_type"))
             self.__module__ = diffusers.DDPMScheduler.__module__ if portable else PACKAGE
+
+    def _register_betas(self, betas: Tensor) -> None:
+        """Write the betas of a schedule that diffusers has no word for into the config, where it reads them.
+
+        `from_config` of another class drops what is noted as left at its default.
+        """
+        defaults = [key for key in self.config.get("_use_default_values", ()) if key != "trained_betas"]
+        self.register_to_config(trained_betas=betas.tolist(), _use_default_values=defaults)
 
     @property
     def variance_type(self) -> str:
@@ -141,9 +151,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     @property
     def chain(self) -> DiffusionProcess:
         """The process respaced to the steps of the last `set_timesteps`; the full one before it."""
-        if (
-            self._chain_of is None or self._chain_of[0] is not self.timesteps
-        ):  # also when assigned from outside
+        # The steps may also have been assigned from outside.
+        if self._chain_of is None or self._chain_of[0] is not self.timesteps:
             whole = len(self.timesteps) == len(self.process)
             self._chain_of = self.timesteps, self.process if whole else self.process.respaced(self.timesteps)
         return self._chain_of[1]
@@ -235,11 +244,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(
                 f"{len(generator)} generators for a batch of {len(sample)}; allowed: one, or one per sample"
             )
-        if (kind := self.config["prediction_type"]) not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {kind!r}; allowed: {', '.join(PREDICTION_TYPES)}")
-
         x_t = wide(sample)
-        x_0 = self._clip(to_x0(chain, kind, wide(output), x_t, t))
+        x_0 = self._clip(to_x0(chain, self.config["prediction_type"], output, x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if not self._is_last(t):
             noise = _draw_like(output, generator)
@@ -282,16 +288,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction and, for a learned variance, the second C channels."""
-        kind = self.variance_type
-        if kind not in VARIANCE_TYPES:
-            raise ValueError(f"variance_type is {kind!r}; allowed: {', '.join(VARIANCE_TYPES)}")
-        channels = sample.shape[1] * (2 if kind in LEARNED else 1)
-        if model_output.shape != (wanted := (sample.shape[0], channels, *sample.shape[2:])):
+        kind, channels = self.variance_type, sample.shape[1]
+        wanted = (sample.shape[0], channels * outputs(kind), *sample.shape[2:])
+        if model_output.shape != wanted:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}; variance_type {kind!r} with samples of "
                 f"shape {tuple(sample.shape)} wants {wanted}"
             )
-        if kind not in LEARNED:
+        if model_output.shape[1] == channels:
             return model_output, None
         output, predicted_variance = model_output.chunk(2, dim=1)
         return output, predicted_variance
@@ -304,26 +308,40 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _sigma(self, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None) -> Tensor | float:
         """σ_t, ready to multiply noise shaped `like`; 0 at the last step."""
-        if predicted_variance is None:
-            return self.chain.at(t, like, SIGMA_TABLES[self.variance_type])[0]
+        kind = variance(self.variance_type)
+        if kind.sigma is not None:
+            return self.chain.computed_at(t, like, kind.sigma)[0]
         sigma = torch.exp(0.5 * self._log_variance(self.chain, t, predicted_variance))
         return sigma * (t > 0).view(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else sigma
 
-    def _log_variance(self, process: DiffusionProcess, t: int | Tensor, predicted_variance: Tensor) -> Tensor:
-        if self.variance_type == "learned":
-            return wide(predicted_variance)
-        return learned_range_log_variance(process, predicted_variance, t)
+    def _log_variance(
+        self, process: DiffusionProcess, t: int | Tensor, predicted_variance: Tensor | None
+    ) -> Tensor:
+        """The log-variance log σ_t² of a learned variance type.
+
+        Raises:
+            ValueError: `predicted_variance` is missing.
+        """
+        if predicted_variance is None:
+            raise ValueError(
+                f"variance_type {self.variance_type!r} needs predicted_variance: its sigma is the network's"
+            )
+        found = log_variance_at(process, self.variance_type, predicted_variance, t, predicted_variance)
+        assert isinstance(found, Tensor)
+        return found
 
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
         """σ_t² of step t of the chain, always a variance (the stock method has three units), 0 at t = 0."""
-        kind, index = variance_type or self.variance_type, self._index(t)
-        if kind in SIGMA_TABLES:
-            return torch.as_tensor(self.chain.at(index, self.betas, SIGMA_TABLES[kind])[0]).float() ** 2
-        if kind not in LEARNED or predicted_variance is None:
-            raise ValueError(f"variance_type {kind!r} needs predicted_variance, or is not a variance type")
-        return self._log_variance(self.chain, index, predicted_variance).exp()
+        name, index = variance_type or self.variance_type, self._index(t)
+        kind = variance(name)
+        if kind.sigma is not None:
+            return torch.as_tensor(self.chain.computed_at(index, self.betas, kind.sigma)[0]).float() ** 2
+        if predicted_variance is None:
+            raise ValueError(f"variance_type {name!r} needs predicted_variance: its sigma is the network's")
+        found = log_variance_at(self.chain, name, predicted_variance, index, predicted_variance)
+        return torch.as_tensor(found).exp()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, Ho et al. 2020, eq. 4.
@@ -343,13 +361,13 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return self.process.q_sample(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """V = √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments and errors as in `add_noise`."""
+        """The velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments, errors as in `add_noise`."""
         return from_x0_eps(self.process, "v_prediction", sample, noise, timesteps)
 
     def decoder_log_likelihood(
         self, x_0: Tensor, pred_original_sample: Tensor, predicted_variance: Tensor | None = None
     ) -> Tensor:
-        """Log p_θ(x_0 | x_1) of 8-bit images, the negative of L_0: Ho et al. 2020, eq. 13.
+        """The log-likelihood log p_θ(x_0 | x_1) of 8-bit images, the negative of L_0: Ho et al. 2020, eq. 13.
 
         Args:
             x_0 (`torch.Tensor`): images on the grid u/127.5 − 1, (B, C, H, W).
@@ -364,12 +382,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         Raises:
             ValueError: `predicted_variance` is missing for a learned variance type.
         """
-        if self.variance_type not in LEARNED:
-            log_variance = self.process.log_variance("fixed_small")[0]
-        elif predicted_variance is None:
-            raise ValueError(
-                f"variance_type {self.variance_type!r} needs predicted_variance: its sigma is the network's"
-            )
+        kind = variance(self.variance_type)
+        if kind.log_variance is not None:
+            log_variance = kind.log_variance(self.process)[0]
         else:
             log_variance = self._log_variance(self.process, 0, predicted_variance)
         return discretized_gaussian_log_likelihood(x_0, pred_original_sample, log_variance).flatten(1).sum(1)

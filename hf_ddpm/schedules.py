@@ -1,23 +1,25 @@
 """Schedules: the β_t that diffusers' schedulers name, in float64, and the steps that a shorter chain visits.
 
 It knows formulas for β and nothing of what is done with them; `DiffusionProcess.from_betas` validates the
-result.
+result. To add a schedule, write its function and add its row to `SCHEDULES`.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.runtime.messages import did_you_mean
+
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
 
 def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """β_t of a named schedule.
+    """The variances β_t of a named schedule.
 
     Args:
         schedule: a name in `SCHEDULES`. "linear" is Ho et al. 2020, section 4; "squaredcos_cap_v2" is the
@@ -32,17 +34,16 @@ def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end
     Raises:
         ValueError: the name is unknown (the nearest is named), or T is not a positive whole number.
     """
-    if schedule not in SCHEDULES:
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        hint = did_you_mean(str(schedule), SCHEDULES)
         raise ValueError(f"beta_schedule {schedule!r} is unknown{hint}; allowed: {', '.join(SCHEDULES)}")
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"num_train_timesteps is {num_steps!r}; allowed: a whole number >= 1")
-    return SCHEDULES[schedule](num_steps, beta_start, beta_end)
+    return SCHEDULES[schedule].betas(num_steps, beta_start, beta_end)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """β rescaled so that ᾱ_{T−1} = 0 and ᾱ_0 stays, Lin et al. 2023, algorithm 1.
+    """Betas rescaled so that ᾱ_{T−1} = 0 and ᾱ_0 stays, Lin et al. 2023, algorithm 1.
 
     √ᾱ'_t = (√ᾱ_t − √ᾱ_{T−1}) · √ᾱ_0 / (√ᾱ_0 − √ᾱ_{T−1})
     """
@@ -88,7 +89,8 @@ def spaced_timesteps(
     elif spacing == "leading":
         steps = np.floor(np.arange(n) * (total / n if even else total // n)) + offset
     elif spacing == "trailing":
-        # diffusers' float steps, ties included; where rounding gives it one step too many, at −1, ours ends
+        # These are diffusers' float steps, ties included. Where its rounding gives one step too many, at −1,
+        # ours ends before it.
         steps = (np.round(np.arange(total, 0, -total / n))[:n] - 1)[::-1]
     else:
         raise ValueError(f"timestep_spacing is {spacing!r}; allowed: 'linspace', 'leading', 'trailing'")
@@ -137,11 +139,27 @@ def _laplace(u: float) -> float:
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
 
-SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _from_alpha_bar(_cosine),
-    "sigmoid": _sigmoid,
-    "laplace": _from_alpha_bar(_laplace),
-    "constant": _constant,
+@dataclass(frozen=True)
+class Schedule:
+    """A beta schedule.
+
+    Attributes:
+        betas: a function (num_steps, beta_start, beta_end) that gives β_t, (T,) float64.
+        uses: which of "beta_start" and "beta_end" act.
+        in_diffusers: whether diffusers' `DDPMScheduler` knows the name. The config of any other schedule is
+            saved with its betas as `trained_betas`, which every scheduler of diffusers reads.
+    """
+
+    betas: Callable[[int, float, float], Tensor]
+    uses: tuple[str, ...] = ("beta_start", "beta_end")
+    in_diffusers: bool = False
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": Schedule(_linear, in_diffusers=True),
+    "scaled_linear": Schedule(_scaled_linear, in_diffusers=True),
+    "squaredcos_cap_v2": Schedule(_from_alpha_bar(_cosine), uses=(), in_diffusers=True),
+    "sigmoid": Schedule(_sigmoid, in_diffusers=True),
+    "laplace": Schedule(_from_alpha_bar(_laplace), uses=(), in_diffusers=True),
+    "constant": Schedule(_constant, uses=("beta_start",)),
 }

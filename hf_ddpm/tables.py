@@ -3,7 +3,9 @@
 The file knows indices, dtypes and devices, and no formula. No other file indexes a table.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 
 def add_scaled(x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
-    """X + b·y, in one pass over the images where b is a float."""
+    """The sum `x + b·y`, computed in one pass over the images where b is a float."""
     return torch.add(x, y, alpha=b) if isinstance(b, float) else x + b * y
 
 
@@ -37,10 +39,55 @@ class Tables:
         self._check_index(t)
         if not isinstance(t, Tensor):
             return [self._floats(z)[t] if isinstance(z, str) else z[t].item() for z in tables]
-        dtype, view = wide_dtype(like.dtype), (-1, *[1] * (like.ndim - 1))
-        index = t.reshape(-1).to(like.device, torch.int64)
         found = (self._table(z, like.device) if isinstance(z, str) else z.to(like.device) for z in tables)
-        return [table.index_select(0, index).to(dtype).view(view) for table in found]
+        return _gathered(found, t, like)
+
+    def computed_at(
+        self, t: Tensor | int, like: Tensor, function: Callable[[Any], Tensor | tuple[Tensor, ...]]
+    ) -> Sequence[Any]:
+        """Coefficients that the chain doesn't name: a function of it computes their tables, once.
+
+        Args:
+            t: as in `at`.
+            like: as in `at`.
+            function: gives a table of shape (T,), float64, for this chain, or a tuple of them. It is called
+                once, and what it gave is kept.
+
+        Returns:
+            One coefficient for each table, as from `at`. A table that is 0 at every step, or 1 at every step,
+            gives the float 0.0 or 1.0 for any t, so that the caller can leave the product out.
+
+        Raises:
+            ValueError: as in `at`.
+        """
+        self._check_index(t)
+        if not isinstance(t, Tensor):
+            if (rows := self._copies.get(function)) is None:
+                tables = [table.tolist() for table in _tuple(function(self))]
+                rows = self._copies[function] = list(zip(*tables, strict=True))
+            return rows[t]
+        if (found := self._copies.get((function, like.device))) is None:
+            found = [_constant(table, _moved(table, like.device)) for table in _tuple(function(self))]
+            self._copies[function, like.device] = found
+        return _gathered(found, t, like)
+
+    def first_zero(self, t: Tensor | int, function: Callable[[Any], Tensor]) -> int | None:
+        """The first of the given steps at which a table is 0.
+
+        Args:
+            t: index into the chain, an int or a tensor of ints, within the chain.
+            function: gives the table, shape (T,), for this chain; it is called once.
+
+        Returns:
+            The step in the network's numbering; None if there is none. Steps on an accelerator are not read,
+            so for them it is always None.
+        """
+        if (zeros := self._copies.get((function, "zeros"))) is None:
+            zeros = self._copies[function, "zeros"] = (function(self) == 0).nonzero().flatten().tolist()
+        if not zeros or (isinstance(t, Tensor) and t.device.type != "cpu"):
+            return None
+        asked = t.reshape(-1).tolist() if isinstance(t, Tensor) else [t]
+        return next((int(self.timesteps[i]) for i in asked if i in zeros), None)
 
     def index_of(self, timesteps: Tensor | int) -> Tensor | int:
         """The index in this chain of steps in the network's numbering: the inverse of `timesteps[index]`.
@@ -79,11 +126,7 @@ class Tables:
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._copies:
-            table = getattr(self, name)
-            # Apple's MPS has no float64: there the one cast comes before the move.
-            if device.type == "mps" and table.dtype == torch.float64:
-                table = table.float()
-            self._copies[name, device] = table.to(device)
+            self._copies[name, device] = _moved(getattr(self, name), device)
         return self._copies[name, device]
 
     def _floats(self, name: str) -> list[float]:
@@ -95,6 +138,35 @@ class Tables:
     def _copies(self) -> dict:
         """Tables on devices and as floats, made when first asked for."""
         return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: everything but the tables on devices, which are made again."""
+        return {key: value for key, value in self.__dict__.items() if key != "_copies"}
+
+
+def _tuple(tables: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (tables,) if isinstance(tables, Tensor) else tables
+
+
+def _moved(table: Tensor, device: torch.device) -> Tensor:
+    """The table on a device. Apple's MPS has no float64: there the one cast comes before the move."""
+    return table.to(device, torch.float32 if device.type == "mps" and table.dtype == torch.float64 else None)
+
+
+def _constant(table: Tensor, moved: Tensor) -> Tensor | float:
+    """The float 0.0 or 1.0 for a table that holds it everywhere, else `moved`."""
+    value = table[0].item()
+    return value if value in (0, 1) and bool((table == value).all()) else moved
+
+
+def _gathered(tables: Iterable[Tensor | float], t: Tensor, like: Tensor) -> list:
+    """Entries t of each table, cast once and shaped to multiply images; a float stays as it is."""
+    dtype, view = wide_dtype(like.dtype), (-1, *[1] * (like.ndim - 1))
+    index = t.reshape(-1).to(like.device, torch.int64)
+    return [
+        table.index_select(0, index).to(dtype).view(view) if isinstance(table, Tensor) else table
+        for table in tables
+    ]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

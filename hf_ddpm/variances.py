@@ -1,43 +1,28 @@
-"""The reverse variance types."""
+"""The variance σ_t² of the reverse step p_θ(x_prev | x_t), by name: everything about a variance type, once.
+
+    variance_type                    log σ_t²
+    fixed_small, fixed_small_log     log β̃_t, with β̃_2 for β̃_1
+    fixed_large, fixed_large_log     log β_t, with β̃_2 for β_1
+    learned                          v, the network's second C channels
+    learned_range                    f log β_t + (1 − f) log β̃_t,  f = (v + 1)/2
+
+To add a variance type, add its row to `VARIANCES`. With `trained=True`, runs of `train` may choose it.
+
+Sources: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15. The file knows no network, no sampler.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import wide
 
-FIXED = {"fixed_small": "log_fixed_small", "fixed_large": "log_fixed_large"}
-
-LEARNED = ("learned", "learned_range")
-
-
-def variance_table(process: DiffusionProcess, variance_type: str | Tensor) -> str | Tensor | None:
-    """Name or values of the table of log σ_t², None for a learned variance."""
-    if isinstance(variance_type, Tensor):
-        if variance_type.shape != (len(process),):
-            raise ValueError(
-                f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
-            )
-        return variance_type.double()
-    if not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
-        raise ValueError(
-            f"variance_type is {variance_type!r}; allowed: {', '.join((*FIXED, *LEARNED))}, or a (T,) tensor"
-        )
-    return FIXED.get(variance_type)
-
-
-SIGMA_TABLES = {
-    "fixed_small": "sigma_small",
-    "fixed_small_log": "sigma_small",
-    "fixed_large": "sigma_large",
-    "fixed_large_log": "sigma_large",
-}
-
-
-VARIANCE_TYPES = (*SIGMA_TABLES, *LEARNED)
-
 
 def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor | int) -> Tensor:
-    """Log σ_t² interpolated by the network, Nichol & Dhariwal 2021, eq. 15.
+    """The log-variance log σ_t² interpolated by the network, Nichol & Dhariwal 2021, eq. 15.
 
         log σ² = f log β_t + (1 − f) log β̃_t,   f = (v + 1)/2,   with β̃_2 for β̃_1 at t = 0
 
@@ -52,3 +37,147 @@ def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor |
     low, high = process.at(t, v, "log_fixed_small", "log_betas")
     f = (wide(v) + 1) / 2
     return f * high + (1 - f) * low
+
+
+@dataclass(frozen=True)
+class Variance:
+    """A variance type. It is fixed and has tables, or it is learned and read from the network's output.
+
+    Attributes:
+        log_variance: of a fixed one, a function of the process that gives log σ_t², (T,) float64, with a
+            finite entry at t = 0 for the decoder L_0; else None.
+        sigma: of a fixed one, a function of the process that gives what the sampler multiplies its noise by,
+            (T,) float64, 0 at t = 0; else None.
+        from_output: of a learned one, a function (process, v, t) that gives log σ_t² from the second C
+            channels of the output, v of shape (B, C, H, W), in float32 or wider; else None.
+        trained: whether runs of `train` may choose it.
+        in_diffusers: whether diffusers' own `DDPMScheduler` runs it rightly.
+        same_as: the type that this name of diffusers' is another word for, else None.
+    """
+
+    log_variance: Callable[[DiffusionProcess], Tensor] | None = None
+    sigma: Callable[[DiffusionProcess], Tensor] | None = None
+    from_output: Callable[[DiffusionProcess, Tensor, Tensor | int], Tensor] | None = None
+    trained: bool = True
+    in_diffusers: bool = True
+    same_as: str | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the network's output per channel of the images: 1, or 2 if the variance is learned."""
+        return 1 if self.from_output is None else 2
+
+
+FIXED_SMALL = Variance(lambda process: process.log_fixed_small, lambda process: process.sigma_small)
+FIXED_LARGE = Variance(lambda process: process.log_fixed_large, lambda process: process.sigma_large)
+
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": FIXED_SMALL,
+    "fixed_small_log": replace(FIXED_SMALL, trained=False, same_as="fixed_small"),
+    "fixed_large": FIXED_LARGE,
+    # The stock scheduler makes NaN of it.
+    "fixed_large_log": replace(FIXED_LARGE, trained=False, same_as="fixed_large", in_diffusers=False),
+    # The stock scheduler takes it for a variance, which may be negative.
+    "learned": Variance(from_output=lambda process, v, t: wide(v), trained=False, in_diffusers=False),
+    "learned_range": Variance(from_output=learned_range_log_variance),
+}
+VARIANCE_TYPES: tuple[str, ...] = tuple(VARIANCES)
+# The same without diffusers' second names: fixed, learned, and what a run of `train` may choose.
+FIXED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 1 and kind.same_as is None)
+LEARNED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 2 and kind.same_as is None)
+TRAINED = tuple(name for name, kind in VARIANCES.items() if kind.trained)
+
+
+def variance(variance_type: str) -> Variance:
+    """The variance type of that name.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if not isinstance(variance_type, str) or variance_type not in VARIANCES:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(VARIANCES)}")
+    return VARIANCES[variance_type]
+
+
+def plain_name(variance_type: str) -> str:
+    """The name without diffusers' "_log", which changes nothing; an unknown name stays as it is."""
+    found = (kind.same_as for name, kind in VARIANCES.items() if name == variance_type)
+    return next(found, None) or variance_type
+
+
+def in_diffusers(variance_type: Any) -> bool:
+    """Whether diffusers' own `DDPMScheduler` runs it rightly; True for an unknown name."""
+    return not any(name == variance_type and not kind.in_diffusers for name, kind in VARIANCES.items())
+
+
+def outputs(variance_type: str | Tensor) -> int:
+    """Channels of the network's output per channel of the images: 1, or 2 if the variance is learned.
+
+    Args:
+        variance_type: a name, or a table of log σ_t², which is fixed.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return 1 if isinstance(variance_type, Tensor) else variance(variance_type).outputs
+
+
+def log_variance_table(process: DiffusionProcess, variance_type: str) -> Tensor:
+    """The table of log σ_t² of a fixed variance type, (T,) float64.
+
+    Raises:
+        ValueError: the name is not in `FIXED`, or the chain has one step and so no β̃_2.
+    """
+    table = VARIANCES[variance_type].log_variance if variance_type in FIXED else None
+    if table is None:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+    return table(process)
+
+
+def check_scored(process: DiffusionProcess, variance_type: str | Tensor) -> None:
+    """Check that a bound can be taken with this variance: one of `FIXED` or `LEARNED`, or a table.
+
+    Args:
+        process: the chain.
+        variance_type: a name, or a table of log σ_t², shape (T,).
+
+    Raises:
+        ValueError: neither, or a table of another shape.
+    """
+    if isinstance(variance_type, Tensor):
+        if variance_type.shape != (len(process),):
+            raise ValueError(
+                f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
+            )
+    elif not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
+        allowed = ", ".join((*FIXED, *LEARNED))
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}, or a (T,) tensor")
+
+
+def log_variance_at(
+    process: DiffusionProcess,
+    variance_type: str | Tensor,
+    second: Tensor | None,
+    t: Tensor | int,
+    like: Tensor,
+) -> Tensor | float:
+    """The log-variance log σ_t² at t, ready to go with images shaped `like`.
+
+    Args:
+        process: the chain that t indexes.
+        variance_type: a name, or a table of log σ_t², shape (T,).
+        second: the second C channels of the network's output, (B, C, H, W), if the variance is learned.
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+        like: images, shape (B, C, H, W).
+
+    Returns:
+        Shape of `second` if it is learned; else a float for an int t, and (B, 1, 1, 1) for a tensor.
+    """
+    if isinstance(variance_type, Tensor):
+        return process.at(t, like, variance_type.double())[0]
+    kind = variance(variance_type)
+    if kind.from_output is not None:
+        assert second is not None
+        return kind.from_output(process, second, t)
+    assert kind.log_variance is not None
+    return process.computed_at(t, like, kind.log_variance)[0]

@@ -10,9 +10,9 @@ import math
 import numpy as np
 import torch
 
-from hf_ddpm.likelihood.bound import bound_term
+from hf_ddpm.likelihood import bound_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
-from tests.oracles import betas_by_definition, log_probability
+from tests.oracles import betas_by_definition, chain, log_probability, spaced
 
 LN2 = math.log(2)
 
@@ -201,3 +201,31 @@ class LinearModel:
         gain, p_cov = given(joint, path, image)
         slope, q_cov = given(np.kron(self.cov, np.eye(d)), path, image)
         return log_p, kl(slope @ x_0, q_cov, mean[d:] + gain @ off, p_cov)
+
+
+CHAINS = {"full": ("constant", chain("constant")), "respaced": ("linear", spaced("linear", 25))}
+
+
+def pixelwise(name, variance_type):
+    """The exact denoiser of N(0, 1/4), with a second half of output for learned variances."""
+    guess = gaussian_denoiser(name, 0.25)
+    if variance_type != "learned_range":
+        return guess
+    return lambda x_t, steps: torch.cat([guess(x_t, steps), torch.sin(3 * x_t)], 1)
+
+
+def expected_terms(process, model, x_0, **options):
+    """Of each image: L_t and ⟨(x̂_0 − x_0)²⟩ in expectation over the noise, both (N, T); bits/dim."""
+    z, weight = trapezoid(801)
+    pixels, inverse = x_0.flatten(1).unique(return_inverse=True)
+    single, noise = pixels.repeat_interleave(801)[:, None], z.repeat(len(pixels))[:, None]
+    terms = [bound_term(process, model, single, t, noise, **options) for t in range(len(process))]
+    found = torch.stack([torch.stack([term.nats / LN2, term.x0_mse]) for term in terms])
+    per_pixel = (found.view(len(process), 2, -1, 801) * weight).sum(-1)
+    return per_pixel[..., inverse].mean(-1).permute(1, 2, 0)
+
+
+def expected_bound(process, model, x_0, **options):
+    """E of the bound of each image, bits/dim, (N,)."""
+    prior = prior_kl(process, x_0) / (x_0[0].numel() * LN2)
+    return prior + expected_terms(process, model, x_0, **options)[0].sum(1)

@@ -9,10 +9,13 @@ from numpy.testing import assert_allclose
 
 from hf_ddpm.objectives import (
     OBJECTIVES,
+    Choices,
+    Objective,
     bound_loss,
     hybrid_loss,
     make_objective,
     min_snr_loss,
+    register_objective,
     score_matching_loss,
     sddpm_loss,
 )
@@ -259,7 +262,7 @@ def test_the_conditional_score_trains_towards_the_marginal_one():
 
 
 def test_names_and_what_they_need():
-    assert OBJECTIVES == ("simple", "bound", "hybrid", "min-snr", "score-matching", "sddpm")
+    assert tuple(OBJECTIVES) == ("simple", "bound", "hybrid", "min-snr", "score-matching", "sddpm")
     for name in OBJECTIVES:
         variance = "learned_range" if name == "hybrid" else "fixed_small"
         objective = make_objective(name, "v_prediction", variance)
@@ -338,3 +341,62 @@ def test_noise_of_another_shape_does_not_broadcast():
         with pytest.raises(ValueError, match=r"noise has shape \(2, 1, 4, 4\); allowed: that of x_0"):
             noises = [narrow] * objective.noises
             objective.loss(SHORT, lambda x_t, t: x_t, x_0, torch.tensor([0, 1]), *noises)
+
+
+# Objectives of one's own
+
+
+def own_loss(process, model, x_0, t, noise):
+    x_t = process.q_sample(x_0, noise, t)
+    return (model(x_t, process.timesteps_at(t)) - noise).abs().flatten(1).mean(1)
+
+
+def test_an_objective_of_ones_own():
+    x_0, noise, t = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1), torch.tensor([3, 900])
+    for objective in (make_objective(own_loss), make_objective(Objective(own_loss))):
+        assert (objective.noises, objective.outputs) == (1, 1)
+        got = objective.loss(LINEAR, lambda x_t, t: 0 * x_t, x_0, t, noise)
+        assert torch.equal(got, noise.abs().flatten(1).mean(1))
+        assert objective.cost_of_zero(LINEAR).shape == (1000,)
+
+
+@pytest.mark.parametrize(
+    "mine", [own_loss, Objective(own_loss), "own"], ids=["function", "Objective", "name"]
+)
+def test_an_own_objective_that_trains_no_variance_is_refused_with_a_learned_one(mine, monkeypatch):
+    monkeypatch.setattr("hf_ddpm.objectives.OBJECTIVES", dict(OBJECTIVES))
+    register_objective("own", lambda how: Objective(own_loss))
+    assert make_objective(mine, variance_type="fixed_small").outputs == 1
+    with pytest.raises(ValueError, match=r"'learned_range', which objective .* doesn't train"):
+        make_objective(mine, variance_type="learned_range")
+
+
+def test_a_registered_objective_gets_the_choices_of_the_run(monkeypatch):
+    monkeypatch.setattr("hf_ddpm.objectives.OBJECTIVES", dict(OBJECTIVES))
+    seen = []
+
+    def make(how):
+        seen.append(how)
+        return Objective(own_loss, variance="any")
+
+    register_objective("own", make)
+    register_objective("own", make)  # again, as when a notebook's cell is run twice
+    assert make_objective("own", "sample", "learned_range", 3.0, 0.5).outputs == 2
+    assert seen == [Choices("sample", "learned_range", 3.0, 0.5)]
+    with pytest.raises(ValueError, match="'simple' can't be registered; allowed: a name that is not taken"):
+        register_objective("simple", make)
+    with pytest.raises(ValueError, match="make is 3"):
+        register_objective("three", 3)
+
+
+@pytest.mark.parametrize("wrong", [lambda *_: torch.tensor(1.0), lambda *_: 1.0], ids=["mean", "float"])
+def test_a_loss_that_is_not_one_value_per_example_is_refused(wrong):
+    x = draw(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"the objective's loss gave .*; allowed: one value per example, 2"):
+        make_objective(wrong).loss(LINEAR, None, x, torch.tensor([0, 1]), x)
+
+
+@pytest.mark.parametrize("wrong", ["simpel", 3, None, Objective], ids=str)
+def test_what_is_no_objective(wrong):
+    with pytest.raises(ValueError, match=r"allowed: simple, bound, .*, an Objective, or a function"):
+        make_objective(wrong)

@@ -300,7 +300,7 @@ def test_a_step_after_the_state_before_it_is_the_state(data, betas):
     if t == 0:
         assert process.q_sample_prev(one, one, torch.tensor([0])).item() == 1
     else:
-        assert torch.equal(process.q_sample_prev(one, one, t), process.q_sample(one, one, t - 1))
+        assert_allclose(process.q_sample_prev(one, one, t), process.q_sample(one, one, t - 1), rtol=1e-15)
 
 
 def test_q_sample_and_mean_of_section_8():
@@ -338,7 +338,9 @@ def test_zero_terminal_snr_has_no_x0_in_eps():
     process = from_betas(np.array([0.1, 0.5, 1.0]))
     x = images(1, 2, 2)
     for t in (2, torch.tensor(2), torch.tensor([0, 2])):
-        with pytest.raises(ValueError, match=r"alphas_cumprod is 0 at step 2.*'v_prediction', 'sample'"):
+        with pytest.raises(
+            ValueError, match=r"alphas_cumprod is 0 at step 2: .*allowed: steps where it is positive"
+        ):
             process.predict_x0(x, x, t)
     assert process.predict_x0(x, x, torch.tensor([0, 1])).isfinite().all()
     assert torch.equal(process.q_sample(x, 2 * x, 2), 2 * x)

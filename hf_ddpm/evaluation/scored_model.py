@@ -22,7 +22,7 @@ from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.variances import FIXED, LEARNED
+from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
 PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
@@ -115,7 +115,7 @@ def load_scored_model(
             f"the scheduler of {model!r} has prediction_type {prediction_type!r}; "
             f"allowed: {', '.join(PREDICTION_TYPES)}"
         )
-    own = scheduler.variance_type.removesuffix("_log")
+    own = plain_name(scheduler.variance_type)
     if variance_type is not None and own in LEARNED:
         raise ValueError(
             f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none"

@@ -29,6 +29,7 @@ from hf_ddpm.folders.layout import (
 )
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.scheduler import PACKAGE, DDPMScheduler
+from hf_ddpm.variances import LEARNED, in_diffusers
 
 # The keywords of `from_pretrained` that say how files come from the Hub.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -45,13 +46,14 @@ def entries(network: Any, scheduler: Any) -> dict[str, list[str]]:
     """The entries of a pipeline's index for its two parts: [library, class] of each.
 
     The network is left to plain diffusers only where that runs it rightly: if it has as many channels out as
-    in, or twice as many under a `DDPMScheduler` with "learned_range".
+    in, or twice as many under a `DDPMScheduler` with a learned variance of which diffusers makes no mistake.
     """
     network = getattr(network, "_orig_mod", network)  # a network of torch.compile holds the original
     kind, config = type(network), getattr(network, "config", {})
     learns = config.get("out_channels") != config.get("in_channels")
     splits = isinstance(scheduler, diffusers.DDPMScheduler)
-    plain = not learns or (splits and scheduler.config.get("variance_type") == "learned_range")
+    word = scheduler.config.get("variance_type")
+    plain = not learns or (splits and word in LEARNED and in_diffusers(word))
     plain = plain and _is_diffusers(kind.__module__)
     module = scheduler.__module__  # which our scheduler sets by its config: DDPMScheduler.register_to_config
     return {

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.predictor import PredictingPipeline
 from hf_ddpm.models.autoencoders import Autoencoder
-from hf_ddpm.parametrization import to_x0
+from hf_ddpm.parametrization import in_diffusers, to_x0
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.scheduler import OURS_ALONE, DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
@@ -270,7 +270,7 @@ class DDPMPipeline(PredictingPipeline):
         scheduler: Any = self.scheduler
         sampler, total = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
         kind = scheduler.config.get("prediction_type")
-        if kind in OURS_ALONE["prediction_type"] and not isinstance(scheduler, DDPMScheduler):
+        if not in_diffusers(kind) and not isinstance(scheduler, DDPMScheduler):
             raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
         num_steps = total if num_inference_steps is None else num_inference_steps
         in_range = _is_count(num_steps) and num_steps <= total

@@ -18,7 +18,7 @@ from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import REFRESH
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
-from hf_ddpm.variances import LEARNED
+from hf_ddpm.variances import FIXED, LEARNED
 
 GRID_IMAGES = 100  # the grid shows at most so many of the samples
 
@@ -60,8 +60,8 @@ def sample(
     for name, value, least in least_values:
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
-    if variance_type not in (None, "fixed_small", "fixed_large"):
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: fixed_small, fixed_large")
+    if variance_type not in (None, *FIXED):
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
     state, folder = process_state(), Path(out)
     pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
     if scheduler is not None:

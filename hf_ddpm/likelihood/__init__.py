@@ -1,6 +1,10 @@
-"""The variational bound: its terms, its estimate, all of it."""
+"""The variational bound on an image's negative log-likelihood, Ho et al. 2020, eq. 5.
 
-from hf_ddpm.likelihood.bound import BoundTerm, bound_term, prior_kl
+`bound_term` is one term of it; `estimate_bound` is unbiased from a few network evaluations for each image;
+`evaluate_bound` visits every step. `rate_distortion` and `with_variance` read their results in another way.
+"""
+
+from hf_ddpm.likelihood.bound import DECODERS, BoundTerm, bound_term, prior_kl
 from hf_ddpm.likelihood.estimator import (
     Estimate,
     decoder_evals,
@@ -20,6 +24,7 @@ from hf_ddpm.likelihood.full import (
 )
 
 __all__ = [
+    "DECODERS",
     "Bound",
     "BoundTerm",
     "Estimate",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood, normal_kl
-from hf_ddpm.parametrization import PREDICTION_TYPES, to_x0
+from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.variances import learned_range_log_variance, variance_table
+from hf_ddpm.variances import check_scored, log_variance_at, outputs
 
 DECODERS = ("exact", "tanh")
 
@@ -94,20 +94,10 @@ def bound_term(
         ValueError: an unknown name, a shape that doesn't fit, t outside the chain, or not exactly one of
             `model` and `model_output`.
     """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder is {decoder!r}; allowed: {', '.join(DECODERS)}")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}")
-    if not x_0.is_floating_point():
-        raise ValueError(f"x_0 is {x_0.dtype}; allowed: floating-point images in [-1, 1]")
-    if noise.shape != x_0.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}")
-    if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
-        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: ({x_0.shape[0]},), one step per example")
-    variance_table(process, variance_type)  # refuses what is none, before the network runs
-    x_t = process.q_sample(x_0, noise, t)
+    _check(process, x_0, t, noise, variance_type, prediction_type, decoder)
     if (model is None) == (model_output is None):
         raise ValueError("pass exactly one of model and model_output")
+    x_t = process.q_sample(x_0, noise, t)
     if model_output is None:
         assert model is not None
         steps = t if isinstance(t, Tensor) else torch.full(x_0.shape[:1], t, device=x_0.device)
@@ -115,7 +105,7 @@ def bound_term(
     if not isinstance(model_output, Tensor):
         raise ValueError(
             f"the model answered {type(model_output).__name__}; allowed: a tensor, as diffusers models give "
-            "through hf_ddpm.models.as_denoiser"
+            "through hf_ddpm.denoiser.as_denoiser"
         )
     x_0, x_t = x_0.double(), x_t.double()
     mean_x0, log_variance = predicted(process, model_output, x_t, t, prediction_type, variance_type)
@@ -141,7 +131,7 @@ def bound_term(
 def decoder_nats(
     x_0: Tensor,
     mean_x0: Tensor,
-    log_variance: Tensor,
+    log_variance: Tensor | float,
     at_0: Tensor | None = None,
     decoder: Literal["exact", "tanh"] = "exact",
 ) -> Tensor:
@@ -161,28 +151,46 @@ def predicted(
     t: Tensor | int,
     prediction_type: str,
     variance_type: str | Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | float]:
     """What a network's output says of p_θ(x_prev | x_t) = N(μ̃_t(x_t, x̂_0), σ_t²).
 
     Arguments and errors as in `bound_term`; it is computed in x_t's dtype, and gradients flow to the output.
 
     Returns:
-        x̂_0, not clipped, shape of x_t; and log σ_t², which multiplies images of that shape.
+        x̂_0, not clipped, shape of x_t; and log σ_t², a float or a tensor that goes with images of that shape.
     """
-    table = variance_table(process, variance_type)
-    channels = x_t.shape[1] * (2 if table is None else 1)
-    if model_output.shape != (wanted := (x_t.shape[0], channels, *x_t.shape[2:])):
+    check_scored(process, variance_type)
+    wanted = (x_t.shape[0], x_t.shape[1] * outputs(variance_type), *x_t.shape[2:])
+    if model_output.shape != wanted:
         raise ValueError(
             f"the model answered shape {tuple(model_output.shape)}; allowed for variance_type "
             f"{variance_type if isinstance(variance_type, str) else 'of a table'!r}: {wanted}"
         )
-    output = model_output.to(x_t.dtype)
-    if table is not None:
-        return to_x0(process, prediction_type, output, x_t, t), process.at(t, x_t, table)[0]
-    output, second = output.chunk(2, dim=1)
-    learned = variance_type == "learned"
-    log_variance = second if learned else learned_range_log_variance(process, second, t)
+    output, *second = model_output.to(x_t.dtype).split(x_t.shape[1], dim=1)
+    log_variance = log_variance_at(process, variance_type, second[0] if second else None, t, x_t)
     return to_x0(process, prediction_type, output, x_t, t), log_variance
+
+
+def _check(
+    process: DiffusionProcess,
+    x_0: Tensor,
+    t: Tensor | int,
+    noise: Tensor,
+    variance_type: str | Tensor,
+    prediction_type: str,
+    decoder: str,
+) -> None:
+    """Refuse arguments of `bound_term` that don't fit, before the network runs."""
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {decoder!r}; allowed: {', '.join(DECODERS)}")
+    parametrization(prediction_type)
+    if not x_0.is_floating_point():
+        raise ValueError(f"x_0 is {x_0.dtype}; allowed: floating-point images in [-1, 1]")
+    if noise.shape != x_0.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}")
+    if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
+        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: ({x_0.shape[0]},), one step per example")
+    check_scored(process, variance_type)
 
 
 def _which(process: DiffusionProcess, t: Tensor | int) -> tuple[bool, bool]:

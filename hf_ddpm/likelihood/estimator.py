@@ -12,6 +12,7 @@ and the proposal that needs no pilot, are ours.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -105,7 +106,10 @@ def estimate_bound(
     image_indices: Tensor | Sequence[int] | None = None,
     proposal: Tensor | None = None,
     batch_size: int = 64,
-    **options,
+    variance_type: str | Tensor,
+    prediction_type: str = "epsilon",
+    clip_x0: bool = True,
+    decoder: Literal["exact", "tanh"] = "exact",
 ) -> Estimate:
     """The bound of each image, unbiased, from a few network evaluations.
 
@@ -120,33 +124,25 @@ def estimate_bound(
         proposal: p_t for t ≥ 1 up to a factor, (T,), entry 0 unused; by default `default_proposal`, which is
             the same for all models of a process. It must not depend on these draws.
         batch_size: the network sees at most so many x_t at once.
-        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
+        variance_type: as in `bound_term`.
+        prediction_type: as in `bound_term`.
+        clip_x0: as in `bound_term`.
+        decoder: as in `bound_term`.
 
     Raises:
         ValueError: as in `bound_term`, too few evaluations, or a proposal that is not positive.
     """
-    if len(images) == 0:
-        raise ValueError("there are no images; allowed: at least one")
-    steps, dims = len(process), images[0].numel()
-    n_0 = decoder_evals(num_evals_per_image) if num_decoder_evals is None else num_decoder_evals
-    if steps == 1:
-        n_0 = num_evals_per_image  # nothing else to evaluate
-    if n_0 < 1 or num_evals_per_image < n_0 + (steps > 1):
-        raise ValueError(
-            f"num_evals_per_image is {num_evals_per_image} with {n_0} for L_0; allowed: at least one for L_0 "
-            "and one for the other steps"
-        )
-    p = default_proposal(process) if proposal is None else _normalised(proposal, steps)
-    indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
-    if indices.shape != (len(images),) or indices.is_floating_point():
-        raise ValueError(
-            f"image_indices are {tuple(indices.shape)} {indices.dtype}; allowed: whole numbers "
-            f"({len(images)},)"
-        )
+    how: Any = {
+        "variance_type": variance_type,
+        "prediction_type": prediction_type,
+        "clip_x0": clip_x0,
+        "decoder": decoder,
+    }
+    n_0, p, indices = _plan(process, images, num_evals_per_image, num_decoder_evals, image_indices, proposal)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: whole numbers >= 1")
 
-    parts = []
+    parts, dims = [], images[0].numel()
     per_chunk = max(1, min(batch_size, CHUNK // (num_evals_per_image * dims)))
     for start in range(0, len(images), per_chunk):
         x_0, chunk = images[start : start + per_chunk], indices[start : start + per_chunk]
@@ -156,7 +152,7 @@ def estimate_bound(
         found = []
         for place in torch.arange(len(t)).split(batch_size):
             x, eps = x_0[owner[place].to(x_0.device)], noise[place].to(x_0.device, x_0.dtype)
-            term = bound_term(process, model, x, t[place].to(x_0.device), eps, **options)
+            term = bound_term(process, model, x, t[place].to(x_0.device), eps, **how)
             found.append(torch.stack([term.nats, term.x0_mse]).cpu())
         nats, mse = torch.cat(found, 1).view(2, len(x_0), num_evals_per_image)
         parts.append((chunk, prior_kl(process, x_0).cpu(), t.view_as(nats), nats, mse))
@@ -173,6 +169,36 @@ def estimate_bound(
         proposal=p,
         seed=seed,
     )
+
+
+def _plan(
+    process: DiffusionProcess,
+    images: Tensor,
+    num_evals_per_image: int,
+    num_decoder_evals: int | None,
+    image_indices: Tensor | Sequence[int] | None,
+    proposal: Tensor | None,
+) -> tuple[int, Tensor, Tensor]:
+    """How many evaluations L_0 gets, p_t, and the images' indices; errors as in `estimate_bound`."""
+    if len(images) == 0:
+        raise ValueError("there are no images; allowed: at least one")
+    steps = len(process)
+    n_0 = decoder_evals(num_evals_per_image) if num_decoder_evals is None else num_decoder_evals
+    if steps == 1:
+        n_0 = num_evals_per_image  # nothing else to evaluate
+    if n_0 < 1 or num_evals_per_image < n_0 + (steps > 1):
+        raise ValueError(
+            f"num_evals_per_image is {num_evals_per_image} with {n_0} for L_0; allowed: at least one for L_0 "
+            "and one for the other steps"
+        )
+    p = default_proposal(process) if proposal is None else _normalised(proposal, steps)
+    indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
+    if indices.shape != (len(images),) or indices.is_floating_point():
+        raise ValueError(
+            f"image_indices are {tuple(indices.shape)} {indices.dtype}; allowed: whole numbers "
+            f"({len(images)},)"
+        )
+    return n_0, p, indices
 
 
 def decoder_evals(num_evals_per_image: int) -> int:
@@ -209,7 +235,10 @@ def pilot_proposal(
     num_steps: int = 20,
     seed: int = 0,
     batch_size: int = 64,
-    **options,
+    variance_type: str | Tensor,
+    prediction_type: str = "epsilon",
+    clip_x0: bool = True,
+    decoder: Literal["exact", "tanh"] = "exact",
 ) -> Tensor:
     """A proposal for `estimate_bound` from a few images: p_t ∝ √E L_t², with a share of uniform.
 
@@ -223,7 +252,10 @@ def pilot_proposal(
         num_steps: grid points.
         seed: of the pilot's noise.
         batch_size: the network sees at most so many x_t at once.
-        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
+        variance_type: as in `bound_term`.
+        prediction_type: as in `bound_term`.
+        clip_x0: as in `bound_term`.
+        decoder: as in `bound_term`.
 
     Returns:
         p_t, (T,) float64 on the CPU, 0 at t = 0 and 1 in sum over t ≥ 1.
@@ -231,6 +263,12 @@ def pilot_proposal(
     Raises:
         ValueError: as in `bound_term`.
     """
+    how: Any = {
+        "variance_type": variance_type,
+        "prediction_type": prediction_type,
+        "clip_x0": clip_x0,
+        "decoder": decoder,
+    }
     last = len(process) - 1
     if last < 1:
         return torch.zeros(last + 1, dtype=torch.float64)
@@ -244,7 +282,7 @@ def pilot_proposal(
     for t in grid.tolist():
         noise = randn_like(images, generator)
         pieces = zip(images.split(batch_size), noise.split(batch_size), strict=True)
-        nats = torch.cat([bound_term(process, model, x, t, eps, **options).nats for x, eps in pieces])
+        nats = torch.cat([bound_term(process, model, x, t, eps, **how).nats for x, eps in pieces])
         squares.append(nats.square().mean().item() + 1e-300)  # a term may be exactly 0
     if not np.isfinite(squares).all():
         raise ValueError("the pilot's terms are not finite: the model's answers are not")

@@ -22,6 +22,7 @@ from hf_ddpm.likelihood.estimator import (
 )
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.variances import log_variance_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +84,12 @@ def evaluate_bound(
     model: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     *,
+    variance_type: str | Tensor,
+    prediction_type: str = "epsilon",
+    clip_x0: bool = True,
+    decoder: Literal["exact", "tanh"] = "exact",
     noise_fn: Callable[[int], Tensor] | None = None,
     generator: torch.Generator | None = None,
-    **options,
 ) -> Bound:
     """Every term of the bound once, with independent noise at each t; T network calls on the whole batch.
 
@@ -93,9 +97,12 @@ def evaluate_bound(
         process: the chain.
         model: a denoiser (x_t, t) → output, in eval mode.
         x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        variance_type: as in `bound_term`.
+        prediction_type: as in `bound_term`.
+        clip_x0: as in `bound_term`.
+        decoder: as in `bound_term`.
         noise_fn: the noise for each index t of the chain, shape of x_0, instead of fresh draws.
         generator: of the draws; it may be on the CPU when the images are not.
-        **options: `variance_type`, `prediction_type`, `clip_x0` and `decoder`, as in `bound_term`.
 
     Raises:
         ValueError: as in `bound_term`.
@@ -103,7 +110,19 @@ def evaluate_bound(
     terms = []
     for t in reversed(range(len(process))):
         noise = noise_fn(t) if noise_fn is not None else randn_like(x_0, generator)
-        terms.append(bound_term(process, model, x_0, t, noise, **options))
+        terms.append(
+            bound_term(
+                process,
+                model,
+                x_0,
+                t,
+                noise,
+                variance_type=variance_type,
+                prediction_type=prediction_type,
+                clip_x0=clip_x0,
+                decoder=decoder,
+            )
+        )
     dims = x_0[0].numel()
     nats, x0_mse, eps_mse = (
         torch.stack([getattr(term, name) for term in reversed(terms)], 1).cpu()
@@ -139,12 +158,15 @@ def with_variance(
     Args:
         result: of `evaluate_bound` or `estimate_bound` with a fixed variance.
         process: the chain that it was made with.
-        variance_type: the variance to score it with.
+        variance_type: the fixed variance to score it with.
+
+    Raises:
+        ValueError: the variance is not a fixed one.
     """
     t = torch.arange(1, len(process)) if isinstance(result, Bound) else result.t
     mse = result.x0_mse[:, 1:] if isinstance(result, Bound) else result.x0_mse
     shift = process.posterior_mean_coef_x0[t] * mse.sqrt()
-    table = process.log_variance(variance_type)[t]
+    table = log_variance_table(process, variance_type)[t]
     terms = bits_per_dim(normal_kl(shift, process.log_fixed_small[t], shift.new_zeros(()), table), 1)
     if isinstance(result, Bound):
         terms = torch.cat([result.terms_bpd[:, :1], terms], 1)

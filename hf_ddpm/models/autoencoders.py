@@ -195,7 +195,7 @@ class _Time(nn.Module):
 
 
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
-    """X with a number added to each unit or channel."""
+    """The layer's values with a number added to each unit or channel."""
     return x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
 
 

@@ -1,4 +1,4 @@
-"""Networks: what a denoiser is, how any model becomes one, which classes load, the presets by name.
+"""Networks by name: the presets, and how one is made for images of a given size.
 
 The presets are the U-Nets of Ho et al. 2020 and the autoencoders of the SDDPM article (autoencoders.py). The
 file knows shapes and layouts. It deliberately does not know what the output means (parametrization.py),
@@ -53,7 +53,7 @@ def _autoencoders(name: str, network: str, **layers: Any) -> dict[str, dict[str,
 
 # Configs by name, with diffusers' key for the class. `dropout` acts as in the paper: before the second
 # convolution of every residual block, the middle's too, and nowhere in attention (read in diffusers 0.42.1,
-# kept true by tests/test_models.py).
+# kept true by tests/models/test_presets.py).
 PRESETS: dict[str, dict[str, Any]] = {
     # Ho et al. 2020, appendix B: CIFAR-10, and LSUN and CelebA-HQ.
     "cifar10": _layout(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M

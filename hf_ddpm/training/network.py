@@ -21,6 +21,7 @@ from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.variances import outputs
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
     if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
-        answers = channels * (2 if config.variance_type == "learned_range" else 1)
+        answers = channels * outputs(config.variance_type)
         return create_model(
             config.model,
             image_size=size,
@@ -84,7 +85,7 @@ def prepare_model(
         wanted = (channels, *np.broadcast_to(np.array(size), 2).tolist())
         if wanted != stream.shape:
             raise ValueError(f"the network is for images {wanted} (C, H, W), these are {stream.shape}")
-        if answers != (allowed := channels * (2 if config.variance_type == "learned_range" else 1)):
+        if answers != (allowed := channels * outputs(config.variance_type)):
             raise ValueError(
                 f"the network answers {answers} channels; allowed with variance_type "
                 f"{config.variance_type!r}: {allowed}"
