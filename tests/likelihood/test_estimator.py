@@ -136,7 +136,7 @@ def test_the_95_percent_interval_covers(count, evals, variance_type):
 
 
 def test_error_of_few_evaluations_is_near_that_of_all_steps():
-    # Section 4.1: 20 of 1000 evaluations cost no precision; the draws of 64 images blur that a little.
+    # docs/maths.md 4.1: 20 of 1000 evaluations cost no precision; the draws of 64 images blur that a little.
     process, model, x_0 = chain("linear"), mixture_denoiser(), mixture_images(64)
     noise = image_noise(0, range(64), x_0)
     full = mean_and_stderr(evaluate_bound(process, model, x_0, noise_fn=noise, **OPTIONS).total_bpd)
@@ -515,7 +515,7 @@ def test_paired_difference():
         full.append(evaluate_bound(process, model, x_0, noise_fn=noise, **OPTIONS).total_bpd)
     gap, gap_error = mean_and_stderr(difference - (full[0] - full[1]))
     assert abs(gap) < 5 * gap_error and mean < -5 * stderr
-    # Section 4.1: the error is far below that of fresh draws, and further below that of other images.
+    # docs/maths.md 4.1: the error is far below that of fresh draws, and further below that of other images.
     _, fresh = mean_and_stderr(a.per_image_bpd - redrawn.per_image_bpd)
     assert stderr < 0.75 * fresh and fresh < 0.5 * math.hypot(a.stderr, b.stderr)
 
