@@ -216,3 +216,37 @@ for number in ("1", "4"):
     assert found["sampler"] == ["00000.png", "00001.png"]
     assert found["option of train"] is True
     assert found["evaluated with 1"] != found["evaluated with 4"]
+
+
+SCHEDULE = {
+    "hf_ddpm/schedules.py": (
+        '    "constant": _constant,\n',
+        '    "constant": _constant,\n'
+        '    "geometric": lambda steps, start, end: torch.tensor(np.geomspace(start, end, steps)),\n',
+    ),
+}
+PREDICTION = {
+    "hf_ddpm/parametrization.py": (
+        '    "mean": Parametrization(',
+        '    "flow": Parametrization(lambda process: -_one(process), _one, in_diffusers=False),\n'
+        '    "mean": Parametrization(',
+    ),
+}
+
+
+def test_add_what_is_learned(tmp_path):
+    """A schedule, a prediction type, a variance type and an objective, in one interpreter."""
+    script = """
+import numpy as np
+
+from hf_ddpm.parametrization import from_x0_eps
+
+betas = used("schedule", beta_schedule="geometric").scheduler.process.betas
+assert np.allclose(betas, np.geomspace(1e-4, 0.5, 20), rtol=1e-12)
+
+pipeline = used("prediction", prediction_type="flow")
+x, e = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
+assert torch.allclose(from_x0_eps(pipeline.process, "flow", x, e, 3), e - x)
+"""
+    added = {"beta schedule": SCHEDULE, "prediction type": PREDICTION}
+    found = add_and_run(tmp_path, added, script)
