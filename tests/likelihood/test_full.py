@@ -1,4 +1,4 @@
-"""likelihood.py, bound.py: the exact bound against docs/maths.md and against linear algebra.
+"""likelihood/full.py, likelihood/bound.py: the exact bound against docs/maths.md and against linear algebra.
 
 Expectations are exact where they can be: with a linear denoiser a KL is a quadratic of (x_0, ε), which four
 pixels (±1, ±1) average without error.
