@@ -4,13 +4,20 @@ A copy is edited in the files that the row of the table names, and in no other. 
 trains the `tiny` network on the digits with the new thing, loads what was saved, samples and scores it.
 """
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from hf_ddpm import DDPMPipeline, TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,21 +239,83 @@ PREDICTION = {
         '    "mean": Parametrization(',
     ),
 }
+VARIANCE = {
+    "hf_ddpm/variances.py": (
+        '    "learned_range": Variance(',
+        """    "halfway": Variance(
+        lambda process: (process.log_fixed_small + process.log_fixed_large) / 2,
+        lambda process: (process.sigma_small * process.sigma_large).sqrt(),
+        in_diffusers=False,
+    ),
+    "learned_factor": Variance(
+        from_output=lambda process, v, t: wide(v) + process.at(t, v, "log_betas")[0], in_diffusers=False
+    ),
+    "learned_range": Variance(""",
+    ),
+}
+OBJECTIVE = {
+    "hf_ddpm/objectives.py": (
+        "OBJECTIVES: dict[str, Callable[[Choices], Objective]] = {\n",
+        """def absolute_loss(process, model, x_0, t, noise):
+    output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    return (output - noise).abs().flatten(1).mean(1)
+
+
+OBJECTIVES: dict[str, Callable[[Choices], Objective]] = {
+    "absolute": lambda how: Objective(absolute_loss),
+""",
+    ),
+}
 
 
 def test_add_what_is_learned(tmp_path):
-    """A schedule, a prediction type, a variance type and an objective, in one interpreter."""
+    """A beta schedule, a prediction type, two variance types and an objective, in one interpreter."""
     script = """
 import numpy as np
 
+from hf_ddpm.likelihood import bound_term
 from hf_ddpm.parametrization import from_x0_eps
+
+x, e = torch.zeros(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
 
 betas = used("schedule", beta_schedule="geometric").scheduler.process.betas
 assert np.allclose(betas, np.geomspace(1e-4, 0.5, 20), rtol=1e-12)
 
-pipeline = used("prediction", prediction_type="flow")
-x, e = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
-assert torch.allclose(from_x0_eps(pipeline.process, "flow", x, e, 3), e - x)
+process = used("prediction", prediction_type="flow").process
+assert torch.allclose(from_x0_eps(process, "flow", x, e, 3), e - x)
+
+scheduler = used("variance", variance_type="halfway").scheduler
+assert scheduler.variance_type == "halfway"
+halfway = (process.posterior_variance * process.betas).sqrt()
+assert torch.allclose(scheduler._get_variance(7).double(), halfway[7])
+
+pipeline = used("learned", variance_type="learned_factor", objective="bound")
+assert pipeline.unet.config.out_channels == 2
+
+used("objective", objective="absolute")
+found["config"] = json.loads(Path("objective/train_config.json").read_text())["objective"]
 """
     added = {"beta schedule": SCHEDULE, "prediction type": PREDICTION}
+    added |= {"variance type": VARIANCE, "objective": OBJECTIVE}
     found = add_and_run(tmp_path, added, script)
+    runs = ("schedule", "prediction", "variance", "learned", "objective")
+    assert all(math.isfinite(found[name]["bpd"]) for name in runs)
+    assert found["config"] == "absolute"
+
+
+def huber(process, model, x_0, t, noise):
+    output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    return torch.nn.functional.huber_loss(output, noise, reduction="none").flatten(1).mean(1)
+
+
+def test_an_objective_needs_no_file(tmp_path):
+    options = {"dataset": "digits", "model": "tiny", "max_steps": 2, "batch_size": 4, "lr_warmup_steps": 0}
+    config = TrainConfig(output_dir=str(tmp_path / "run"), num_train_timesteps=20, beta_end=0.5, **options)
+    train(config, objective=huber)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, torch.Generator().manual_seed(0), output_type="pt").images
+    assert drawn.shape == (2, 1, 8, 8) and drawn.isfinite().all()
+    learned = dataclasses.replace(config, variance_type="learned_range", objective="bound")
+    with pytest.raises(ValueError, match="learned_range"):  # which this objective doesn't train
+        train(dataclasses.replace(learned, output_dir=str(tmp_path / "other")), objective=huber)
