@@ -284,10 +284,10 @@ assert np.allclose(betas, np.geomspace(1e-4, 0.5, 20), rtol=1e-12)
 process = used("prediction", prediction_type="flow").process
 assert torch.allclose(from_x0_eps(process, "flow", x, e, 3), e - x)
 
-scheduler = used("variance", variance_type="halfway").scheduler
-assert scheduler.variance_type == "halfway"
-halfway = (process.posterior_variance * process.betas).sqrt()
-assert torch.allclose(scheduler._get_variance(7).double(), halfway[7])
+assert used("variance", variance_type="halfway").scheduler.variance_type == "halfway"
+table = (process.posterior_variance * process.betas).sqrt().log()
+scored = [bound_term(process, None, x, 7, e, variance_type=v, model_output=0 * e) for v in ("halfway", table)]
+assert torch.allclose(scored[0].nats, scored[1].nats)
 
 pipeline = used("learned", variance_type="learned_factor", objective="bound")
 assert pipeline.unet.config.out_channels == 2
