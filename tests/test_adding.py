@@ -227,9 +227,9 @@ for number in ("1", "4"):
 
 SCHEDULE = {
     "hf_ddpm/schedules.py": (
-        '    "constant": _constant,\n',
-        '    "constant": _constant,\n'
-        '    "geometric": lambda steps, start, end: torch.tensor(np.geomspace(start, end, steps)),\n',
+        '    "constant": Schedule(',
+        '    "geometric": Schedule(lambda t, start, end: torch.tensor(np.geomspace(start, end, t))),\n'
+        '    "constant": Schedule(',
     ),
 }
 PREDICTION = {
