@@ -2,7 +2,7 @@
 
 One pixel's chain (x_0, x_1, ...) is a linear map of independent noises; every constant of q is a conditional
 of its joint covariance, and D pixels are D copies of it. p is the reverse chain of a linear denoiser, built
-the same way. β alone enters, no formula of maths.md.
+the same way. β alone enters, no formula of docs/maths.md.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What the tests of the maths compare with: definitions in numpy, 50-digit arithmetic, random chains.
 
 No table of hf_ddpm enters an oracle; `chain` and `spaced` build what is tested, and the last three functions
-put its tables and its KL together into numbers that maths.md states.
+put its tables and its KL together into numbers that docs/maths.md states.
 """
 
 from functools import lru_cache
@@ -29,7 +29,7 @@ STEPS = {"linear": 1000, "scaled_linear": 1000, "squaredcos_cap_v2": 1000, "sigm
 
 
 def betas_by_definition(name: str) -> np.ndarray:
-    """The table of section 1 in numpy: β_t of the five schedules."""
+    """The table of docs/maths.md 1, in numpy: β_t of the five schedules."""
     if name == "constant":
         return np.full(50, 0.2)
     if name == "squaredcos_cap_v2":
@@ -44,12 +44,12 @@ def betas_by_definition(name: str) -> np.ndarray:
 
 @lru_cache
 def chain(name: str) -> DiffusionProcess:
-    """The process of a schedule of section 1."""
+    """The process of a schedule of docs/maths.md 1."""
     return DiffusionProcess.from_betas(make_betas(name, STEPS[name], 0.2 if name == "constant" else 1e-4))
 
 
 def spaced_steps(count: int) -> np.ndarray:
-    """round(linspace(0, 999, K)), the kept steps of sections 2 and 8."""
+    """round(linspace(0, 999, K)), the kept steps of docs/maths.md 2, 8."""
     return np.round(np.linspace(0, 999, count)).astype(np.int64)
 
 
@@ -78,7 +78,7 @@ def tables_by_bayes(betas: np.ndarray) -> dict[str, np.ndarray]:
                 var = 1 / (alpha / beta + 1 / (1 - prev))
                 ct, c0 = var * mpmath.sqrt(alpha) / beta, var * mpmath.sqrt(prev) / (1 - prev)
             if prev != 1 and abar:
-                # Half the squared shift of the mean per unit error of ε, over σ² (w_t of section 5).
+                # Half the squared shift of the mean per unit error of ε, over σ² (w_t of docs/maths.md 5).
                 shift = (c0 * mpmath.sqrt(1 - abar) / mpmath.sqrt(abar)) ** 2
                 weights = [shift / (2 * var), shift / (2 * beta)]
             rows.append([float(z) for z in (abar, 1 - abar, var, c0, ct, *weights)])
@@ -139,5 +139,5 @@ def step_kl(process, log_variance, mse):
 
 
 def optimal_log_variance(process, mse):
-    """log σ*² of section 7; at t = 0 it is the log of mse_0, since c0 = 1 and β̃ = 0."""
+    """log σ*² of docs/maths.md 7; at t = 0 it is the log of mse_0, since c0 = 1 and β̃ = 0."""
     return (process.posterior_variance + process.posterior_mean_coef_x0**2 * mse).log()

@@ -1,4 +1,4 @@
-"""exact.py: section 5.1 of maths.md: closed forms, limits, what sampling with it returns, the price of p."""
+"""exact.py, docs/maths.md 5.1: closed forms, limits, what sampling with it returns, the price of p."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""gaussian.py: the KL by definition, the decoder against 50-digit arithmetic and maths.md section 4."""
+"""gaussian.py: the KL by definition, the decoder against 50-digit arithmetic and docs/maths.md 4."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_bits_per_dim_of_fair_coins():
     assert_allclose(bits_per_dim(torch.tensor([7 * math.log(2), 0.0], dtype=torch.float64), 7), [1, 0])
 
 
-# Decoder: the table of section 4 (interior pixel, d = |x − mean| / σ_0)
+# Decoder: the table of docs/maths.md 4 (interior pixel, d = |x − mean| / σ_0)
 
 
 @pytest.mark.parametrize("side", [-1, 1])

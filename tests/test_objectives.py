@@ -1,4 +1,4 @@
-"""objectives.py, and what it stands for: the weights and KLs of the true bound (maths.md 4, 5, 7 and 8)."""
+"""objectives.py, and what it stands for: the weights and KLs of the true bound (docs/maths.md 4, 5, 7, 8)."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.oracles import (
 )
 
 LINEAR = chain("linear")
-T_8 = [1, 10, 100, 500, 999]  # the steps of section 8
+T_8 = [1, 10, 100, 500, 999]  # the steps of docs/maths.md 8
 
 
 def draw(*shape, seed=0):
@@ -92,7 +92,7 @@ def test_simple_loss_of_narrow_images_is_float32(dtype):
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance", [1.0, 0.25])
 def test_simple_loss_of_an_exact_denoiser(kind, variance):
-    # Per t, E loss = (units of section 3) · E(x̂_0 − x_0)²; five standard errors over 4000 examples.
+    # Per t, E loss = (units of docs/maths.md 3) · E(x̂_0 − x_0)²; five standard errors over 4000 examples.
     t = torch.tensor([0, 10, 500, 999]).repeat_interleave(4000)
     abar = LINEAR.alphas_cumprod[t].view(-1, 1, 1, 1)
 
@@ -116,7 +116,7 @@ def test_simple_loss_of_an_exact_denoiser(kind, variance):
 
 
 def test_one_weighting_has_one_gradient_in_every_parametrisation():
-    # Section 5: SNR_t · (loss on x_0) = loss on ε = SNR/(SNR + 1) · (loss on v), for one network.
+    # docs/maths.md 5: SNR_t · (loss on x_0) = loss on ε = SNR/(SNR + 1) · (loss on v), for one network.
     x_0, noise, t = draw(3, 1, 4, 4), draw(3, 1, 4, 4, seed=1), torch.tensor([1, 400, 999])
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     snr = (LINEAR.alphas_cumprod / LINEAR.one_minus_alphas_cumprod)[t]
@@ -219,7 +219,7 @@ def test_forms_of_the_kl(name):
     p, mse = chain(name), draw(STEPS[name]).abs()
     snr = p.alphas_cumprod / p.one_minus_alphas_cumprod
     gap = (snr[:-1] - snr[1:]).numpy()
-    # I1 of section 8, and its optimal-variance twin of section 7.
+    # docs/maths.md 8: I1, and section 7: its twin for the optimal variance.
     assert_allclose(
         step_kl(p, p.log_variance("fixed_small"), mse)[1:], 0.5 * gap * mse[1:].numpy(), rtol=1e-10
     )
@@ -252,7 +252,7 @@ def test_constant_of_fixed_large():
     ],
 )
 def test_sddpm_gradient_noise(name, steps, ratios):
-    # Section 5.1, item 5: β̃_t/(c0² mse_t) = 1/(2 KL_t) on N(0, 1).
+    # docs/maths.md 5.1, item 5: β̃_t/(c0² mse_t) = 1/(2 KL_t) on N(0, 1).
     p = chain(name)
     mse = mse_of_gaussian(p, 1.0)
     ratio = (p.posterior_variance / (p.posterior_mean_coef_x0**2 * mse))[steps]
@@ -261,7 +261,7 @@ def test_sddpm_gradient_noise(name, steps, ratios):
 
 
 def test_sddpm_objective_is_ours_plus_a_constant():
-    # Section 5.1, item 2: −E log q_r(x_prev | x_t) = L_t + ½ log(2πe β̃_t), here by quadrature over x_prev.
+    # docs/maths.md 5.1, item 2: −E log q_r(x_prev | x_t) = L_t + ½ log(2πe β̃_t), by quadrature over x_prev.
     p, t, m = LINEAR, 10, 0.02
     mean, log_variance = p.posterior_mean_coef_x0[t] * 0.3, p.log_variance("fixed_large")[t]
     sigma, s2 = p.sigma_small[t].item(), log_variance.exp().item()

@@ -1,4 +1,4 @@
-"""objectives.py, what is made of the bound: means and gradients by closed forms (maths.md 4, 5)."""
+"""objectives.py, what is made of the bound: means and gradients by closed forms (docs/maths.md 4, 5)."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_importance_sampled_steps_have_the_same_mean_and_gradient():
     assert losses.var() < 0.5 * sampled(bound_loss, uniform_steps(), draw(COUNT, 1, 1, 1))[0].var()
 
 
-# Section 5.1: SDDPM against Ho et al., on N(0, 1) data with weights θ_t of their own
+# docs/maths.md 5.1: SDDPM against Ho et al., on N(0, 1) data with weights θ_t of their own
 
 
 def gaussian_gradients(loss, process, step, factor, *noises):
@@ -232,7 +232,7 @@ def test_min_snr_in_every_parametrisation(kind):
     ],
 )
 def test_score_matching_has_the_bounds_weights(kind, variance_type, weights):
-    # Section 8: w_t on the mean square of ε; T/ln 2 makes it bits.
+    # docs/maths.md 8: w_t on the mean square of ε; T/ln 2 makes it bits.
     t, x_0, noise = torch.tensor([0, 1, 10, 100, 500]), draw(5, 1, 2, 3), draw(5, 1, 2, 3, seed=1)
     model = reads(LINEAR, kind, lambda x_t, t: 0.4 * torch.tanh(x_t))
     loss = score_matching_loss(LINEAR, model, x_0, t, noise, kind, variance_type)

@@ -1,4 +1,4 @@
-"""parametrization.py: the five meanings of an output, by round trip and by Bayes' rule (maths.md 3).
+"""parametrization.py: the five meanings of an output, by round trip and by Bayes' rule (docs/maths.md 3).
 
 At the end: shapes, dtypes, steps and devices of every equation on images, process.py's included.
 """
@@ -92,7 +92,7 @@ def test_values_of_section_8():
 
 @pytest.mark.parametrize("t", ENDS)
 def test_posterior_mean_of_each(t):
-    # Section 3, last line of the table: the reverse mean written in each output.
+    # docs/maths.md 3, the second table: the reverse mean written in each output.
     x_t, m, beta, abar = draw(1, 3, 2, 2), draw(1, 3, 2, 2, seed=1), BETAS[t], ABAR[t]
     prev = ABAR[t - 1] if t else 1.0
     alpha, s2 = 1 - beta, 1 - abar

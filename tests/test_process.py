@@ -85,7 +85,7 @@ def test_posterior_is_that_of_the_joint_gaussian(betas):
         assert process.posterior_mean_coef_x0[t].item() == near(slope[t - 1] - ct * slope[t], rel=1e-8)
         variance = cov[t - 1, t - 1] - ct * cov[t, t - 1]
         assert process.posterior_variance[t].item() == near(variance, rel=1e-8)
-    # q(x_t | x_s), section 1, is the step of the chain that skips from s to t.
+    # q(x_t | x_s), docs/maths.md 1, is the step of the chain that skips from s to t.
     s, t = 0, count - 1
     jump = process.respaced([s, t])
     assert jump.sqrt_alphas[1].item() == near(cov[s, t] / cov[s, s], rel=1e-10)
@@ -125,7 +125,7 @@ def test_log_variance_is_finite_and_shares_its_first_entry(betas):
 
 
 def test_snr_falls_slowly_in_linear():
-    # Section 5.1: the ratio says how far from Gaussian the reverse kernel of a finite set can be.
+    # docs/maths.md 5.1: the ratio says how far from Gaussian the reverse kernel of a finite set can be.
     for name, least, second in [("linear", 1.00996, 2.199), ("constant", 1.25, 2.25)]:
         p = chain(name)
         snr = p.alphas_cumprod / p.one_minus_alphas_cumprod

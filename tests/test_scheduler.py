@@ -325,7 +325,7 @@ def test_samples_of_any_rank():
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 def test_ancestral_sampling_of_gaussian_data(variance_type):
-    """maths.md section 8: variance after T exact steps on N(0, 1), no noise at the last."""
+    """docs/maths.md 8: variance after T exact steps on N(0, 1), no noise at the last."""
     scheduler = DDPMScheduler(variance_type=variance_type, clip_sample=False)
     wanted = {"fixed_small": 0.991067376353, "fixed_large": 0.9999}[variance_type]
     n, noise = 60_000, generator(3)

@@ -1,4 +1,4 @@
-"""schedules.py: every β by definition, the table of maths.md section 1, diffusers' own; the cost of each.
+"""schedules.py: every β by definition, the table of docs/maths.md 1, diffusers' own; the cost of each.
 
 The second half is the bound L_T + Σ L_t + L_0 of each schedule on data whose denoiser is known.
 """
@@ -141,7 +141,7 @@ def test_number_of_steps_is_a_positive_int(steps):
 
 @pytest.mark.parametrize(("name", "bits"), [("linear", 0.023), ("constant", 0.008)])
 def test_what_an_encoding_to_the_end_can_keep(name, bits):
-    # Section 6: I(x_0; x_{T−1}) ≤ D/2 log2(1 + SNR), for D = 784 and data of variance at most 1.
+    # docs/maths.md 6: I(x_0; x_{T−1}) ≤ D/2 log2(1 + SNR), for D = 784 and data of variance at most 1.
     p = chain(name)
     snr = (p.alphas_cumprod / p.one_minus_alphas_cumprod)[-1].item()
     assert 784 / 2 * math.log2(1 + snr) == pytest.approx(bits, abs=5e-4)
@@ -225,7 +225,7 @@ def test_i2_optimal_variance_reaches_the_entropy(name, count, large, small):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_why_two_variances(name):
-    # Section 2: β̃ is optimal for a point, β for N(0, 1), and N(0, 4) needs more than β.
+    # docs/maths.md 2: β̃ is optimal for a point, β for N(0, 1), and N(0, 4) needs more than β.
     p = chain(name)
     for variance, expected in [(0.0, p.posterior_variance), (1.0, p.betas)]:
         assert_allclose(optimal_log_variance(p, mse_of_gaussian(p, variance)).exp(), expected, rtol=1e-10)
@@ -289,7 +289,7 @@ def test_price_of_a_gaussian_kernel(name, small, large, best):
     ("count", "small", "best"), [(10, 40.6264, 4.3340), (50, 1.1557, 1.1081), (1000, 1.006812, 1.004909)]
 )
 def test_even_steps_on_two_points(count, small, best):
-    # Section 7: levels 1 + round(i·999/K), i = 0..K, are K KL terms.
+    # docs/maths.md 7: levels 1 + round(i·999/K), i = 0..K, are K KL terms.
     p = spaced("linear", min(count + 1, 1000))
     tolerance = 6e-7 if count == 1000 else 6e-5
     assert two_point_bits(p, "fixed_small")[0] == pytest.approx(small, abs=tolerance)
@@ -297,7 +297,7 @@ def test_even_steps_on_two_points(count, small, best):
 
 
 def test_gaussian_kernel_on_two_points_at_large_beta():
-    # Section 5.1 (d): `fixed_small`, β = 0.2, T = 50, by the density of the sampler's x_t on a grid.
+    # docs/maths.md 5.1 (d): `fixed_small`, β = 0.2, T = 50, by the density of the sampler's x_t on a grid.
     p, x = chain("constant"), np.linspace(-6, 6, 801)
     abar, sigma = p.alphas_cumprod.numpy(), p.sigma_small.numpy()
 

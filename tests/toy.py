@@ -1,4 +1,4 @@
-"""The toy of maths.md, section 4.1: Gaussians of eight widths on 8x8 images, with their exact denoiser."""
+"""The toy of docs/maths.md 4.1: Gaussians of eight widths on 8x8 images, with their exact denoiser."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The error of a few evaluations per image against that of every step: the toy of maths.md, and digits."""
+"""The error of a few evaluations per image against that of all steps: the toy of docs/maths.md; digits."""
 
 import math
 import os

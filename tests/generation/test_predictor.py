@@ -34,7 +34,7 @@ def marginal_score(x_t, abar):
 
 
 def exact_network(name, kind, learned=False):
-    """The network of that prediction type whose x̂_0 is exact; μ̃ by the definition of section 2."""
+    """The network of that prediction type whose x̂_0 is exact; μ̃ by its definition (docs/maths.md 2)."""
     beta = torch.from_numpy(betas_by_definition(name))
     abars = torch.cumprod(1 - beta, 0)
 

@@ -110,7 +110,7 @@ def test_the_95_percent_interval_covers(count, evals, variance_type):
 
 
 def test_error_of_few_evaluations_is_near_that_of_all_steps():
-    # Section 4.1: 20 of 1000 evaluations cost no precision; the draws of 64 images blur that a little.
+    # docs/maths.md 4.1: 20 of 1000 evaluations cost no precision; the draws of 64 images blur that a little.
     process, model, x_0 = chain("linear"), mixture_denoiser(), mixture_images(64)
     noise = image_noise(0, range(64), x_0)
     full = mean_and_stderr(evaluate_bound(process, model, x_0, noise_fn=noise, **OPTIONS).total_bpd)

@@ -1,4 +1,4 @@
-"""likelihood.py, bound.py: the exact bound against maths.md (1, 2, 4, 5.1, 7, 8) and against linear algebra.
+"""likelihood/full.py, likelihood/bound.py: the exact bound against docs/maths.md and against linear algebra.
 
 Expectations are exact where they can be: with a linear denoiser a KL is a quadratic of (x_0, ε), which four
 pixels (±1, ±1) average without error.
@@ -163,7 +163,7 @@ def test_bound_of_standard_normal_data(name, variance_type, gap, own):
     ],
 )
 def test_optimal_variance_of_gaussian_data_attains_the_entropy(name, count, large, small):
-    # I2 of section 8, x_0 ~ N(0, 0.25²); the network is told the full chain's steps.
+    # docs/maths.md 8: I2, x_0 ~ N(0, 0.25²); the network is told the full chain's steps.
     process, model = spaced(name, count), gaussian_denoiser(name, 1 / 16)
     best = optimal_log_variance(process, mse_of_gaussian(process, 1 / 16))
     for variance_type, gap in [(best, 0), ("fixed_large", large), ("fixed_small", small)]:
@@ -176,7 +176,7 @@ def test_optimal_variance_of_gaussian_data_attains_the_entropy(name, count, larg
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_a_point_mass_costs_no_kl(kind):
-    # fixed_small is its true reverse variance (section 2).
+    # fixed_small is its true reverse variance (docs/maths.md 2).
     x_0, noise, t = levels(1, 1, 2, 3), draw(1, 1, 2, 3), torch.arange(1000)
     output = from_x0_eps(LINEAR, kind, *(z.expand(1000, 1, 2, 3) for z in (x_0, noise)), t)
     options = {"variance_type": "fixed_small", "prediction_type": kind, "model_output": output}
@@ -186,7 +186,7 @@ def test_a_point_mass_costs_no_kl(kind):
 @pytest.mark.parametrize("clip_x0", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 def test_fixed_small_is_the_fall_of_snr_times_the_error(name, clip_x0):
-    # I1 of section 8, whatever the model.
+    # docs/maths.md 8: I1, whatever the model.
     options = {"variance_type": "fixed_small", "clip_x0": clip_x0}
     term = all_steps(chain(name), toy_model, levels(1, 3, 2, 1), draw(1, 3, 2, 1), **options)
     abar = np.cumprod(1 - betas_by_definition(name))
@@ -214,7 +214,7 @@ def test_zero_terminal_snr():
     ],
 )
 def test_price_of_one_pixel(name, small, large, optimal):
-    # Section 5.1: a fair coin ±1 with its exact denoiser, in bits; by symmetry x_0 = 1.
+    # docs/maths.md 5.1: a fair coin ±1 with its exact denoiser, in bits; by symmetry x_0 = 1.
     process, (z, weight) = chain(name), trapezoid(321)
     t, noise = torch.arange(len(process)).repeat_interleave(321), z.repeat(len(process))[:, None]
     x_0, model = torch.ones_like(noise), per_step(name, lambda x, abar: (abar.sqrt() / (1 - abar) * x).tanh())
@@ -234,7 +234,7 @@ def test_price_of_one_pixel(name, small, large, optimal):
 
 
 def test_bound_of_a_finite_set_is_at_least_its_entropy():
-    # I3 of section 8: 4 images of 4 pixels hold 2 bits. Five standard errors; σ_0 so narrow that L_0 is ~0.
+    # docs/maths.md 8: I3. 4 images of 4 pixels hold 2 bits. Five standard errors; σ_0 is tiny, so L_0 ≈ 0.
     process, images = spaced("linear", 100), levels(4, 1, 2, 2)
     points = images.flatten(1)
 
