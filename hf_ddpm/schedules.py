@@ -4,6 +4,7 @@ It knows formulas for β and nothing of what is done with them; `DiffusionProces
 result. To add a schedule, write its function and add its row to `SCHEDULES`.
 """
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-from hf_ddpm.runtime.messages import did_you_mean
 
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
@@ -35,7 +34,8 @@ def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end
         ValueError: the name is unknown (the nearest is named), or T is not a positive whole number.
     """
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        hint = did_you_mean(str(schedule), SCHEDULES)
+        near = difflib.get_close_matches(str(schedule), SCHEDULES, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"beta_schedule {schedule!r} is unknown{hint}; allowed: {', '.join(SCHEDULES)}")
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"num_train_timesteps is {num_steps!r}; allowed: a whole number >= 1")

@@ -30,7 +30,7 @@ from hf_ddpm.evaluation.report import (
 )
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import load_scored_model
-from hf_ddpm.folders.layout import EVALUATION, NEAREST, PLOTS
+from hf_ddpm.folders.layout import BITS_PLOT, EVALUATION, LEVELS_PLOT, NEAREST, RATE_PLOT
 from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
@@ -140,11 +140,10 @@ def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:
     evaluation, state = build_evaluation(plan, results, command), process_state()
     if state.is_main_process:
         curve = rate_distortion(results.bound)
-        bits_per_step, rate_and_distortion, reconstructions = (plan.out / name for name in PLOTS)
-        plot_bits_per_step(curve, bits_per_step)
-        plot_rate_distortion(curve, rate_and_distortion)
+        plot_bits_per_step(curve, plan.out / BITS_PLOT)
+        plot_rate_distortion(curve, plan.out / RATE_PLOT)
         plot_reconstruction_levels(
-            plan.model, plan.stream, plan.rows[:PREVIEWS], plan.config.seed, reconstructions
+            plan.model, plan.stream, plan.rows[:PREVIEWS], plan.config.seed, plan.out / LEVELS_PLOT
         )
         if plan.memorisation is not None and results.nearest is not None:
             plan.memorisation.plot(results.nearest, plan.out / NEAREST)

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.folders.layout import PARTS
+from hf_ddpm.runtime.disk import save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 
@@ -51,7 +52,7 @@ class Parts:
     def __init__(self, folder: Path, config: EvaluationConfig, facts: Mapping[str, Any]):
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_KEY}
         text = json.dumps({"options": options, "facts": dict(facts)}, sort_keys=True, default=str)
-        self._folder = folder / f".parts-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._folder = folder / f"{PARTS}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, number: int) -> bool:
@@ -86,8 +87,7 @@ class Parts:
 
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a part, whole or not at all."""
-        with whole_file(self._path(number)) as file:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        save_tensors(self._path(number), tensors)
 
     def load(self, count: int) -> dict[str, Tensor]:
         """The parts 0..count−1, each tensor concatenated over them.
@@ -109,7 +109,7 @@ class Parts:
     @staticmethod
     def clear(folder: Path) -> None:
         """Delete the parts of finished work in this folder, and of work that was killed and never resumed."""
-        for parts in folder.glob(".parts-*"):
+        for parts in folder.glob(f"{PARTS}*"):
             shutil.rmtree(parts, ignore_errors=True)
 
     def _path(self, number: int) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -26,7 +26,7 @@ from hf_ddpm.evaluation.quality import QualityFound
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
 from hf_ddpm.likelihood import Bound, Estimate, decoder_evals, mean_and_stderr
-from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.disk import save_tensors, whole_file
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 
@@ -201,8 +201,7 @@ def versions() -> dict[str, str]:
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write both files, each whole or not at all, evaluation.json last."""
-    with whole_file(folder / EVALUATION_TENSORS) as file:
-        save_file({name: tensor.contiguous() for name, tensor in evaluation.tensors.items()}, file)
+    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors)
     with whole_file(folder / EVALUATION) as file:
         file.write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
 

@@ -61,6 +61,7 @@ RECORD, LOG, CURVE = "train_config.json", "log.jsonl", "training.png"
 GRIDS, HELDOUT, CHECKPOINTS = "samples", "heldout", "checkpoints"  # folders
 LOCK, SNAPSHOTS = ".lock", ".push"
 STEP = re.compile(r"step-(\d{8,})")  # what `step_name` makes
+STEPS = "step-*"  # the pattern by which a folder lists them
 
 # An evaluation's folder
 EVALUATION, EVALUATION_TENSORS = "evaluation.json", "evaluation.safetensors"
@@ -109,7 +110,7 @@ def step_name(step: int) -> str:
 
 def newest_grid(run: Path) -> Path | None:
     """The last picture of images that a run drew; None if it drew none."""
-    return max((run / GRIDS).glob("step-*.png"), default=None)
+    return max((run / GRIDS).glob(f"{STEPS}.png"), default=None)
 
 
 def sample_name(index: int) -> str:

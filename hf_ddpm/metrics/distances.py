@@ -25,11 +25,10 @@ from typing import Any, final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
-from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.disk import save_tensors
 from hf_ddpm.runtime.messages import one_line
 
 # The least log p(y|x): its exp is still a float64, while torchmetrics makes NaN of a probability 0
@@ -47,10 +46,8 @@ def save_reference(path: str | os.PathLike[str], features: Features, facts: Mapp
     Raises:
         OSError: it can't be written.
     """
-    tensors = {name: x.contiguous() for name, x in features.tensors().items()}
     metadata = {"extractor": features.extractor, "facts": json.dumps(dict(facts))}
-    with whole_file(Path(path)) as file:
-        save_file(tensors, file, metadata)
+    save_tensors(Path(path), features.tensors(), metadata)
 
 
 def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Mapping[str, Any]) -> Features:

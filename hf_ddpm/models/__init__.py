@@ -1,6 +1,18 @@
-"""Networks: `create_model` makes one of the `PRESETS`; a pipeline's folder may name those of `NETWORKS`."""
+"""Networks: `create_model` makes one of the `PRESETS`; a pipeline's folder may name those of `NETWORKS`.
 
+A network of any kind fits the slot of a `Denoiser` through `as_denoiser`.
+"""
+
+from hf_ddpm.denoiser import Denoiser, as_denoiser
 from hf_ddpm.models.networks import NETWORKS, register_network, weights_digest
 from hf_ddpm.models.presets import PRESETS, create_model
 
-__all__ = ["NETWORKS", "PRESETS", "create_model", "register_network", "weights_digest"]
+__all__ = [
+    "NETWORKS",
+    "PRESETS",
+    "Denoiser",
+    "as_denoiser",
+    "create_model",
+    "register_network",
+    "weights_digest",
+]

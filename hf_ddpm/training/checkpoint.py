@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.folders.layout import CHECKPOINTS, LOCK, STEP, step_name
+from hf_ddpm.folders.layout import CHECKPOINTS, LOCK, STEP, STEPS, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
 from hf_ddpm.runtime.messages import one_line
 
@@ -127,7 +127,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     write_folder(folder, fill)
     # What a run left that was killed while it wrote or deleted a checkpoint
-    for left in folder.parent.glob(".step-*"):
+    for left in folder.parent.glob(f".{STEPS}"):
         shutil.rmtree(left, ignore_errors=True)
     # Renamed before it is deleted, so that a kill in between leaves no half of a checkpoint
     for _, old in list_checkpoints(run)[:-keep]:
@@ -180,7 +180,7 @@ def set_aside(folder: Path) -> Path:
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under `run`/checkpoints, oldest first."""
-    paths = (run / CHECKPOINTS).glob("step-*")
+    paths = (run / CHECKPOINTS).glob(STEPS)
     return sorted((int(m[1]), path) for path in paths if (m := STEP.fullmatch(path.name)))
 
 

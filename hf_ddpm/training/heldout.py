@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
@@ -25,7 +25,7 @@ from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import HELDOUT, STEP, step_name
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.disk import save_tensors
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
@@ -155,8 +155,7 @@ class HeldOut:
         return {name: value for name, value in line.items() if value == value}
 
     def _write(self, step: int, found: dict[str, torch.Tensor]) -> None:
-        with whole_file(self._folder / f"{step_name(step)}{ENDING}") as place:
-            save_file(found, place)
+        save_tensors(self._folder / f"{step_name(step)}{ENDING}", found)
 
     def _last_before(self, step: int) -> dict[str, torch.Tensor] | None:
         """What was written the last time before `step`; None if that is the first time."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import as_denoiser
-from hf_ddpm.folders.layout import CURVE, GRIDS, HELDOUT, INDEX, LOG, RECORD, variant_name
+from hf_ddpm.folders.layout import CURVE, GRIDS, HELDOUT, INDEX, LOG, RECORD, STEPS, UNET, variant_name
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.objectives import Objective, make_objective
 from hf_ddpm.process import PRIOR_WARNING
@@ -161,7 +161,13 @@ class Run:
                 self._own_objective,
                 config.objective,
             )
-        self.objective = _objective_of(config, objective)
+        self.objective = make_objective(
+            config.objective if objective is None else objective,
+            prediction_type=config.prediction_type,
+            variance_type=config.variance_type,
+            snr_gamma=config.snr_gamma,
+            hybrid_weight=config.hybrid_weight,
+        )
         kind = LossSecondMoment if config.t_sampler == "importance" else UniformSteps
         self.steps: LossSecondMoment | UniformSteps = kind(len(self.process), accelerator.device)
 
@@ -300,39 +306,16 @@ class Run:
                 if name == next(iter(self.averages)):
                     DDPMPipeline(average, self.scheduler).save_pretrained(place)
                 else:
-                    average.save_pretrained(place / "unet", variant=variant_name(name))  # type: ignore[operator]
+                    average.save_pretrained(place / UNET, variant=variant_name(name))  # type: ignore[operator]
 
         update_folder(self.folder, fill, last=INDEX)
 
     def _tidy(self) -> None:
         """Delete what a training left of a file that it was writing when it was killed."""
-        for name in (LOG, RECORD, CURVE, f"{HELDOUT}/step-*", f"{GRIDS}/step-*"):
+        for name in (LOG, RECORD, CURVE, f"{HELDOUT}/{STEPS}", f"{GRIDS}/{STEPS}"):
             file = self.folder / name
             for left in file.parent.glob(f".{file.name}.*tmp"):
                 left.unlink(missing_ok=True)
-
-
-def _objective_of(config: TrainConfig, objective: OwnObjective | None) -> Objective:
-    """The caller's objective, or the one that the config names.
-
-    Raises:
-        ValueError: it does not fit the config's variance.
-    """
-    if not isinstance(objective, Objective):
-        return make_objective(
-            config.objective if objective is None else objective,  # type: ignore[arg-type]
-            prediction_type=config.prediction_type,
-            variance_type=config.variance_type,
-            snr_gamma=config.snr_gamma,
-            hybrid_weight=config.hybrid_weight,
-        )
-    outputs = 2 if config.variance_type == "learned_range" else 1
-    if objective.outputs != outputs:
-        raise ValueError(
-            f"the objective is for a network of {objective.outputs} outputs per channel; allowed with "
-            f"variance_type {config.variance_type!r}: {outputs}"
-        )
-    return objective
 
 
 def _name_of(objective: OwnObjective) -> str:

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import hf_ddpm.evaluation.parts
+import hf_ddpm.runtime.disk
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
 
@@ -99,15 +99,15 @@ def test_pieces(count, size):
 
 
 def test_a_part_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    made, save = parts(tmp_path), hf_ddpm.evaluation.parts.save_file
+    made, save = parts(tmp_path), hf_ddpm.runtime.disk.save_file
 
-    def broken(tensors, path):
+    def broken(tensors, path, metadata):
         save(tensors, path)
         assert 0 not in made
         path.write_bytes(path.read_bytes()[:20])
         raise error
 
-    monkeypatch.setattr(hf_ddpm.evaluation.parts, "save_file", broken)
+    monkeypatch.setattr(hf_ddpm.runtime.disk, "save_file", broken)
     error = SafetensorError("No space left on device")
     with pytest.raises(OSError, match=r"^can't write '.*00000\.safetensors': No space left on device$"):
         made.save(0, part(0))

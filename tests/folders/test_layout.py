@@ -10,13 +10,7 @@ import hf_ddpm
 from hf_ddpm.folders import layout
 
 PACKAGE = Path(hf_ddpm.__file__).parent
-# Folders that may still spell names; the list is to become empty
-ALLOWED = ("training", "evaluation")
-SOURCES = sorted(
-    path
-    for path in PACKAGE.rglob("*.py")
-    if path != Path(layout.__file__) and path.relative_to(PACKAGE).parts[0] not in ALLOWED
-)
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != Path(layout.__file__))
 
 
 def constants(tree):

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 import hf_ddpm.training.checkpoint
-from hf_ddpm.runtime.disk import update_folder, write_folder
 from hf_ddpm.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -328,105 +326,12 @@ def test_a_disk_that_is_full_when_it_is_forced(tmp_path, monkeypatch):
     assert list(folder.parent.iterdir()) == [folder] and load_checkpoint(folder).step == 4
 
 
-def test_a_full_disk_in_the_words_of_others_is_named(tmp_path):
-    def write(place: Path) -> None:
-        (place / "model_index.json").write_text("x" * 100)
-
-    with largest_file(50), pytest.raises(OSError) as error:
-        update_folder(tmp_path, write, "model_index.json")
-    assert str(error.value) == f"can't write '{tmp_path / '.new.tmp'}': [Errno 27] File too large"
-
-
 def test_a_read_only_folder_leaves_the_checkpoint_before(open_folder):
     folder = save_checkpoint(open_folder, example(4), keep=1)
     with read_only(folder.parent), pytest.raises(PermissionError) as error:
         save_checkpoint(open_folder, example(5), keep=1)
     assert str(folder.with_name(".step-00000005.tmp")) in str(error.value) and "\n" not in str(error.value)
     assert list(folder.parent.iterdir()) == [folder] and load_checkpoint(folder).step == 4
-
-
-# Folders
-
-
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
-    folder, rename = tmp_path / "folder", Path.rename
-    write_folder(folder, lambda place: (place / "a").write_text("old"))
-
-    def fail(self, target):
-        if self.name == ".folder.tmp":
-            raise OSError(5, "Input/output error", str(target))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        write_folder(folder, lambda place: (place / "a").write_text("new"))
-    assert contents(folder) == {"a": "old"} and list(tmp_path.iterdir()) == [folder]
-
-
-def test_write_folder_leaves_the_old_one_if_filling_fails(tmp_path):
-    folder = tmp_path / "deep" / "folder"
-    write_folder(folder, lambda place: (place / "a").write_text("old"))
-
-    def fail(place: Path) -> None:
-        (place / "a").write_text("half")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        write_folder(folder, fail)
-    assert contents(folder) == {"a": "old"}
-    write_folder(folder, lambda place: (place / "b").write_text("new"))
-    assert contents(folder) == {"b": "new"}
-    assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_update_folder_keeps_other_files_and_writes_last_last(tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    (folder / "unet").mkdir(parents=True)
-    (folder / "log.jsonl").write_text("kept")
-    (folder / "unet" / "old.txt").write_text("kept")
-    (folder / "index").write_text("old")
-    order, replace = [], os.replace
-
-    def watched(source, target):
-        order.append(Path(target).relative_to(folder).as_posix())
-        replace(source, target)
-
-    def fill(place: Path) -> None:
-        (place / "index").write_text("new")
-        (place / "unet").mkdir()
-        (place / "unet" / "weights").write_text("new")
-        (place / "zebra").write_text("new")
-
-    monkeypatch.setattr(os, "replace", watched)
-    update_folder(folder, fill, last="index")
-    assert order[-1] == "index" and len(order) == 3
-    expected = {"index": "new", "unet/weights": "new", "zebra": "new"}
-    assert contents(folder) == {**expected, "log.jsonl": "kept", "unet/old.txt": "kept"}
-
-
-def test_update_folder_changes_nothing_if_filling_fails(tmp_path):
-    (tmp_path / "index").write_text("old")
-
-    def fail(place: Path) -> None:
-        (place / "index").write_text("half")
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        update_folder(tmp_path, fail, last="index")
-    assert contents(tmp_path) == {"index": "old"} and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_full_disk_is_an_oserror(tmp_path):
-    def fail(place: Path) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    for write in (
-        lambda: write_folder(tmp_path / "a", fail),
-        lambda: update_folder(tmp_path / "b", fail, "x"),
-    ):
-        with pytest.raises(OSError, match=r"can't write .*No space left on device"):
-            write()
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_replaces_one_of_the_same_step(tmp_path):
