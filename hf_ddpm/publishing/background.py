@@ -4,11 +4,13 @@ Training neither waits for an upload nor fails with it. This module knows thread
 is publish.py's.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,18 @@ from hf_ddpm.publishing.upload import PublishError, Retry
 from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, the Hub's client shows no progress bars: the run shows one of its own."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -75,9 +89,7 @@ class BackgroundPush:
         self._published: int | None = None  # step of the last upload that succeeded
         self._failure: str | None = None
         self._url: str | None = None
-        self._bars = not are_progress_bars_disabled()
         shutil.rmtree(self._run / SNAPSHOTS, ignore_errors=True)  # a killed run may have left some
-        disable_progress_bars()  # the run shows a bar of its own
         self._thread = threading.Thread(target=self._work, name="push to hub", daemon=True)
         self._thread.start()
 
@@ -122,8 +134,6 @@ class BackgroundPush:
             self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
             self._changed.notify_all()
         self._thread.join(timeout)
-        if self._bars:
-            enable_progress_bars()
         if self._thread.is_alive():
             self._failure = f"{self._repo_id!r} was not published in {timeout:g} s; then: {self._command}"
         else:
@@ -153,13 +163,14 @@ class BackgroundPush:
                 dataset_license=self._facts.dataset_license,
                 dataset_id=self._facts.dataset_id or find_dataset_id(self._run),
             )
-            done = publication.send(
-                private=self._private,
-                commit_message=f"Step {snapshot.step}",
-                token=self._token,
-                retry=retry,
-                remedy=self._command,
-            )
+            with _without_bars():
+                done = publication.send(
+                    private=self._private,
+                    commit_message=f"Step {snapshot.step}",
+                    token=self._token,
+                    retry=retry,
+                    remedy=self._command,
+                )
         except Exception as error:  # whatever it is, training goes on
             self._fail(snapshot.step, redact(one_line(error), self._token))
             return

@@ -28,7 +28,8 @@ from hf_ddpm.data.stream import load_stream
 from hf_ddpm.models.presets import _layout
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.averages import average_of, update_average
-from hf_ddpm.training.draws import draw_noise, draw_t
+from hf_ddpm.training.draws import draw_noise, draw_uniform
+from hf_ddpm.training.importance import UniformSteps
 
 pytestmark = pytest.mark.bench
 
@@ -72,7 +73,7 @@ class Trial:
     def losses(self, model: nn.Module, images: torch.Tensor, first: int) -> torch.Tensor:
         """The simple loss of images at these positions of the draws, (B,)."""
         positions = range(first, first + len(images))
-        x_0, t = to_float(images), draw_t(SEED, positions, len(self.process))
+        x_0, t = to_float(images), UniformSteps(len(self.process)).draw(draw_uniform(SEED, positions))
         noise = draw_noise(SEED, positions, x_0.shape[1:], x_0.device)
         x_t = self.process.q_sample(x_0, noise, t).contiguous(memory_format=self.layout)
         with torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32):
