@@ -334,11 +334,8 @@ def _check_out(out: str, images: Sequence[str], overwrite: bool) -> Path:
     path = _path("out", out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"out is {out!r}; allowed: a file name that ends in .png")
-    if (
-        reason := "Is a directory"
-        if path.is_dir()
-        else why_not_writable(path.parent if path.exists() else path)
-    ):
+    reason = "Is a directory" if path.is_dir() else why_not_writable(path.parent if path.exists() else path)
+    if reason:
         raise ValueError(f"out {out!r} can't be written: {reason}")
     if path.exists() and not overwrite:
         raise ValueError(f"out {out!r} is there already; allowed: another file, or --overwrite")

@@ -66,6 +66,7 @@ def test_a_study(whole):
     page = (out / "page" / "README.md").read_text()
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (out / "page" / picture).stat().st_size > 1000
+    assert results["command"].startswith("python train_scripts/study/study.py --out ")
     table, runs = rows(page), results["runs"]
     assert list(table) == ["eps", "eps-hybrid", "mean", "sddpm-conv"]
 
@@ -198,6 +199,15 @@ def test_the_comparison_asks_for_numbers_that_there_are(scripts):
     assert "Here `eps` has FD diverged at step 1" in text and "{" not in text
     with pytest.raises(ValueError, match=r"has the key 'bits'; allowed: .*fd_large"):
         page.comparison(results, "{eps[bits]}")
+
+
+def test_the_page_that_is_shown_is_what_its_results_say(scripts):
+    _, page, _ = scripts
+    shown = ROOT / "model_cards" / "study-digits"
+    results = json.loads((shown / "results.json").read_text(encoding="utf-8"))
+    assert page.page_text(results, pictured=True) == (shown / "README.md").read_text(encoding="utf-8")
+    script = results["command"].split()[1]
+    assert (ROOT / script).is_file()
 
 
 def test_the_runs_share_all_but_what_they_change(monkeypatch, tmp_path):

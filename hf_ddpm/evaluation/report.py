@@ -210,12 +210,17 @@ def read_evaluation(folder: Path) -> Evaluation:
     """What `write_evaluation` wrote.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing, damaged, or lacks what a comparison looks at.
     """
     try:
         report = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-        return Evaluation(report, load_file(folder / EVALUATION_TENSORS))
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load_file(folder / EVALUATION_TENSORS)
+        lacks = {"model", "method", "bits_per_dim"} - set(report)
+        lacks |= {"bpd", "image_indices", "digests", "proposal"} - set(tensors)
+        if lacks:
+            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
+        return Evaluation(report, tensors)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"{str(folder)!r} holds no evaluation that can be read: {one_line(error)}"
         ) from error

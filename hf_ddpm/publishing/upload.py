@@ -23,17 +23,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # What httpx (httpx2 for hub 2) raises when nothing answers shares a base class with the Hub's own errors.
 HTTPError: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
-PASSING = (
-    408,
-    409,
-    412,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # errors worth another try; 412: a commit came between
+# Answers after which another try may succeed; 412: another commit was made in between
+PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 REASONS = {
     401: "the Hub doesn't know the token, or there is none: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: it needs the permission to write to this repository",

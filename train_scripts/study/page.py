@@ -81,10 +81,18 @@ def comparison(results: Mapping[str, Any], text: str) -> str:
 
 
 def write_page(results: Mapping[str, Any], out: Path, page: Path) -> Path:
-    """README.md, its pictures and results.json in the folder `page`; returns the first's path."""
+    """Write README.md, its pictures and results.json into the folder `page`; returns README.md."""
     page.mkdir(parents=True, exist_ok=True)
     figure(results, page / "study.png")
-    pictured = samples_picture(results, out, page / "samples.png")
+    pictured = samples_picture(results, out, page / "samples.png") is not None
+    (page / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    file = page / "README.md"
+    file.write_text(page_text(results, pictured), encoding="utf-8")
+    return file
+
+
+def page_text(results: Mapping[str, Any], pictured: bool) -> str:
+    """Content of README.md; `pictured` says whether there is a picture of samples."""
     parts = [
         introduction(results),
         "![bits/dim and FD of each run](study.png)",
@@ -94,10 +102,7 @@ def write_page(results: Mapping[str, Any], out: Path, page: Path) -> Path:
         comparison(results, COMPARISON.read_text(encoding="utf-8")).strip(),
         making(results),
     ]
-    (page / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    file = page / "README.md"
-    file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    return file
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def introduction(results: Mapping[str, Any]) -> str:

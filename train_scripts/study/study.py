@@ -127,7 +127,7 @@ def study_command(argv: Sequence[str], prog: str) -> None:
     if args.jobs > 1:
         do_together(study, names, args.jobs)
     entries = {name: do_run(study, name) for name in names}
-    command = f"python train_scripts/{Path(prog).name} {shlex.join(argv)}".strip()
+    command = f"python train_scripts/study/{Path(prog).name} {shlex.join(argv)}".strip()
     threads = torch.get_num_threads() if args.jobs == 1 else 1
     settings = study.settings | {"jobs": args.jobs, "threads_per_job": threads}
     results = gather(args.out, entries, settings, command)
