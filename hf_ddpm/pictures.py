@@ -69,7 +69,7 @@ def interpolate(
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
         x_0_a: an image in [−1, 1], (C, H, W).
-        x_0_b: another one.
+        x_0_b: the other image.
         t: zero-based step of the training process to interpolate at, or several, a row each.
         num_images: λ = 0, ..., 1 in even steps, at least 2.
         seed: of all noise.
@@ -109,9 +109,10 @@ def encode_decode(
 ) -> Sheet:
     """Images noised to some steps, what the network sees in them, and a draw of p_θ(x_0 | x_t).
 
-    What x_t doesn't tell of the image, x̂_0 blurs and the decoded image invents, unless so few steps are asked
-    for that t is the only one. Of D pixels of variance 1, x_t tells at most D/2 · log2(1 + SNR_t) bits, so at
-    t = T − 1 the decoded image must not resemble the first.
+    Details that x_t has lost are blurred in x̂_0, and made up anew in the decoded image; if so few steps are
+    asked for that t is the only one, the decoded image is x̂_0, clipped as the scheduler says. Of D pixels of
+    variance 1, x_t tells at most D/2 · log2(1 + SNR_t) bits, so at t = T − 1 the decoded image must not
+    resemble the first.
 
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
@@ -124,7 +125,8 @@ def encode_decode(
         Three rows for each image, x_t, x̂_0 (not clipped) and the decoded image, each after the image itself.
 
     Raises:
-        ValueError: a step or images that the model doesn't have.
+        ValueError: a step that the process doesn't have, images of another shape than the model's, or another
+            sampler.
     """
     _check(images)
     steps, places = _steps(timesteps, pipeline.process), range(len(images))
@@ -217,15 +219,15 @@ def draw_interpolation(
 
     Args:
         model: pipeline folder or Hub id.
-        image_a: a file, or DATASET:SPLIT:ROW.
-        image_b: another one.
-        out: the file.
+        image_a: an image file, or DATASET:SPLIT:ROW, see `open_image`.
+        image_b: the other image.
+        out: the PNG file.
         timesteps: steps to interpolate at, a row each; by default T/4, T/2 and 3T/4.
         num_images: see `interpolate`.
         seed: see `interpolate`.
         steps: K sampling steps for the whole process, by default all T.
-        image_column: of the data sets, by default the only one.
-        overwrite: replace the file.
+        image_column: column of the images in the data sets, by default the only one.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
         ValueError: a bad argument, model or image, or a file that can't be written or is there already.
@@ -250,11 +252,11 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
 
     Args:
         name: an image file, or DATASET:SPLIT:ROW with a data set that `load_stream` opens.
-        shape: what it must have.
-        column: of the data set.
+        shape: (C, H, W) that it must have.
+        column: column of the images in the data set, by default the only one.
 
     Raises:
-        ValueError: nothing there that is an image, or one of another shape.
+        ValueError: there is no such image, or it has another shape.
     """
     dataset, _, row = name.rpartition(":")
     dataset, _, split = dataset.rpartition(":")
@@ -276,7 +278,7 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
 
 
 def _check(images: Tensor) -> None:
-    """Refuse what are no images in [−1, 1]."""
+    """Refuse a tensor that is not a batch of images as floating-point numbers."""
     if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
         raise ValueError(
             f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point in [-1, 1], "

@@ -7,7 +7,7 @@ The order is a pure function of (row counts of the shards, shuffle_buffer, seed,
 number of processes, and any place of it is found without those before it, so that resuming is a seek. Each
 epoch has each row once. A batch mixes 8 distant parts of the data, and whoever reads the order holds one
 block of each lane, in all about `shuffle_buffer` rows. A process that takes every W-th place needs only the
-lanes that these places lie in: 8 / W of them if W divides 8, a single one if W is a multiple of 8, else all.
+lanes that these places lie in, which are 8 / gcd(8, W) of the 8: all if W is odd, one if 8 divides W.
 
 With shuffle_buffer 0 there is one lane and nothing is permuted: the order is the source's, each epoch.
 

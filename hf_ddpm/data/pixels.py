@@ -79,7 +79,7 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
         Shape (h, w, C), uint8.
 
     Raises:
-        ValueError: no image, or values that are no grey levels of 8 bits.
+        ValueError: not an image, or values that are not grey levels of 8 bits.
         OSError: the file at "path" can't be read; a lost connection is not a corrupt image.
     """
     data = value.get("bytes") if isinstance(value, dict) else value

@@ -27,7 +27,7 @@ from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
-QUANTILE = 0.01  # of the held-out images' distances: nearer is suspicious
+QUANTILE = 0.01  # share of the held-out images that count as near their nearest training image
 PAIRS = 8  # samples in the picture
 BLOCK = 2**24  # float64 numbers in memory at once, for each of a few tensors
 MOST = 4096  # images at most that are compared at once
@@ -44,7 +44,8 @@ def nearest(
         queries: uint8, shape (Q, C, H, W).
         images: uint8, shape (M, C, H, W); all of them at once in memory as float64.
         device: where it is computed; it has float64.
-        numbers_at_once: of the queries, at once in memory as float64, but at least one query.
+        numbers_at_once: how many numbers of the queries are in memory at once as float64; at least those of
+            one query are.
 
     Returns:
         Its index, the lowest of several, and ‖a − b‖², both (Q,), int64, on the CPU.

@@ -27,8 +27,9 @@ from hf_ddpm.runtime.disk import save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 
-# The options that no part depends on. All others are in the key, so a new option can't be forgotten there.
-# The model has no place in it by its name: rooms put digests of its weights and of its process into the key.
+# The options that are not in the key; all others are, so that a new option can't be forgotten there. No part
+# depends on these, but for the model, of which `facts` has digests of the weights and the process instead of
+# the name.
 NOT_IN_KEY = frozenset({"model", "out", "overwrite", "compare_with", "reference"})
 
 Work = Callable[[Sequence[int]], Generator[Mapping[str, Tensor], None, None]]

@@ -98,7 +98,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
         custom_pipeline: bool = False,
         retry: Retry | None = None,
     ) -> str:
-        """Publish the pipeline on the Hub, with a card: `hf_ddpm.publishing.publish` of a temporary folder.
+        """Save the pipeline in a temporary folder, and publish that on the Hub, with a card.
 
         Args:
             repo_id: "user/name", or "name" for your own namespace; made if it is not there.

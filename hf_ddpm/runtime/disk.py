@@ -156,8 +156,11 @@ def why_not_writable(folder: Path) -> str | None:
     The folder may not be there yet; it is not made.
     """
     there = folder
-    while not there.exists():
-        there = there.parent
+    try:
+        while not (there.exists() or there.is_symlink()):
+            there = there.parent
+    except OSError as error:  # a name that is too long, or one in a folder that may not be entered
+        return error.strerror
     if not there.is_dir():
         return os.strerror(errno.EEXIST if there == folder else errno.ENOTDIR)
     return None if os.access(there, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)

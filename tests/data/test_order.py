@@ -144,7 +144,9 @@ def test_each_place_is_equally_likely(buffer):
     assert abs(hits - epochs / 16).max() < 5 * error
 
 
-@pytest.mark.parametrize(("world_size", "lanes"), [(1, 8), (2, 4), (3, 8), (4, 2), (8, 1), (16, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "lanes"), [(1, 8), (2, 4), (3, 8), (4, 2), (6, 4), (8, 1), (12, 2), (16, 1)]
+)
 def test_ranks_meet_only_their_lanes(world_size, lanes):
     order = Order([100, 77], 24, 0)
     for rank in range(world_size):

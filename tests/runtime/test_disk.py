@@ -230,9 +230,13 @@ def test_why_a_folder_cannot_be_written(open_folder):
     (open_folder / "file").touch()
     assert why_not_writable(open_folder / "file") == "File exists"
     assert why_not_writable(open_folder / "file" / "a") == "Not a directory"
+    (open_folder / "link").symlink_to(open_folder / "nowhere")
+    assert why_not_writable(open_folder / "link") == "File exists"
+    assert why_not_writable(open_folder / ("a" * 300)) == "File name too long"
 
 
-def test_a_read_only_folder_cannot_be_written(open_folder):
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "closed"])
+def test_the_folder_of_another_cannot_be_written(mode, open_folder):
     # os.access asks for the real user, to whom root's rights belong: a process of another user asks here
     script = (
         "import os, sys\nfrom pathlib import Path\n"
@@ -240,7 +244,7 @@ def test_a_read_only_folder_cannot_be_written(open_folder):
         "if os.getuid() == 0: os.setuid(65534)\n"
         "print(why_not_writable(Path(sys.argv[1])))\n"
     )
-    open_folder.chmod(0o555)
+    open_folder.chmod(mode)
     done = subprocess.run(
         [sys.executable, "-c", script, str(open_folder / "a")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

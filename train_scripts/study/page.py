@@ -1,7 +1,7 @@
-"""The page of a study: tables, pictures, and what it says beside the published orderings.
+"""The page of a study: tables, pictures, and a comparison with published orderings.
 
-The latter is `model_cards/study-digits/COMPARISON.md`, in which `{eps[large]}` stands for a number of the run
-`eps`: the keys are those of `results.words`.
+The comparison's text is `model_cards/study-digits/COMPARISON.md`, in which `{eps[large]}` stands for a number
+of the run `eps`: the keys are those of `results.words`.
 """
 
 import json
@@ -19,7 +19,7 @@ COMPARISON = Path(__file__).parents[2] / "model_cards" / "study-digits" / "COMPA
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Markdown: bits/dim and its parts, then samples and time, the chains of another length apart."""
+    """Markdown: tables of bits/dim, then of samples and times; runs of another T have their own tables."""
     runs, said = results["runs"], words(results)
     head = {
         "bits": (
@@ -57,7 +57,7 @@ def comparison(results: Mapping[str, Any], text: str) -> str:
     """COMPARISON.md with its numbers.
 
     Raises:
-        ValueError: it asks for a number that there is none of; the message names it.
+        ValueError: it has a key of no number; the message names it.
     """
 
     class Run(dict):
@@ -69,7 +69,7 @@ def comparison(results: Mapping[str, Any], text: str) -> str:
             raise ValueError(f"{COMPARISON.name} has the key {key!r}; allowed: {', '.join(sorted(known))}")
 
     class Runs(dict):
-        """All of them; a study of fewer runs has empty ones."""
+        """The words of all runs; a run that this study left out has none."""
 
         def __missing__(self, name: str) -> Run:
             return Run()

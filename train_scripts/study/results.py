@@ -70,12 +70,13 @@ def variance_in(entry: Mapping[str, Any], column: str) -> str:
 
 
 def words(results: Mapping[str, Any]) -> Words:
-    """Each run's numbers as the tables show them; what failed says so.
+    """Each run's numbers as the tables show them; where a stage failed, its text says so.
 
-    Keys, each but the last ones with "large" or "small": `large` (bits/dim), `rate_large`, `fd_large`,
-    `cs_large`, `rank_large` and `rank_fd_large` (among the runs of the same T), then `l_0`, `floor`,
-    `difference`, `train`, `evaluate`, `sample`, `parameters`, `state`. The run `best` has the winner's name
-    and number among T = 1000.
+    Keys of a run, for the variance fixed_large: `large` (bits/dim), `rate_large`, `fd_large`, `cs_large`, and
+    its place among the runs of the same T, `rank_large` and `rank_fd_large`; for fixed_small the same with
+    "small". Then come `l_0`, `floor`, `difference`, `train`, `evaluate`, `sample`, `parameters` and `state`.
+    Under `best`, which is no run, `large`, `small`, `fd_large` and `fd_small` name the best run of T = 1000
+    and its number.
     """
     runs, found = results["runs"], {}
     for name, entry in runs.items():

@@ -110,7 +110,9 @@ def study_command(argv: Sequence[str], prog: str) -> None:
     """Do the study, or go on with one that was interrupted."""
     parser = Parser(prog, __doc__ or "")
     parser.add_argument("--out", default="runs/study", type=Path, metavar="DIR", help="[runs/study]")
-    parser.add_argument("--page", type=Path, metavar="DIR", help="where README.md and pictures go, too")
+    parser.add_argument(
+        "--page", type=Path, metavar="DIR", help="folder that gets README.md and pictures [DIR of --out]"
+    )
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, metavar="N", help=f"[{MAX_STEPS}]")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help=f"[{NUM_SAMPLES}]")
