@@ -61,7 +61,8 @@ def _error(number: Mapping[str, float | None], digits: int) -> str:
 
 def measured_weights(report: Mapping[str, Any]) -> str | None:
     """The digest of the weights that were measured (`models.weights_digest`); None if it isn't said."""
-    return report.get("model", {}).get("weights")
+    model = report.get("model")
+    return model.get("weights") if isinstance(model, dict) else None
 
 
 def card_words(report: Mapping[str, Any], call: Callable[[str], str | None]) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def test_numbers_of_other_weights_are_left_out(run_folder, tmp_path, caplog):
     publication = collect(folder, "tester/tiny-run")
     assert "evaluation.json" not in publication.files and "bits-per-step.png" not in publication.files
     assert "evaluation.json is of other weights" in caplog.text
+    (folder / "evaluation.json").write_text('{"model": "somebody\'s"}')
+    assert "evaluation.json" not in collect(folder, "tester/tiny-run").files
 
 
 def test_an_evaluation_without_a_command_has_no_empty_block(run_folder, tmp_path):

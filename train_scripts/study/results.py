@@ -75,8 +75,8 @@ def words(results: Mapping[str, Any]) -> Words:
     Keys of a run, for the variance fixed_large: `large` (bits/dim), `rate_large`, `fd_large`, `cs_large`, and
     its place among the runs of the same T, `rank_large` and `rank_fd_large`; for fixed_small the same with
     "small". Then come `l_0`, `floor`, `difference`, `train`, `evaluate`, `sample`, `parameters` and `state`.
-    Under `best`, which is no run, `large`, `small`, `fd_large` and `fd_small` name the best run of T = 1000
-    and its number.
+    The entry `best` is not a run: its `large`, `small`, `fd_large` and `fd_small` name the best run of
+    T = 1000 and its number.
     """
     runs, found = results["runs"], {}
     for name, entry in runs.items():
