@@ -3,6 +3,8 @@
 At the end: shapes, dtypes, steps and devices of every equation on images, process.py's included.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,25 @@ def test_round_trip_at_both_ends(kind, name):
             to_x0(process, kind, output, x_t, t), x_0, rtol=0, atol=3e-7 if kind == "mean" else 1e-10
         )
         assert_allclose(to_eps(process, kind, output, x_t, t), eps, rtol=0, atol=1e-11)
+
+
+def test_mean_keeps_its_digits_where_a_step_adds_almost_nothing():
+    """c0 = √ᾱ_prev β/(1 − ᾱ) is 1.4e-12 beside c_t a = 0.7: their difference would keep four digits."""
+    process, m, x = DiffusionProcess.from_betas([0.5, 1e-12]), draw(1, 1, 2, 2), draw(1, 1, 2, 2, seed=1)
+    beta, abar = 1e-12, 0.5 * (1 - 1e-12)
+    assert_allclose(output_scale(process, "mean", 1, x), 0.5 * beta**2 / (1 - abar) ** 2, rtol=1e-13)
+    expected = math.sqrt(1 - abar) / beta * (x - math.sqrt(1 - beta) * m)
+    assert_allclose(to_eps(process, "mean", m, x, 1), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_noise_is_finite_in_float32_late_in_a_long_chain(kind):
+    """√ᾱ is 1e-48 at the end of `constant` with T = 1000, which float32 can't hold."""
+    process = DiffusionProcess.from_betas([0.2] * 1000)
+    m, x = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1)
+    last = torch.tensor([999, 999])
+    found = to_eps(process, kind, m.float(), x.float(), last)
+    assert_allclose(found, to_eps(process, kind, m, x, 999), rtol=1e-5, atol=1e-6)
 
 
 @law
