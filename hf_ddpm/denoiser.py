@@ -62,7 +62,8 @@ def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -
         ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
     """
     if isinstance(model, type) or not callable(model):
-        raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model is {given}; allowed: an nn.Module or a function of (x_t, t)")
     return model if isinstance(model, _Adapted) else _Adapted(model, device)
 
 

@@ -150,8 +150,9 @@ def check_scored(process: DiffusionProcess, variance_type: str | Tensor) -> None
                 f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
             )
     elif not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
+        shown = repr(variance_type) if isinstance(variance_type, str) else f"a {type(variance_type).__name__}"
         allowed = ", ".join((*FIXED, *LEARNED))
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}, or a (T,) tensor")
+        raise ValueError(f"variance_type is {shown}; allowed: {allowed}, or a (T,) tensor")
 
 
 def log_variance_at(

@@ -377,19 +377,21 @@ def test_float16_saturates_where_an_early_prediction_overflows(kind, sign):
     assert to_x0(LINEAR, kind, output.bfloat16(), x.bfloat16(), 999).abs().min() > 1.5e5
 
 
-# Two targets are the arguments themselves, whatever t; every other equation looks t up.
-LOOK_UP = {
-    name: f for name, f in EQUATIONS.items() if name not in ("from_x0_eps-epsilon", "from_x0_eps-sample")
-}
-
-
-@pytest.mark.parametrize("f", LOOK_UP.values(), ids=LOOK_UP)
+@pytest.mark.parametrize("f", EQUATIONS.values(), ids=EQUATIONS)
 @pytest.mark.parametrize(
     "t", [-1, 1000, 1.0, None, *map(torch.tensor, [[0, 1000], [-1, 0], 1000, [0.0, 1.0]])], ids=str
 )
 def test_steps_outside_the_chain_are_refused(f, t):
     with pytest.raises(ValueError, match=r"step t = .* not in the chain.*0\.\.999"):
         f(LINEAR, draw(2, 1, 2, 2), draw(2, 1, 2, 2), t)
+
+
+def test_only_the_first_wrong_step_of_a_batch_is_named():
+    t = torch.arange(1002).repeat(4)
+    with pytest.raises(ValueError, match=r"^step t = 1000 is not in the chain; allowed: .* 0\.\.999$"):
+        LINEAR.timesteps_at(t)
+    with pytest.raises(ValueError, match=r"^step t = 0\.5 is not"):
+        LINEAR.timesteps_at(t + 0.5)
 
 
 @pytest.mark.parametrize("f", [to_x0, to_eps, to_score, from_x0_eps])
