@@ -81,7 +81,6 @@ VARIANCES: dict[str, Variance] = {
     "learned": Variance(from_output=lambda process, v, t: wide(v), trained=False, in_diffusers=False),
     "learned_range": Variance(from_output=learned_range_log_variance),
 }
-VARIANCE_TYPES: tuple[str, ...] = tuple(VARIANCES)
 # The same without diffusers' second names: fixed, learned, and what a run of `train` may choose.
 FIXED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 1 and kind.same_as is None)
 LEARNED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 2 and kind.same_as is None)

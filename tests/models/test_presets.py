@@ -1,4 +1,4 @@
-"""models.py: the presets against what the paper says of them, and every kind of model as a denoiser."""
+"""presets.py: the presets against what the paper says of them, and every kind of model as a denoiser."""
 
 from types import SimpleNamespace
 
