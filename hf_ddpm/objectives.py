@@ -4,10 +4,10 @@
     min-snr          the same, as if min(SNR_t, γ) weighted the error of x_0 (Hang et al. 2023)
     score-matching   (1 − α_t)²/(2σ_t² α_t) ⟨(s_θ − ∇ log q(x_t | x_0))²⟩, the bound's quadratic part
     bound            L_t with its true weight, L_0 through the decoder (Ho et al. 2020, eq. 5)
-    hybrid           simple + λ · bound, in which x̂_0 is held: it trains the variance (Nichol & Dhariwal 2021)
+    hybrid           simple + λ · bound, whose gradient trains the variance alone (Nichol & Dhariwal 2021)
     sddpm            −log p_θ(x_prev | x_t) for a drawn x_prev: the bound, before x_prev is averaged out
 
-What is of the bound comes in bits/dim, times T, so that its mean over uniform t is the sum over all t. The
+Those made of the bound are in bits/dim, times T, so that the mean over uniform t is the sum over all t. The
 file knows the process, what outputs mean, and the bound's terms. It does not know how t and noise are drawn,
 nor what is done with the gradient.
 
@@ -76,7 +76,8 @@ def min_snr_loss(
 
         min(SNR_t, γ) ⟨(x̂_0 − x_0)²⟩;   as a weight: min(SNR, γ)/SNR on ε, min(SNR, γ)/(SNR + 1) on v
 
-    Arguments and errors as in `simple_loss`.
+    Arguments and errors as in `simple_loss`, and:
+        gamma: γ, above 0.
     """
     like = _doubles(x_0)
     weight = process.at(t, like, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, like)
@@ -158,8 +159,9 @@ def hybrid_loss(
 
         ⟨(m_θ − m)²⟩ + λ T L_t / (D ln 2),   log σ_t² interpolated by v, and no gradient of L_t to m_θ
 
-    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but
-    `variance_type` is a learned one.
+    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but:
+        weight: λ.
+        variance_type: a learned one.
     """
     _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))

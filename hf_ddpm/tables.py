@@ -51,7 +51,7 @@ class Tables:
             t: as in `at`.
             like: as in `at`.
             function: gives a table of shape (T,), float64, for this chain, or a tuple of them. It is called
-                once, and what it gave is kept.
+                once, and what it gave is kept: pass the same function each time, not a new one.
 
         Returns:
             One coefficient for each table, as from `at`. A table that is 0 at every step, or 1 at every step,
