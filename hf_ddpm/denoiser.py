@@ -1,4 +1,4 @@
-"""A denoiser: the one slot that every network fits, and how any model becomes one."""
+"""A denoiser, which is a function of (x_t, t), and how any model becomes one."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """A network in the one slot that every room shares; a closed form or a user's own model fits as well."""
+    """What sampling, training and the bound call: a network, a closed form or a model of your own."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output at x_t.
@@ -32,7 +32,7 @@ class _Adapted:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         device = x_t.device if self.device is None else self.device
         answer = self.model(x_t.to(device), t.to(device))
-        # Told apart by the answer, never by the model's class: DDP and torch.compile change that one.
+        # What counts is the answer's type. The model's class says nothing: DDP and torch.compile wrap it.
         output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
         if not isinstance(output, Tensor):
             raise ValueError(f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample")
@@ -62,7 +62,8 @@ def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -
         ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
     """
     if isinstance(model, type) or not callable(model):
-        raise ValueError(f"model is {model!r}; allowed: an nn.Module or a function of (x_t, t)")
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model is {given}; allowed: an nn.Module or a function of (x_t, t)")
     return model if isinstance(model, _Adapted) else _Adapted(model, device)
 
 

@@ -3,8 +3,8 @@
     w_i(x_t) = softmax_i( log π_i + (√ᾱ_t ⟨x_t, x^i⟩ − ½ ᾱ_t ‖x^i‖²) / (1 − ᾱ_t) )        = q(x_0 = x^i | x_t)
     x̂_0(x_t) = Σ_i w_i x^i  = E[x_0 | x_t]
 
-Sampling with it returns the images themselves: a perfect denoiser memorises, what is new in samples is a
-network's error. Given x_t alone the true x_prev is not Gaussian but a mixture, which `step` draws from:
+Sampling with it returns the images themselves. A perfect denoiser memorises; what is new in a network's
+samples is the network's error. Given x_t alone, x_prev is not Gaussian but a mixture. `step` draws from it:
 
     q(x_prev | x_t) = Σ_i w_i N(μ̃_t(x_t, x^i), β̃_t I)
 
@@ -62,7 +62,7 @@ class ExactDenoiser:
         self.process, self.images, self._chunk_size = process, images, chunk_size
         self._log_weights = (weights / weights.sum()).log().to(images.device)
         pieces = zip(images.flatten(1).split(chunk_size), self._log_weights.split(chunk_size), strict=True)
-        # The images are moved to have mean 0: of the large numbers in the exponent, less has to cancel
+        # Images with mean 0 have smaller products in the exponent, so that fewer digits cancel there.
         self._centre = torch.stack([log_w.exp() @ piece.double() for piece, log_w in pieces]).sum(0)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class ExactDenoiser:
         cumulative = self.weights(x_t, t).cumsum(1)
         device = cumulative.device if generator is None else generator.device
         uniform = torch.rand(len(x_t), 1, generator=generator, dtype=torch.float64, device=device)
-        # u · Σw is below the last number, and an image of weight 0 is no first number above it
+        # The index is that of the first cumulative weight above u · Σw. An image of weight 0 raises the sum
+        # by nothing, so it is never chosen.
         below = cumulative <= uniform.to(cumulative.device) * cumulative[:, -1:]
         return below.sum(1).clamp(max=len(self.images) - 1)
 
@@ -128,7 +129,7 @@ class ExactDenoiser:
         return narrow(mean + sigma * noise.to(x_t.device), x_t.dtype)
 
     def _pieces(self, x_t: Tensor, t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each piece of the set log w up to a constant, (B, m), and the centred images, (m, CHW)."""
+        """Of each piece of the set log w up to a constant, (B, m), and its centred images, (m, CHW)."""
         if x_t.shape[1:] != self.images.shape[1:]:
             own = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}; allowed: (B, {own})")

@@ -4,10 +4,10 @@
     min-snr          the same, as if min(SNR_t, γ) weighted the error of x_0 (Hang et al. 2023)
     score-matching   (1 − α_t)²/(2σ_t² α_t) ⟨(s_θ − ∇ log q(x_t | x_0))²⟩, the bound's quadratic part
     bound            L_t with its true weight, L_0 through the decoder (Ho et al. 2020, eq. 5)
-    hybrid           simple + λ · bound, in which x̂_0 is held: it trains the variance (Nichol & Dhariwal 2021)
+    hybrid           simple + λ · bound, whose gradient trains the variance alone (Nichol & Dhariwal 2021)
     sddpm            −log p_θ(x_prev | x_t) for a drawn x_prev: the bound, before x_prev is averaged out
 
-What is of the bound comes in bits/dim, times T, so that its mean over uniform t is the sum over all t. The
+Those made of the bound are in bits/dim, times T, so that the mean over uniform t is the sum over all t. The
 file knows the process, what outputs mean, and the bound's terms. It does not know how t and noise are drawn,
 nor what is done with the gradient.
 
@@ -16,7 +16,7 @@ an `Objective` to `train`, or give it a name with `register_objective`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -32,6 +32,8 @@ from hf_ddpm.tables import wide
 from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
 
 Model = Callable[[Tensor, Tensor], Tensor]
+COST_CHUNK = 2**22  # how many pixels' worth of images `cost_of_zero` makes at once
+NO_LIMIT = 1e30  # above any loss, and finite, since checkpoints hold sums of it in JSON
 
 
 def simple_loss(
@@ -74,7 +76,8 @@ def min_snr_loss(
 
         min(SNR_t, γ) ⟨(x̂_0 − x_0)²⟩;   as a weight: min(SNR, γ)/SNR on ε, min(SNR, γ)/(SNR + 1) on v
 
-    Arguments and errors as in `simple_loss`.
+    Arguments and errors as in `simple_loss`, and:
+        gamma: γ, above 0.
     """
     like = _doubles(x_0)
     weight = process.at(t, like, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, like)
@@ -156,8 +159,9 @@ def hybrid_loss(
 
         ⟨(m_θ − m)²⟩ + λ T L_t / (D ln 2),   log σ_t² interpolated by v, and no gradient of L_t to m_θ
 
-    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but
-    `variance_type` is a learned one.
+    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but:
+        weight: λ.
+        variance_type: a learned one.
     """
     _check_noise(x_0, noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
@@ -223,15 +227,43 @@ class Objective:
     variance: Literal["fixed", "any", "learned"] = "fixed"
     outputs: int = 1
 
+    def __post_init__(self):
+        if not callable(self.loss):
+            raise ValueError(
+                f"loss is a {type(self.loss).__name__}; allowed: a function (process, model, x_0, t, *noises)"
+            )
+        if not isinstance(self.noises, int) or isinstance(self.noises, bool) or self.noises < 0:
+            raise ValueError(f"noises is {self.noises!r}; allowed: whole numbers >= 0")
+        if self.variance not in ("fixed", "any", "learned"):
+            raise ValueError(f"variance is {self.variance!r}; allowed: 'fixed', 'any', 'learned'")
+
     @torch.no_grad()
-    def cost_of_zero(self, process: DiffusionProcess) -> Tensor:
-        """About what answering zero to white images costs at each t, (T,), float64; 1 for `simple` on ε."""
+    def cost_of_zero(
+        self,
+        process: DiffusionProcess,
+        shape: Sequence[int] = (1, 8, 8),
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """About what answering zero to white images costs at each t; 1 for `simple` on ε.
+
+        Args:
+            process: the chain.
+            shape: (C, H, W) of the images. A loss of one's own may take no other.
+            device: where the images are.
+
+        Returns:
+            The cost, (T,) float64 on the CPU; 1e30 where it isn't above 0, as no loss can be judged by that.
+        """
         generator = torch.Generator().manual_seed(0)
-        shape = (len(process), 1, 8, 8)
-        noises = [torch.randn(shape, generator=generator) for _ in range(self.noises)]
-        zero = torch.zeros(shape).repeat(1, self.outputs, 1, 1)
-        t = torch.arange(len(process))
-        return self.loss(process, lambda x_t, steps: zero, torch.ones(shape), t, *noises).double()
+        costs = []
+        for t in torch.arange(len(process)).split(max(1, COST_CHUNK // math.prod(shape))):
+            images = torch.ones(len(t), *shape, device=device)
+            zero = images.new_zeros(()).expand(len(t), shape[0] * self.outputs, *shape[1:])
+            noises = [torch.randn(images.shape, generator=generator).to(device) for _ in range(self.noises)]
+            cost = self.loss(process, lambda x_t, steps, zero=zero: zero, images, t.to(device), *noises)
+            costs.append(cost.cpu().double())
+        found = torch.cat(costs)
+        return torch.where(found > 0, found, NO_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -319,8 +351,14 @@ def make_objective(
     if callable(found) and not isinstance(found, type):
         found = Objective(found)
     if not isinstance(found, Objective):
+        if found is not objective:
+            raise ValueError(
+                f"objective {name} was registered with a function that gave a {type(found).__name__}; "
+                "allowed: an Objective"
+            )
+        shown = repr(objective) if isinstance(objective, str) else f"a {type(objective).__name__}"
         raise ValueError(
-            f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}, an Objective, or a function "
+            f"objective is {shown}; allowed: {', '.join(OBJECTIVES)}, an Objective, or a function "
             "(process, model, x_0, t, noise)"
         )
     if variance_type not in TRAINED:

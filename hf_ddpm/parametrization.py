@@ -36,6 +36,7 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import add_scaled, narrow, wide, wide_dtype
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "score"]
+TINY = 2.0**-60  # below it, coefficients are scaled before they become float32, which ends at 2^-126
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +47,14 @@ class Parametrization:
         p: a function of the process that gives the coefficient of x_0 at each t, (T,) float64.
         q: the same for ε.
         in_diffusers: whether diffusers' own schedulers have a word for it.
+        determinant: the same for q a − s p, where the difference of the two products would lose digits; None
+            to take that difference.
     """
 
     p: Callable[[DiffusionProcess], Tensor]
     q: Callable[[DiffusionProcess], Tensor]
     in_diffusers: bool
+    determinant: Callable[[DiffusionProcess], Tensor] | None = None
 
     def x0(self, process: DiffusionProcess) -> tuple[Tensor, Tensor, Tensor]:
         """Tables u, v, w of x̂_0 = (u x_t + v m) / w, each (T,) float64; where q = 0, x̂_0 = m / p."""
@@ -64,8 +68,12 @@ class Parametrization:
     def eps(self, process: DiffusionProcess) -> tuple[Tensor, Tensor, Tensor]:
         """Tables u, v, w of ε̂ = (u x_t + v m) / w, each (T,) float64; where p = 0, ε̂ = m / q."""
         p = self.p(process)
-        divisor = torch.where(p == 0, self.q(process), self._determinant(process))
-        return -p, torch.where(p == 0, 1, process.sqrt_alphas_cumprod), divisor
+        u, v = -p, torch.where(p == 0, 1, process.sqrt_alphas_cumprod)
+        w = torch.where(p == 0, self.q(process), self._determinant(process))
+        # Late in a long chain all three may be too small for float32. A common power of two changes no digit.
+        largest = torch.maximum(u.abs(), v)
+        scale = torch.where(largest < TINY, largest.frexp().mantissa / largest, 1)
+        return u * scale, v * scale, w * scale
 
     def output(self, process: DiffusionProcess) -> tuple[Tensor, Tensor]:
         """Tables p and q."""
@@ -76,6 +84,8 @@ class Parametrization:
         return _rounded_to_1(self._determinant(process) ** 2 / process.one_minus_alphas_cumprod)
 
     def _determinant(self, process: DiffusionProcess) -> Tensor:
+        if self.determinant is not None:
+            return self.determinant(process)
         a, s = process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
         return _rounded_to_1(self.q(process) * a - s * self.p(process))
 
@@ -95,13 +105,18 @@ def _one(process: DiffusionProcess) -> Tensor:
 
 def _mean_p(process: DiffusionProcess) -> Tensor:
     full = process.original or process
-    p = full.posterior_mean_coef_x0 + full.posterior_mean_coef_xt * full.sqrt_alphas_cumprod
-    return p[process.timesteps]
+    return full.sqrt_alphas_cumprod_prev[process.timesteps]  # c0 + c_t a
 
 
 def _mean_q(process: DiffusionProcess) -> Tensor:
     full = process.original or process
     return (full.posterior_mean_coef_xt * full.sqrt_one_minus_alphas_cumprod)[process.timesteps]
+
+
+def _mean_determinant(process: DiffusionProcess) -> Tensor:
+    """The determinant −s c0: as a difference it would lose digits where β is far below 1 − ᾱ."""
+    full = process.original or process
+    return -(full.posterior_mean_coef_x0 * full.sqrt_one_minus_alphas_cumprod)[process.timesteps]
 
 
 PARAMETRIZATIONS: dict[str, Parametrization] = {
@@ -112,7 +127,7 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
         lambda process: process.sqrt_alphas_cumprod,
         in_diffusers=True,
     ),
-    "mean": Parametrization(_mean_p, _mean_q, in_diffusers=False),
+    "mean": Parametrization(_mean_p, _mean_q, in_diffusers=False, determinant=_mean_determinant),
     "score": Parametrization(
         _zero, lambda process: -1 / process.sqrt_one_minus_alphas_cumprod, in_diffusers=False
     ),

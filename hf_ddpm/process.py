@@ -23,7 +23,7 @@ from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
 VarianceType = Literal["fixed_small", "fixed_large"]
-# Above so many bits/dim that the last x_t still knows of its image, starting from N(0, I) is worth a warning.
+# Bits/dim of its image that the chain's last x_t may hold before a start from N(0, I) is worth a warning.
 PRIOR_WARNING = 0.01
 
 

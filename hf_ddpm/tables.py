@@ -51,7 +51,7 @@ class Tables:
             t: as in `at`.
             like: as in `at`.
             function: gives a table of shape (T,), float64, for this chain, or a tuple of them. It is called
-                once, and what it gave is kept.
+                once, and what it gave is kept: pass the same function each time, not a new one.
 
         Returns:
             One coefficient for each table, as from `at`. A table that is 0 at every step, or 1 at every step,
@@ -119,10 +119,11 @@ class Tables:
         else:
             whole, low, high = isinstance(t, int | np.integer) and not isinstance(t, bool), t, t
         if not (whole and low >= 0 and high < self.timesteps.shape[0]):
-            got = t.tolist() if isinstance(t, Tensor) else t
-            raise ValueError(
-                f"step t = {got} is not in the chain; allowed: whole numbers 0..{self.timesteps.shape[0] - 1}"
-            )
+            first, last = t, self.timesteps.shape[0] - 1
+            if isinstance(t, Tensor):
+                wrong = t[(t < 0) | (t > last)] if whole else t
+                first = wrong.flatten()[0].item()
+            raise ValueError(f"step t = {first!r} is not in the chain; allowed: whole numbers 0..{last}")
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._copies:

@@ -81,7 +81,6 @@ VARIANCES: dict[str, Variance] = {
     "learned": Variance(from_output=lambda process, v, t: wide(v), trained=False, in_diffusers=False),
     "learned_range": Variance(from_output=learned_range_log_variance),
 }
-VARIANCE_TYPES: tuple[str, ...] = tuple(VARIANCES)
 # The same without diffusers' second names: fixed, learned, and what a run of `train` may choose.
 FIXED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 1 and kind.same_as is None)
 LEARNED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 2 and kind.same_as is None)
@@ -150,8 +149,9 @@ def check_scored(process: DiffusionProcess, variance_type: str | Tensor) -> None
                 f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
             )
     elif not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
+        shown = repr(variance_type) if isinstance(variance_type, str) else f"a {type(variance_type).__name__}"
         allowed = ", ".join((*FIXED, *LEARNED))
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}, or a (T,) tensor")
+        raise ValueError(f"variance_type is {shown}; allowed: {allowed}, or a (T,) tensor")
 
 
 def log_variance_at(

@@ -389,6 +389,43 @@ def test_a_registered_objective_gets_the_choices_of_the_run(monkeypatch):
         register_objective("three", 3)
 
 
+def test_the_cost_of_zero_is_asked_in_the_shape_of_the_images():
+    """A loss of one's own may hold a mask, or a network, that takes no other images."""
+    mask = torch.arange(12.0).view(3, 2, 2)
+
+    def masked(process, model, x_0, t, noise):
+        return (mask * (model(x_0, t) - noise).square()).flatten(1).mean(1)
+
+    assert make_objective(masked).cost_of_zero(SHORT, (3, 2, 2)).shape == SHORT.betas.shape
+
+
+def test_a_cost_of_zero_by_which_no_loss_can_be_judged_sets_no_limit():
+    for value in (0.0, -1.0, math.nan):
+        objective = make_objective(lambda process, model, x_0, t, noise, v=value: x_0.new_full(t.shape, v))
+        assert (objective.cost_of_zero(SHORT) == 1e30).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"loss": None}, "loss is a NoneType"),
+        ({"loss": own_loss, "noises": -1}, "noises is -1"),
+        ({"loss": own_loss, "variance": "Fixed"}, "variance is 'Fixed'; allowed: 'fixed', 'any', 'learned'"),
+    ],
+    ids=["loss", "noises", "variance"],
+)
+def test_an_objective_that_is_none(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        Objective(**wrong)
+
+
+def test_a_registered_function_that_gives_no_objective(monkeypatch):
+    monkeypatch.setattr("hf_ddpm.objectives.OBJECTIVES", dict(OBJECTIVES))
+    register_objective("own", lambda how: 5)
+    with pytest.raises(ValueError, match="'own' was registered with a function that gave a int; allowed"):
+        make_objective("own")
+
+
 @pytest.mark.parametrize("wrong", [lambda *_: torch.tensor(1.0), lambda *_: 1.0], ids=["mean", "float"])
 def test_a_loss_that_is_not_one_value_per_example_is_refused(wrong):
     x = draw(2, 1, 2, 2)

@@ -3,6 +3,8 @@
 At the end: shapes, dtypes, steps and devices of every equation on images, process.py's included.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,25 @@ def test_round_trip_at_both_ends(kind, name):
             to_x0(process, kind, output, x_t, t), x_0, rtol=0, atol=3e-7 if kind == "mean" else 1e-10
         )
         assert_allclose(to_eps(process, kind, output, x_t, t), eps, rtol=0, atol=1e-11)
+
+
+def test_mean_keeps_its_digits_where_a_step_adds_almost_nothing():
+    """c0 = √ᾱ_prev β/(1 − ᾱ) is 1.4e-12 beside c_t a = 0.7: their difference would keep four digits."""
+    process, m, x = DiffusionProcess.from_betas([0.5, 1e-12]), draw(1, 1, 2, 2), draw(1, 1, 2, 2, seed=1)
+    beta, abar = 1e-12, 0.5 * (1 - 1e-12)
+    assert_allclose(output_scale(process, "mean", 1, x), 0.5 * beta**2 / (1 - abar) ** 2, rtol=1e-13)
+    expected = math.sqrt(1 - abar) / beta * (x - math.sqrt(1 - beta) * m)
+    assert_allclose(to_eps(process, "mean", m, x, 1), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_noise_is_finite_in_float32_late_in_a_long_chain(kind):
+    """√ᾱ is 1e-48 at the end of `constant` with T = 1000, which float32 can't hold."""
+    process = DiffusionProcess.from_betas([0.2] * 1000)
+    m, x = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1)
+    last = torch.tensor([999, 999])
+    found = to_eps(process, kind, m.float(), x.float(), last)
+    assert_allclose(found, to_eps(process, kind, m, x, 999), rtol=1e-5, atol=1e-6)
 
 
 @law
@@ -356,19 +377,21 @@ def test_float16_saturates_where_an_early_prediction_overflows(kind, sign):
     assert to_x0(LINEAR, kind, output.bfloat16(), x.bfloat16(), 999).abs().min() > 1.5e5
 
 
-# Two targets are the arguments themselves, whatever t; every other equation looks t up.
-LOOK_UP = {
-    name: f for name, f in EQUATIONS.items() if name not in ("from_x0_eps-epsilon", "from_x0_eps-sample")
-}
-
-
-@pytest.mark.parametrize("f", LOOK_UP.values(), ids=LOOK_UP)
+@pytest.mark.parametrize("f", EQUATIONS.values(), ids=EQUATIONS)
 @pytest.mark.parametrize(
     "t", [-1, 1000, 1.0, None, *map(torch.tensor, [[0, 1000], [-1, 0], 1000, [0.0, 1.0]])], ids=str
 )
 def test_steps_outside_the_chain_are_refused(f, t):
     with pytest.raises(ValueError, match=r"step t = .* not in the chain.*0\.\.999"):
         f(LINEAR, draw(2, 1, 2, 2), draw(2, 1, 2, 2), t)
+
+
+def test_only_the_first_wrong_step_of_a_batch_is_named():
+    t = torch.arange(1002).repeat(4)
+    with pytest.raises(ValueError, match=r"^step t = 1000 is not in the chain; allowed: .* 0\.\.999$"):
+        LINEAR.timesteps_at(t)
+    with pytest.raises(ValueError, match=r"^step t = 0\.5 is not"):
+        LINEAR.timesteps_at(t + 0.5)
 
 
 @pytest.mark.parametrize("f", [to_x0, to_eps, to_score, from_x0_eps])

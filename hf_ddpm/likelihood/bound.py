@@ -7,7 +7,7 @@
     L_0 = −log p_θ(x_0 | x_{t=0}),  the discretised decoder around x̂_0
 
 It knows the process, what a network's output means and Gaussian maths. It does not know how t and the noise
-are drawn, nor how terms are summed and averaged (likelihood.py).
+are drawn, nor how terms are summed and averaged (estimator.py, full.py).
 """
 
 from collections.abc import Callable

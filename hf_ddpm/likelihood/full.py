@@ -16,10 +16,7 @@ from torch import Tensor
 
 from hf_ddpm.gaussian import bits_per_dim, normal_kl
 from hf_ddpm.likelihood.bound import bound_term, prior_kl
-from hf_ddpm.likelihood.estimator import (
-    Estimate,
-    randn_like,
-)
+from hf_ddpm.likelihood.estimator import Estimate, randn_like
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
 from hf_ddpm.variances import log_variance_table
@@ -105,8 +102,10 @@ def evaluate_bound(
         generator: of the draws; it may be on the CPU when the images are not.
 
     Raises:
-        ValueError: as in `bound_term`.
+        ValueError: as in `bound_term`, or there are no images.
     """
+    if len(x_0) == 0:
+        raise ValueError("there are no images; allowed: at least one")
     terms = []
     for t in reversed(range(len(process))):
         noise = noise_fn(t) if noise_fn is not None else randn_like(x_0, generator)

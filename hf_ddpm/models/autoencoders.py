@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HIDDEN = 30  # units of the narrowest layer in the article
-FREQUENCIES, EMBEDDING = 64, 128  # numbers that t becomes: sines and cosines, then what layers get of them
+FREQUENCIES, EMBEDDING = 64, 128  # t becomes 64 sines and cosines, then 128 numbers that layers are given
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
     """Base of the autoencoders: everything but the layers between x_t and ε_r."""
 
     def _set_up(self, widths: list[int]) -> None:
-        """Check the config and make what hears of t; `widths` are those of the hidden layers in order."""
+        """Check the config and make the layers that are told t; `widths` are the hidden layers' in order."""
         config: Any = self.config
         size = config.sample_size
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -176,7 +176,7 @@ class ConvAutoencoder(Autoencoder):
 
 
 class _Time(nn.Module):
-    """What t adds to each hidden layer, and by how much it scales x_t (nothing before training)."""
+    """What t adds to each hidden layer, and by how much it scales x_t (not at all before training)."""
 
     def __init__(self, widths: list[int], residual: bool):
         super().__init__()

@@ -17,7 +17,7 @@ from hf_ddpm.runtime.messages import did_you_mean
 def _layout(
     size: int, channels: int, widths: tuple[int, ...], *, attention_at: int, **others: Any
 ) -> dict[str, Any]:
-    """Config of a `UNet2DModel`; what is not said is as in google/ddpm-cifar10-32.
+    """Config of a `UNet2DModel`; keys not named here are as in google/ddpm-cifar10-32.
 
     Args:
         size: side of the square images.
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": _layout(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M
     "256": _layout(256, 3, (128, 128, 256, 256, 512, 512), attention_at=16),  # 114M
     # Ours, small enough for 2 CPU cores: levels 28-14-7 and 8-4; `tiny` is for tests.
-    # Of the widths and depths in tests/benchmarks/README.md, what had the lowest loss for its time; 1.1M
+    # 1.1M: it had the lowest loss for its time among the widths and depths in tests/benchmarks/README.md.
     "fashion-mnist": _layout(28, 1, (32, 64, 64), attention_at=7, layers_per_block=1),
     "digits": _layout(8, 1, (32, 32), attention_at=4, layers_per_block=1, norm_num_groups=8),  # 0.3M
     "tiny": _layout(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
@@ -82,12 +82,12 @@ def create_model(
     out_channels: int | None = None,
     dropout: float | None = None,
 ) -> ModelMixin:
-    """A freshly initialised network of `NETWORKS`; what is None is the preset's.
+    """A freshly initialised network of `NETWORKS`. Arguments left at None are as in the preset.
 
     Args:
         preset: a name in `PRESETS`.
-        image_size: side, or (height, width); of a U-Net multiples of 2^(levels − 1), and the same levels
-            attend.
+        image_size: side, or (height, width). A U-Net takes multiples of 2^(levels − 1), and attends at the
+            same levels.
         channels: C of the images.
         out_channels: channels of the output, C (the default) or 2C for learned variances.
         dropout: probability in [0, 1); autoencoders have none.

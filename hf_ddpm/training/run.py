@@ -189,7 +189,8 @@ class Run:
         if start is not None:
             self.restore(start)
         self.batches = make_batches(stream, config, self.share, accelerator.device, self.first)
-        self.cost = self.objective.cost_of_zero(self.process).float().to(accelerator.device)
+        cost = self.objective.cost_of_zero(self.process, self.shape, accelerator.device)
+        self.cost = cost.float().to(accelerator.device)
 
     @property
     def averaged(self) -> nn.Module:

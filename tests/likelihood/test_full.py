@@ -338,6 +338,14 @@ def test_tanh_decoder_is_the_published_one_at_t_0_only():
     assert torch.equal(got["exact"][1:], got["tanh"][1:]) and abs(got["exact"][0] - got["tanh"][0]) > 1e-6
 
 
+def test_no_images_and_a_table_of_numpy_are_refused_in_one_line():
+    process, x_0 = chain("linear"), levels(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"^there are no images; allowed: at least one$"):
+        evaluate_bound(process, toy_model, x_0[:0], variance_type="fixed_small")
+    with pytest.raises(ValueError, match=r"^variance_type is a ndarray; allowed: .*, or a \(T,\) tensor$"):
+        evaluate_bound(process, toy_model, x_0, variance_type=np.zeros(1000))  # type: ignore[arg-type]
+
+
 def test_ends_of_the_learned_variances():
     mean = toy_model(SHORT.q_sample(X_4, EPS_4, T_4), T_4)
 

@@ -1,4 +1,4 @@
-"""models.py: the presets against what the paper says of them, and every kind of model as a denoiser."""
+"""presets.py: the presets against what the paper says of them, and every kind of model as a denoiser."""
 
 from types import SimpleNamespace
 
@@ -286,9 +286,11 @@ def test_bad_arguments(preset, changes, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model", [None, "google/ddpm-cifar10-32", UNet2DModel])
+@pytest.mark.parametrize("model", [None, "google/ddpm-cifar10-32", UNet2DModel, {"weight": torch.zeros(99)}])
 def test_not_a_model(model):
-    with pytest.raises(ValueError, match=r"^model is .*; allowed: an nn.Module or a function of \(x_t, t\)$"):
+    with pytest.raises(
+        ValueError, match=r"^model is (a|the class) \w+; allowed: an nn.Module or a function of \(x_t, t\)$"
+    ):
         as_denoiser(model)
 
 
