@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """What every part of the package takes for a network; a closed form or a model of your own fits as well."""
+    """What every part of the package takes for a network: a module, a closed form or a model of your own."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output at x_t.
