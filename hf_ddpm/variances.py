@@ -4,7 +4,9 @@
     fixed_small, fixed_small_log     log β̃_t, with β̃_2 for β̃_1
     fixed_large, fixed_large_log     log β_t, with β̃_2 for β_1
     learned                          v, the network's second C channels
-    learned_range                    f log β_t + (1 − f) log β̃_t,  f = (v + 1)/2
+    learned_range                    f log β_t + (1 − f) log β̃_t,  f = (v + 1)/2, with β̃_2 for β̃_1
+
+Here β̃_1 and β_1 belong to the first step and β̃_2 to the second, as the paper counts.
 
 To add a variance type, add its row to `VARIANCES`. With `trained=True`, runs of `train` may choose it.
 

@@ -258,7 +258,7 @@ OBJECTIVE = {
         "OBJECTIVES: dict[str, Callable[[Choices], Objective]] = {\n",
         """def absolute_loss(process, model, x_0, t, noise):
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
-    return (output - noise).abs().flatten(1).mean(1)
+    return 10 * (output - noise).abs().flatten(1).mean(1)
 
 
 OBJECTIVES: dict[str, Callable[[Choices], Objective]] = {
@@ -284,7 +284,17 @@ assert np.allclose(betas, np.geomspace(1e-4, 0.5, 20), rtol=1e-12)
 process = used("prediction", prediction_type="flow").process
 assert torch.allclose(from_x0_eps(process, "flow", x, e, 3), e - x)
 
-assert used("variance", variance_type="halfway").scheduler.variance_type == "halfway"
+scheduler = used("variance", variance_type="halfway").scheduler
+assert scheduler.variance_type == "halfway"
+drawn = {}
+for kind in ("fixed_small", "halfway", "fixed_large"):
+    scheduler.variance_type = kind
+    drawn[kind] = scheduler.step(0 * e, 7, e, generator=torch.Generator().manual_seed(0)).prev_sample
+low, high = process.sigma_small[7], process.sigma_large[7]
+part = ((low * high).sqrt() - low) / (high - low)
+assert 0.1 < part < 0.9
+middle = torch.lerp(drawn["fixed_small"], drawn["fixed_large"], part.item())
+assert torch.allclose(drawn["halfway"], middle, atol=1e-6)
 table = (process.posterior_variance * process.betas).sqrt().log()
 scored = [bound_term(process, None, x, 7, e, variance_type=v, model_output=0 * e) for v in ("halfway", table)]
 assert torch.allclose(scored[0].nats, scored[1].nats)
@@ -294,13 +304,15 @@ assert pipeline.unet.config.out_channels == 2
 
 used("objective", objective="absolute")
 found["config"] = json.loads(Path("objective/train_config.json").read_text())["objective"]
+lines = Path("objective/log.jsonl").read_text().splitlines()
+found["loss"] = next(line["loss"] for line in map(json.loads, lines) if "loss" in line)
 """
     added = {"beta schedule": SCHEDULE, "prediction type": PREDICTION}
     added |= {"variance type": VARIANCE, "objective": OBJECTIVE}
     found = add_and_run(tmp_path, added, script)
     runs = ("schedule", "prediction", "variance", "learned", "objective")
     assert all(math.isfinite(found[name]["bpd"]) for name in runs)
-    assert found["config"] == "absolute"
+    assert found["config"] == "absolute" and found["loss"] > 4  # no other objective begins above 2
 
 
 def huber(process, model, x_0, t, noise):
@@ -311,7 +323,9 @@ def huber(process, model, x_0, t, noise):
 def test_an_objective_needs_no_file(tmp_path):
     options = {"dataset": "digits", "model": "tiny", "max_steps": 2, "batch_size": 4, "lr_warmup_steps": 0}
     config = TrainConfig(output_dir=str(tmp_path / "run"), num_train_timesteps=20, beta_end=0.5, **options)
-    train(config, objective=huber)
+    result = train(config, objective=huber)
+    square = train(dataclasses.replace(config, output_dir=str(tmp_path / "square")))
+    assert result.loss < 0.6 * square.loss  # the Huber loss is at most half of the square
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "run")
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, torch.Generator().manual_seed(0), output_type="pt").images
