@@ -70,8 +70,8 @@ if not TYPE_CHECKING:
         if name in _HOMES:
             globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
             return value
-        # Python asks for names such as `__path__`, which are never modules.
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        # Python asks for names such as `__path__`, and `getattr` for any text; those are never modules.
+        if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -373,10 +373,10 @@ def make_objective(
             f"variance_type is {variance_type!r}, which objective {name} doesn't train; allowed with it: "
             f"{', '.join(FIXED)}"
         )
-    return replace(found, loss=partial(_per_example, found.loss), outputs=outputs(variance_type))
+    return replace(found, loss=partial(per_example, found.loss), outputs=outputs(variance_type))
 
 
-def _per_example(
+def per_example(
     loss: Callable[..., Tensor],
     process: DiffusionProcess,
     model: Model,
@@ -384,7 +384,21 @@ def _per_example(
     t: Tensor,
     *noises: Tensor,
 ) -> Tensor:
-    """The values of a loss; a mean over the batch in their place would train with other weights."""
+    """The values of a loss, refused where there is not one per example.
+
+    A mean over the batch in their place would train with other weights.
+
+    Args:
+        loss: a function (process, model, x_0, t, *noises).
+        process: as the loss takes it, and so the arguments that follow.
+        model: a denoiser.
+        x_0: images, shape (B, C, H, W).
+        t: steps, shape (B,).
+        *noises: each of the shape of x_0.
+
+    Raises:
+        ValueError: the loss gave something else than a tensor of shape (B,).
+    """
     values: Any = loss(process, model, x_0, t, *noises)
     if not isinstance(values, Tensor) or values.shape != x_0.shape[:1]:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -78,7 +78,7 @@ def test_type_checkers_and_python_find_the_same_objects():
 
 
 def test_unknown_names():
-    for name in ("nothing", "ModelMixin", "__path_hooks__", "_private"):
+    for name in ("nothing", "ModelMixin", "__path_hooks__", "_private", "gaussian.normal_kl", "a.b", ""):
         assert not hasattr(hf_ddpm, name)  # diffusers' loader asks the package for names of its own
     with pytest.raises(AttributeError, match="module 'hf_ddpm' has no attribute 'nothing'"):
         hf_ddpm.nothing  # noqa: B018

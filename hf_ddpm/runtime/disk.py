@@ -36,7 +36,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield partial
             os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        # Where nothing could be written there may be no folder to delete from; the error above says why
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -28,7 +28,7 @@ from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.folders.layout import CURVE, GRIDS, HELDOUT, INDEX, LOG, RECORD, STEPS, UNET, variant_name
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.objectives import Objective, make_objective
+from hf_ddpm.objectives import Objective, make_objective, per_example
 from hf_ddpm.process import PRIOR_WARNING
 from hf_ddpm.runtime.disk import update_folder
 from hf_ddpm.runtime.messages import one_line
@@ -323,6 +323,6 @@ def _name_of(objective: OwnObjective) -> str:
     """The name of the function that an objective is made of, be it wrapped in `functools.partial` or not."""
     function: Any = objective.loss if isinstance(objective, Objective) else objective
     while isinstance(function, functools.partial):
-        wrapped = (value for value in function.args if callable(value))
-        function = next(wrapped, function.func)
+        # `make_objective` hands the loss to a function of its own, which checks its values
+        function = function.args[0] if function.func is per_example else function.func
     return getattr(function, "__qualname__", type(function).__qualname__)

@@ -96,29 +96,36 @@ def train(
         log = RunLog(
             run.folder, run.accelerator, run.config, run.first, run.share.per_step, run.rows, run.state
         )
-        stop, stopped, done = StopSignals(run.accelerator.num_processes), False, False
-        with stop, log, contextlib.suppress(TrainingStopped):
+        stop = StopSignals(run.accelerator.num_processes)
+        with stop, log:
             with log.paused():
-                _show(run, log, stop)
+                stopped = _show(run, log, stop)
             while run.step < run.config.max_steps and not stopped:
                 optimizer_step(run, log)
                 if after_step is not None:
                     after_step(run)
-                stopped = stop.agreed()
-                _keep(run, log, stop, push, stopped)
-            if run.step == run.first:
+                stopped = _keep(run, log, stop, push)
+            if run.step == run.first and not stopped:
                 _keep_again(run, push)
-            done = not stopped
-        _close(run, log, done)
-    return _finish(run, log, stop, push, done)
+        _close(run, log, stopped)
+    return _finish(run, log, stop, push, stopped)
 
 
-def _show(run: Run, log: RunLog, stop: StopSignals) -> None:
-    """The held-out bound and the sample grid of this step, if they are due and not there yet.
+def _show(run: Run, log: RunLog, stop: StopSignals) -> bool:
+    """Make the held-out bound and the sample grid of this step, if they are due and not there yet.
 
-    Raises:
-        TrainingStopped: a signal came meanwhile.
+    Returns:
+        Whether a signal came meanwhile, which leaves out the rest.
     """
+    try:
+        _show_all(run, log, stop)
+    except TrainingStopped:
+        return True
+    return False
+
+
+def _show_all(run: Run, log: RunLog, stop: StopSignals) -> None:
+    """As `_show`; what is due is made to the end, or a signal raises TrainingStopped."""
     config, process = run.config, run.process
     resumed = run.step == run.first  # a step that another call has taken, which may have kept it already
     if run.heldout is not None and run.due(config.evaluate_every):
@@ -133,12 +140,15 @@ def _show(run: Run, log: RunLog, stop: StopSignals) -> None:
     reshard(run.averaged)
 
 
-def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None, stopped: bool) -> None:
-    """What is due at this step, in this order: log, checkpoint, held-out bound, pictures, upload.
+def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None) -> bool:
+    """Do what is due at this step, in this order: log, checkpoint, held-out bound, pictures, upload.
 
     A run that is stopped saves a checkpoint whatever is due, and leaves out what comes after it.
+
+    Returns:
+        Whether the run was told to stop.
     """
-    config = run.config
+    config, stopped = run.config, stop.agreed()
     if run.due(config.log_every):
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
@@ -146,14 +156,13 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None,
         pushes = config.push_to_hub is not None and run.due(config.push_every)
         if stopped or shows or pushes or run.due(config.checkpoint_every):
             run.save(log.state())
-        if stopped:
-            return
-        if shows:
-            _show(run, log, stop)
+        if stopped or (shows and _show(run, log, stop)):
+            return True
         if shows or pushes or run.step == config.max_steps:
             on_main_process(run.accelerator, lambda: draw_curve(run.folder))
         if push is not None and pushes:
             push.push(run.step)
+    return False
 
 
 def _keep_again(run: Run, push: BackgroundPush | None) -> None:
@@ -164,9 +173,9 @@ def _keep_again(run: Run, push: BackgroundPush | None) -> None:
         push.push(run.step)
 
 
-def _close(run: Run, log: RunLog, done: bool) -> None:
+def _close(run: Run, log: RunLog, stopped: bool) -> None:
     """End the work of the processes."""
-    if done:
+    if not stopped:
         run.accelerator.wait_for_everyone()
     run.close()
     if log.skipped:
@@ -174,7 +183,9 @@ def _close(run: Run, log: RunLog, done: bool) -> None:
     run.accelerator.end_training()
 
 
-def _finish(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None, done: bool) -> TrainResult:
+def _finish(
+    run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None, stopped: bool
+) -> TrainResult:
     """Wait for the last upload, and say what the run came to.
 
     Raises:
@@ -182,7 +193,7 @@ def _finish(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | Non
         TrainingStopped: it was stopped, and waited a little for the upload, which the run that goes on
             starts again.
     """
-    if not done:
+    if stopped:
         if push is not None:
             with contextlib.suppress(PublishError):
                 push.finish(STOPPED_PUSH_SECONDS)

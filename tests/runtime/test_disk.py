@@ -88,6 +88,14 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
     assert left.name.startswith(".a.txt.") and left.suffix == ".tmp" and left.read_text() == "half"
 
 
+def test_a_folder_that_is_a_file_is_told_of_the_file_that_was_meant(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "a.txt"
+    with pytest.raises(OSError) as error, whole_file(path):
+        pass
+    assert str(error.value).startswith(f"can't write '{path}': ")
+
+
 def test_tensors_come_back(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor([1, 2])}
     save_tensors(tmp_path / "deep" / "x.safetensors", tensors, {"facts": "ü"})

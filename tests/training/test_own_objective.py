@@ -50,6 +50,16 @@ def test_a_run_goes_on_with_the_same_objective_only(named, tmp_path):
     assert log(tmp_path) == log(named)
 
 
+def doubled(loss, *args):
+    return 2 * loss(*args)
+
+
+def test_a_function_is_not_named_by_what_it_is_given(tmp_path):
+    inner = partial(min_snr_loss, prediction_type="epsilon")
+    train(small(tmp_path, max_steps=1), Conv(), objective=partial(doubled, inner))
+    assert load_checkpoint(checkpoint(tmp_path, 1)).state["own_objective"] == "doubled"
+
+
 def test_a_run_of_the_configs_objective_does_not_go_on_with_another(tmp_path):
     train(small(tmp_path), Conv())
     assert "own_objective" not in json.loads((checkpoint(tmp_path, 3) / "state.json").read_text())

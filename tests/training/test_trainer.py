@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ddpm import DDPMPipeline, train
+from hf_ddpm import DDPMPipeline, TrainingStopped, train
 from hf_ddpm.training.checkpoint import load_checkpoint
 from tests.training.helpers import Conv, assert_same, by_hand, checkpoint, log, small, weights
 
@@ -192,3 +192,14 @@ def test_what_after_step_raises_ends_the_run(tmp_path):
         train(config, Conv(), after_step=stop)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert train(config, Conv()).step == 3  # the folder is free, and the run goes on
+
+
+def test_a_hook_may_raise_what_a_signal_raises(tmp_path):
+    """It is handed on as any other error, and nothing claims that the run is saved."""
+
+    def stop(run):
+        raise TrainingStopped("enough")
+
+    with pytest.raises(TrainingStopped, match=r"^enough$"):
+        train(small(tmp_path), Conv(), after_step=stop)
+    assert not (tmp_path / "checkpoints").exists()
