@@ -179,9 +179,9 @@ class PortablePipeline(diffusers.DDPMPipeline):
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "no such folder, and from the Hub: " if from_hub else ""
             reason = redact(words := load_reason(error), token)
-            raise ValueError(f"can't load a pipeline from {shown!r}: {tried}{reason}") from (
-                error if words == reason else None  # its words would tell
-            )
+            # An error whose own words hold a secret is not handed on
+            cause = error if words == reason else None
+            raise ValueError(f"can't load a pipeline from {shown!r}: {tried}{reason}") from cause
         for message in messages:
             if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
                 raise ValueError(f"can't load a pipeline from {shown!r}: {message}")

@@ -155,13 +155,13 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     path = Path(source).expanduser()
     like_a_path = path.is_absolute() or source[:1] == "." or source.count("/") > 1
     if not source or (like_a_path and not path.is_dir()):
         raise ValueError(f"no folder {source!r} (it looks like a path, so the Hub was not asked)")
     place, what = str(path) if path.is_dir() else source, "config"
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         what = "image processor"

@@ -125,11 +125,12 @@ def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:
         if option.name in but:
             continue
         kinds = _kinds(option)
+        # A flag of bool without a value means true
         argument = parser.add_argument(
             "--" + option.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
-            nargs="?" if bool in kinds else None,  # a bare flag means true
+            nargs="?" if bool in kinds else None,
             const="true" if bool in kinds else None,
         )
         parser.late_help[argument] = partial(_help, option)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -268,3 +269,12 @@ class TestMissingPackages:
         found = extractor(images(12))
         assert extractor.name == "inception-v3" and found.features.shape == found.logits.shape == (12, 3)
         assert "FID (inception-v3)" in sample_metrics(found, found).labelled()
+
+
+def test_a_refused_extractor_leaves_progress_bars_as_they_were():
+    """transformers hides the Hub client's bars together with its own."""
+    shown = are_progress_bars_disabled()
+    for source in ("/nowhere/model", ""):
+        with pytest.raises(ValueError, match="no folder"):
+            load_extractor(source)
+        assert are_progress_bars_disabled() == shown
