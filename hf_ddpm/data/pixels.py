@@ -114,7 +114,7 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
 
 
 def _open_image(data: bytes, mode: str | None) -> np.ndarray:
-    image = _open_plain_png(data)
+    image = open_plain_png(data)
     if image is None:
         image = PILImage.open(io.BytesIO(data))
         image.load()
@@ -137,7 +137,7 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PNG_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}
 
 
-def _open_plain_png(data: bytes) -> PILImage.Image | None:
+def open_plain_png(data: bytes) -> PILImage.Image | None:
     """PIL's image of a PNG of the chunks IHDR, one IDAT and IEND; None for any other file.
 
     Most small images are such PNGs. It takes a third of PIL's time, which goes mostly into finding the format

@@ -14,7 +14,7 @@ from hf_ddpm.models.networks import NETWORKS
 from hf_ddpm.runtime.messages import did_you_mean
 
 
-def _layout(
+def unet_config(
     size: int, channels: int, widths: tuple[int, ...], *, attention_at: int, **others: Any
 ) -> dict[str, Any]:
     """Config of a `UNet2DModel`; keys not named here are as in google/ddpm-cifar10-32.
@@ -56,13 +56,13 @@ def _autoencoders(name: str, network: str, **layers: Any) -> dict[str, dict[str,
 # kept true by tests/models/test_presets.py).
 PRESETS: dict[str, dict[str, Any]] = {
     # Ho et al. 2020, appendix B: CIFAR-10, and LSUN and CelebA-HQ.
-    "cifar10": _layout(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M
-    "256": _layout(256, 3, (128, 128, 256, 256, 512, 512), attention_at=16),  # 114M
+    "cifar10": unet_config(32, 3, (128, 256, 256, 256), attention_at=16, dropout=0.1),  # 35.7M
+    "256": unet_config(256, 3, (128, 128, 256, 256, 512, 512), attention_at=16),  # 114M
     # Ours, small enough for 2 CPU cores: levels 28-14-7 and 8-4; `tiny` is for tests.
     # 1.1M: it had the lowest loss for its time among the widths and depths in tests/benchmarks/README.md.
-    "fashion-mnist": _layout(28, 1, (32, 64, 64), attention_at=7, layers_per_block=1),
-    "digits": _layout(8, 1, (32, 32), attention_at=4, layers_per_block=1, norm_num_groups=8),  # 0.3M
-    "tiny": _layout(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
+    "fashion-mnist": unet_config(28, 1, (32, 64, 64), attention_at=7, layers_per_block=1),
+    "digits": unet_config(8, 1, (32, 32), attention_at=4, layers_per_block=1, norm_num_groups=8),  # 0.3M
+    "tiny": unet_config(8, 1, (8, 16), attention_at=4, layers_per_block=1, norm_num_groups=4),
     # The SDDPM article's: 30 units at the narrowest, and without -t the network doesn't see the step.
     **_autoencoders("shallow-autoencoder", "DenseAutoencoder", hidden_sizes=(30,)),
     **_autoencoders("deep-autoencoder", "DenseAutoencoder", hidden_sizes=(128, 64, 30, 64, 128)),

@@ -25,7 +25,7 @@ from torch import nn
 
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.data.stream import load_stream
-from hf_ddpm.models.presets import _layout
+from hf_ddpm.models.presets import unet_config
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.averages import average_of, update_average
 from hf_ddpm.training.draws import draw_noise, draw_uniform
@@ -62,7 +62,7 @@ class Trial:
         torch.set_num_threads(1)
         torch.manual_seed(SEED)
         widths, others = CANDIDATES[name]
-        config = _layout(28, 1, widths, **others)
+        config = unet_config(28, 1, widths, **others)
         del config["_class_name"]
         self.layout, self.precision = layout, precision
         self.model = UNet2DModel(**config).to(memory_format=layout)

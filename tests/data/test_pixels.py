@@ -55,7 +55,7 @@ def same_as_pil(data, channels=None):
 
     ours = decoded()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixels, "_open_plain_png", lambda data: None)
+        patch.setattr(pixels, "open_plain_png", lambda data: None)
         return ours == decoded()
 
 
@@ -72,7 +72,7 @@ def test_plain_pngs_are_what_pil_reads(mode, height, width, level, channels, smo
     image, buffer = PILImage.fromarray(values.astype(np.uint8)).convert(mode), io.BytesIO()
     image.save(buffer, "PNG", compress_level=level)
     data = bytearray(buffer.getvalue())
-    assert (pixels._open_plain_png(bytes(data)) is not None) == (mode in ("L", "RGB", "RGBA"))
+    assert (pixels.open_plain_png(bytes(data)) is not None) == (mode in ("L", "RGB", "RGBA"))
     for place, value in damage:
         data[int(place * len(data))] = value
     assert same_as_pil(bytes(data), channels)
@@ -92,10 +92,10 @@ def test_pngs_that_are_not_plain_are_left_to_pil():
     for picture, options in [(image, {"pnginfo": words}), (image, {"dpi": (9, 9)}), (deep, {})]:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", **options)
-        assert pixels._open_plain_png(buffer.getvalue()) is None
+        assert pixels.open_plain_png(buffer.getvalue()) is None
     data = png(noise(1)[0])
     for broken in (b"", data[:20], data[:-1], data + b"\0", data.replace(b"IDAT", b"IDOT")):
-        assert pixels._open_plain_png(broken) is None
+        assert pixels.open_plain_png(broken) is None
 
 
 # channels
