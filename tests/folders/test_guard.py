@@ -18,35 +18,12 @@ from hf_ddpm.data.stream import load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.folders.guard import make_empty
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.models import create_model
 from hf_ddpm.runtime.messages import redact
+from tests.folders.files import INDEX, REPO, SCHEDULER, UNET, WEIGHTS, edit, publish_as_it_is, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(copy keyword|__array_wrap__):DeprecationWarning")
 
-INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-REPO = "tester/model"
 TOKEN = "hf_" + "a1B2c3D4" * 4
-
-
-def tiny(**changes):
-    torch.manual_seed(0)
-    return create_model("tiny", **changes).eval()
-
-
-def read(file):
-    return json.loads(file.read_text())
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps(read(file) | changes))
-
-
-def publish_as_it_is(hub, folder, repo_id=REPO):
-    """What `hf upload` of the folder would do: nothing is checked on the way."""
-    hub.put(
-        repo_id, {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    )
 
 
 class Mark:

@@ -17,24 +17,16 @@ from torch import nn
 
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.samplers import swap_scheduler
-from hf_ddpm.models import NETWORKS, create_model, register_network
+from hf_ddpm.models import NETWORKS, register_network
 from hf_ddpm.parametrization import from_x0_eps
 from hf_ddpm.scheduler import DDPMScheduler
+from tests.folders.files import INDEX, REPO, SCHEDULER, UNET, WEIGHTS, edit, publish_as_it_is, read, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(copy keyword|__array_wrap__):DeprecationWarning")
-
-INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-REPO = "tester/model"
 
 
 def short(**changes):
     return DDPMScheduler(**{"num_train_timesteps": 20, "beta_end": 0.5, **changes})
-
-
-def tiny(**changes):
-    torch.manual_seed(0)
-    return create_model("tiny", **changes).eval()
 
 
 def draw(pipeline, **options):
@@ -46,21 +38,6 @@ def draw(pipeline, **options):
 def saved(pipeline, folder):
     pipeline.save_pretrained(folder)
     return {part: entry for part, entry in read(folder / INDEX).items() if part in ("unet", "scheduler")}
-
-
-def read(file):
-    return json.loads(file.read_text())
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps(read(file) | changes))
-
-
-def publish_as_it_is(hub, folder, repo_id=REPO):
-    """What `hf upload` of the folder would do: nothing is checked on the way."""
-    hub.put(
-        repo_id, {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    )
 
 
 class TinyNet(ModelMixin, ConfigMixin):
