@@ -7,8 +7,10 @@ import torch
 from hf_ddpm import DDPMPipeline, DDPMScheduler, create_model
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.evaluate import evaluate
-from hf_ddpm.generation.samplers import swap_scheduler
+from hf_ddpm.generation.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.schedules import SCHEDULES, Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(copy keyword|__array_wrap__):DeprecationWarning")
 
 OWN = Schedule(lambda num_steps, start, end: torch.linspace(0.1, 0.6, num_steps, dtype=torch.float64))
 
@@ -53,3 +55,19 @@ def test_other_samplers_read_a_schedule_that_they_have_no_word_for(name, tmp_pat
     torch.testing.assert_close(in_memory.betas, scheduler.betas)
     pipeline.save_pretrained(tmp_path)
     assert torch.equal(DDPMPipeline.from_pretrained(tmp_path).process.betas, scheduler.process.betas)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "ddpm"])
+@pytest.mark.parametrize("name", [*SCHEDULES, "own"])
+def test_every_sampler_runs_its_process(name, sampler):
+    ends = {"beta_start": 0.05, "beta_end": 0.5} if name != "linear" else {"beta_end": 0.3}
+    scheduler = DDPMScheduler(20, beta_schedule=name, **ends)
+    pipeline = DDPMPipeline(create_model("tiny"), scheduler)
+    swap_scheduler(pipeline, sampler)
+    torch.testing.assert_close(
+        pipeline.scheduler.alphas_cumprod.double(), scheduler.process.alphas_cumprod, rtol=1e-4, atol=1e-6
+    )
+    assert torch.equal(pipeline.process.betas, scheduler.process.betas)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(1, torch.Generator().manual_seed(0), 5, output_type="pt").images
+    assert images.isfinite().all()

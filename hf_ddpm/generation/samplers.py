@@ -51,7 +51,12 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
         config.pop("timestep_spacing", None)
     if name == "pndm":
         config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
-    pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+    try:
+        pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+    # "sigmoid" and "laplace" are words of DDPM's schedulers alone; every sampler takes the betas themselves
+    except NotImplementedError:
+        config["trained_betas"] = training_scheduler(pipeline.scheduler).process.betas.tolist()
+        pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
