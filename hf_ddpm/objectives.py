@@ -353,10 +353,10 @@ def make_objective(
     if not isinstance(found, Objective):
         if found is not objective:
             raise ValueError(
-                f"objective {name} was registered with a function that gave a {type(found).__name__}; "
+                f"objective {name} was registered with a function that gave {type(found).__name__}; "
                 "allowed: an Objective"
             )
-        shown = repr(objective) if isinstance(objective, str) else f"a {type(objective).__name__}"
+        shown = repr(objective) if isinstance(objective, str) else f"of type {type(objective).__name__}"
         raise ValueError(
             f"objective is {shown}; allowed: {', '.join(OBJECTIVES)}, an Objective, or a function "
             "(process, model, x_0, t, noise)"
@@ -401,8 +401,10 @@ def per_example(
     """
     values: Any = loss(process, model, x_0, t, *noises)
     if not isinstance(values, Tensor) or values.shape != x_0.shape[:1]:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"the objective's loss gave {shape}; allowed: one value per example, {len(x_0)}")
+        given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the objective's loss gave {given}; allowed: one value per example, shape ({len(x_0)},)"
+        )
     return values
 
 

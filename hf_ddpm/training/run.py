@@ -155,12 +155,6 @@ class Run:
         # What is minimised, and at which steps
         self._own_objective = None if objective is None else _name_of(objective)
         check_objective(self._own_objective, self.state)
-        if self._own_objective is not None and accelerator.is_main_process:
-            logger.warning(
-                "the objective is %s; train_config.json, and a card made from it, name the config's: %s",
-                self._own_objective,
-                config.objective,
-            )
         self.objective = make_objective(
             config.objective if objective is None else objective,
             prediction_type=config.prediction_type,
@@ -168,6 +162,12 @@ class Run:
             snr_gamma=config.snr_gamma,
             hybrid_weight=config.hybrid_weight,
         )
+        if self._own_objective is not None and accelerator.is_main_process:
+            logger.warning(
+                "the objective is %s; train_config.json, and a card made from it, name the config's: %s",
+                self._own_objective,
+                config.objective,
+            )
         kind = LossSecondMoment if config.t_sampler == "importance" else UniformSteps
         self.steps: LossSecondMoment | UniformSteps = kind(len(self.process), accelerator.device)
 

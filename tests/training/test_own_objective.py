@@ -73,3 +73,16 @@ def test_an_objective_that_does_not_fit_the_variance_is_refused(tmp_path):
     hybrid = make_objective("hybrid", variance_type="learned_range")
     assert "fixed_large" in refused(small(tmp_path), objective=hybrid)
     assert train(learned, objective=hybrid).step == 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (3, "objective is of type int"),
+        (Objective, "objective is of type type"),
+        (None.__class__, "of type type"),
+    ],
+)
+def test_what_is_no_objective_is_refused_before_anything_is_said_of_it(tmp_path, caplog, objective, words):
+    assert words in refused(small(tmp_path), Conv(), objective=objective)
+    assert "train_config.json" not in caplog.text
