@@ -5,8 +5,12 @@ Everything that the stock scheduler gets right, it gets the same way, from the s
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal
 
 import diffusers
@@ -28,6 +32,61 @@ from hf_ddpm.variances import log_variance_at, outputs, variance
 
 logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
+# Keys of a scheduler's config that say which process the network was trained for, and how its answer is read.
+PROCESS_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+NETWORK_KEYS = (*PROCESS_KEYS, "prediction_type")
+
+
+@dataclass(frozen=True, eq=False)
+class _Visited:
+    """The chain of `scheduler.timesteps`, and what that tensor held when the chain was made.
+
+    Attributes:
+        steps: the tensor itself.
+        values: what it held, int64, on the CPU.
+        version: how often torch had changed it in place, or None where torch doesn't count.
+        chain: the process that visits these steps.
+        given: the steps as a list, in their order.
+        ascending: the same, sorted: `chain.timesteps`.
+    """
+
+    steps: Tensor
+    values: Tensor
+    version: int | None
+    chain: DiffusionProcess
+    given: list[int]
+    ascending: list[int]
+
+    def holds(self, steps: Any) -> bool:
+        """Whether these are the same steps still. A tensor on a device is not read: torch counts changes."""
+        if steps is not self.steps:
+            return False
+        return (
+            torch.equal(steps, self.values) if steps.device.type == "cpu" else _version(steps) == self.version
+        )
+
+    def index(self, step: int) -> int:
+        """The place of a step in the chain.
+
+        Raises:
+            ValueError: it is not in the chain.
+        """
+        place = bisect_left(self.ascending, step)
+        if place == len(self.ascending) or self.ascending[place] != step:
+            span = f"{len(self.ascending)} steps in {self.ascending[0]}..{self.ascending[-1]}"
+            raise ValueError(f"timestep {step} is not in the chain; allowed: its {span}")
+        return place
+
+
+def _version(steps: Tensor) -> int | None:
+    return None if steps.is_inference() else steps._version
 
 
 class DDPMScheduler(diffusers.DDPMScheduler):
@@ -43,9 +102,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         beta_start (`float`, defaults to 0.0001): first β.
         beta_end (`float`, defaults to 0.02): last β.
         beta_schedule (`str`, defaults to `"linear"`): "linear", "scaled_linear", "squaredcos_cap_v2",
-            "sigmoid", "laplace", or "constant", which diffusers has no word for: its betas are put into
-            `trained_betas`.
-        trained_betas (`list[float]` or array, *optional*): the T betas themselves, used exactly.
+            "sigmoid", "laplace" or "constant". The last three are no words of most diffusers samplers: their
+            betas are put into `trained_betas`, which all of them read.
+        trained_betas (`list[float]` or array, *optional*): the T betas themselves, used exactly; the other
+            beta arguments then do nothing.
         variance_type (`str`, defaults to `"fixed_small"`): σ_t² = β̃_t ("fixed_small"), β_t ("fixed_large"),
             either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²)
             or "learned_range" (they interpolate, Nichol & Dhariwal 2021).
@@ -87,7 +147,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         else:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
             if not SCHEDULES[beta_schedule].in_diffusers:
-                self._register_betas(betas)
+                self.register_to_config(trained_betas=betas.tolist())
         self._exact_betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
 
         # What other diffusers code reads: float32, as in the stock class.
@@ -99,29 +159,59 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
-        self._chain_of: tuple[Tensor, DiffusionProcess] | None = None
+        self._visited: _Visited | None = None
+        self._said: set[str] = set()
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The scheduler that a config describes, of this class or another one of diffusers.
+
+        diffusers' classes replace values that a config notes as left at their default by defaults of their
+        own, which differ: Heun's betas are not DDPM's. Here that never happens to what the network was
+        trained for (`NETWORK_KEYS`).
+
+        Args:
+            config: a scheduler's `config`.
+            return_unused_kwargs: return a tuple of the scheduler and the keywords that it has no use for.
+            **kwargs: config keys with values that replace those of `config`.
+
+        Raises:
+            ValueError: a keyword for betas that the `trained_betas` of `config` would overrule.
+        """
+        if isinstance(config, Mapping):
+            left = [key for key in config.get("_use_default_values") or () if key not in NETWORK_KEYS]
+            config = {**config, "_use_default_values": left}
+            if _derived_betas_are_outdated(config, kwargs):
+                config["trained_betas"] = None
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Set config keys, and say whose class a pipeline may name in its `model_index.json`.
+
+        No key is ever noted as left at its default (`_use_default_values`): `from_config` of diffusers' other
+        classes would replace it by a default of theirs, and so sample another process.
 
         A pipeline, diffusers' own too, writes the module that a component claims to be from. The stock class
         runs what ours saved, so that is its module: the folder then loads where hf_ddpm is not installed. A
         config that the stock class can't run names hf_ddpm, which plain diffusers refuses and
         `DDPMPipeline.from_pretrained` resolves. Only the instance says so: pickle and `type` ask the class.
+
+        Raises:
+            ValueError: a key of the process is changed after its tables were made.
         """
-        super().register_to_config(**kwargs)
+        for key in PROCESS_KEYS if "_exact_betas" in vars(self) else ():
+            if key in kwargs and not np.array_equal(kwargs[key], self.config[key]):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"{key} can't change once the scheduler is made; allowed: a new one, "
+                    f"DDPMScheduler.from_config(scheduler.config, {key}=...)"
+                )
+        super().register_to_config(**kwargs | {"_use_default_values": []})
         if type(self) is DDPMScheduler:
             portable = parametrization.in_diffusers(self.config.get("prediction_type"))
             portable = portable and variances.in_diffusers(self.config.get("variance_type"))
             self.__module__ = diffusers.DDPMScheduler.__module__ if portable else PACKAGE
-
-    def _register_betas(self, betas: Tensor) -> None:
-        """Write the betas of a schedule that diffusers has no word for into the config, where it reads them.
-
-        `from_config` of another class drops what is noted as left at its default.
-        """
-        defaults = [key for key in self.config.get("_use_default_values", ()) if key != "trained_betas"]
-        self.register_to_config(trained_betas=betas.tolist(), _use_default_values=defaults)
 
     @property
     def variance_type(self) -> str:
@@ -148,12 +238,33 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     @property
     def chain(self) -> DiffusionProcess:
-        """The process respaced to the steps of the last `set_timesteps`; the full one before it."""
-        # The steps may also have been assigned from outside.
-        if self._chain_of is None or self._chain_of[0] is not self.timesteps:
-            whole = len(self.timesteps) == len(self.process)
-            self._chain_of = self.timesteps, self.process if whole else self.process.respaced(self.timesteps)
-        return self._chain_of[1]
+        """The process respaced to the steps in `self.timesteps`; the full one before any were chosen.
+
+        Raises:
+            ValueError: `timesteps` was assigned something else than steps of the process, each once.
+        """
+        return self._steps().chain
+
+    def _steps(self) -> _Visited:
+        """What `self.timesteps` holds now: it may have been assigned from outside, or changed in place."""
+        if self._visited is None or not self._visited.holds(self.timesteps):
+            steps: Any = self.timesteps
+            if not isinstance(steps, Tensor) or steps.ndim != 1 or not _whole(steps):
+                raise ValueError(f"timesteps is {_shown(steps)}; allowed: a tensor of shape (K,), int64")
+            self._visited = self._visit(steps, steps.detach().cpu())
+        return self._visited
+
+    def _visit(self, steps: Tensor, values: Tensor) -> _Visited:
+        """The chain of the steps in a tensor, whose values are given as well.
+
+        Raises:
+            ValueError: no step, a repeated one, or one that the process does not have.
+        """
+        chain = self.process.respaced(values)
+        if len(chain) == len(self.process):
+            chain = self.process
+        given, ascending = values.tolist(), chain.timesteps.tolist()
+        return _Visited(steps, values.clone(), _version(steps), chain, given, ascending)
 
     def set_timesteps(
         self,
@@ -164,8 +275,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """Choose the steps to execute, evenly by `timestep_spacing`, or one by one.
 
         Args:
-            num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. Where diffusers' "leading" grid i·⌊T/K⌋
-                stops so far below T that x_t still knows over 0.01 bits/dim of its image, ours is ⌊i·T/K⌋.
+            num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. The steps are diffusers', but in one case:
+                where its "leading" grid i·⌊T/K⌋ stops so far below T that x_t still knows over 0.01 bits/dim
+                of its image, and ⌊i·T/K⌋ doesn't, ours is the latter.
             device (`str` or `torch.device`, *optional*): where `self.timesteps` goes.
             timesteps (`list[int]`, *optional*): the steps themselves, descending; then no
                 `num_inference_steps`.
@@ -177,34 +289,31 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass exactly one of num_inference_steps and timesteps")
         if timesteps is not None:
-            steps = torch.as_tensor(timesteps).cpu()
-            if steps.numel() and (steps.ndim != 1 or steps.is_floating_point() or (steps.diff() >= 0).any()):
-                raise ValueError(
-                    f"timesteps {steps.tolist()} are not whole numbers in strictly descending order"
-                )
+            steps = _chosen(timesteps)
         else:
             steps = self._spaced(num_inference_steps)
-        chain = self.process.respaced(steps)
+        with torch.inference_mode(False):  # a tensor made in that mode doesn't count its changes
+            values = steps.to(torch.int64, copy=True)
+            moved = values.to(device if device is not None else "cpu")
+        self._visited = self._visit(moved, values)
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(steps)
-        self.timesteps = steps.to(device if device is not None else "cpu", torch.int64)
-        self._chain_of = self.timesteps, self.process if len(steps) == len(self.process) else chain
+        self.timesteps = moved
 
     def _spaced(self, num_inference_steps: int | None) -> Tensor:
         spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
-        steps, known = torch.empty(0), 0.0
-        for even in (False, True):
-            steps = spaced_timesteps(spacing, num_inference_steps, len(self.process), offset, even)
-            known = self.process.respaced(steps).prior_bpd_at_edges
-            if known <= PRIOR_WARNING:
+        grids = [
+            spaced_timesteps(spacing, num_inference_steps, len(self.process), offset, even)
+            for even in (False, True)
+        ]
+        for steps in grids:
+            if start_warning(self.process, int(steps[0])) is None:
                 return steps
-        logger.warning(
-            "sampling starts from N(0, I) at step %d, where x_t still knows %.3g bits/dim of its image: use "
-            "more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise",
-            steps[0],
-            known,
-        )
-        return steps
+        line = start_warning(self.process, int(grids[0][0]))
+        if line is not None and line not in self._said:
+            self._said.add(line)
+            logger.warning(line)
+        return grids[0]
 
     def step(
         self,
@@ -222,30 +331,33 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             timestep (`int` or `torch.Tensor`): t in the network's numbering: an int, an element of
                 `self.timesteps`, or a step per sample, shape (B,). Any other tensor on an accelerator is
                 trusted to hold steps of the chain, and draws noise at every step, which the last one
-                multiplies by zero.
-            sample (`torch.Tensor`): x_t, (B, C, H, W).
+                multiplies by zero. From each step the chain goes to the next lower one of
+                `self.timesteps`, in whatever order that lists them.
+            sample (`torch.Tensor`): x_t, (B, C, H, W), floating point.
             generator (`torch.Generator` or a list of B of them, *optional*): one `randn_tensor` draw a step,
                 and none at the last executed step.
             return_dict (`bool`, defaults to `True`): return a `DDPMSchedulerOutput`, or the tuple of its two
                 fields.
 
         Returns:
-            x_prev and the predicted (clipped) x_0, both with the shape and dtype of `sample`.
+            x_prev and the predicted (clipped) x_0, both with the shape and dtype of `sample`. An infinite
+            answer of the network is clipped as any other, which `DDPMPipeline` looks for at its end.
 
         Raises:
-            ValueError: a step that is not in the chain, shapes that do not fit the variance type, an unknown
-                variance or prediction type, a list of generators of another length than the batch.
+            ValueError: a step that is not in the chain, steps for another number of samples, shapes that do
+                not fit the variance type, an unknown variance or prediction type, generators of another
+                number than the batch or of another device.
         """
-        chain, t = self.chain, self._index(timestep)
+        _check_images("sample", sample)
+        visited = self._steps()
+        chain, t = visited.chain, self._index(timestep, visited, len(sample))
         output, predicted_variance = self._split(model_output, sample)
-        if isinstance(generator, list) and len(generator) != len(sample):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {len(sample)}; allowed: one, or one per sample"
-            )
+        if generator is not None:
+            check_generators(generator, len(sample), sample.device)
         x_t = wide(sample)
         x_0 = self._clip(to_x0(chain, self.config["prediction_type"], output, x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
-        if not self._is_last(t):
+        if len(chain) > 1 and not self._is_last(t):
             noise = _draw_like(output, generator)
             x_prev = add_scaled(x_prev, self._sigma(t, x_t, predicted_variance), wide(noise))
         x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
@@ -255,27 +367,23 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             else (x_prev, x_0)
         )
 
-    def _index(self, timestep: int | Tensor) -> int | Tensor:
+    def _index(self, timestep: int | Tensor, visited: _Visited, samples: int | None) -> int | Tensor:
         """`timestep` as an index into the chain: an int where the host knows it without asking the device."""
         if not isinstance(timestep, Tensor):
-            if int(timestep) != timestep:
-                raise ValueError(
-                    f"timestep is {timestep!r}; allowed: whole numbers, the steps of self.timesteps"
-                )
-            return self.chain.index_of(int(timestep))
-        if timestep.ndim == 0 and timestep.dtype == torch.int64 and timestep.device == self.timesteps.device:
-            # An element of self.timesteps is a view: its address tells its place, and so its value.
-            width = self.timesteps.element_size() * max(self.timesteps.stride(0), 1)  # 0 if expanded
-            place, inside = divmod(timestep.data_ptr() - self.timesteps.data_ptr(), width)
-            if (
-                timestep.device.type != "meta"
-                and inside == 0
-                and 0 <= place < (total := self.timesteps.shape[0])
-            ):
-                return total - 1 - place
-        if timestep.ndim == 0 and timestep.device.type == "cpu":
-            return self._index(int(timestep) if timestep == timestep.round() else timestep.item())  # type: ignore
-        return self.chain.index_of(timestep)
+            return visited.index(_whole_number(timestep))
+        if samples is not None and timestep.shape not in ((), (1,), (samples,)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)} for a batch of {samples}; allowed: one step, or "
+                "one per sample"
+            )
+        if timestep.ndim == 0:
+            if timestep.device.type == "cpu":
+                return visited.index(_whole_number(timestep.item()))
+            if (place := _place(timestep, self.timesteps)) is not None:
+                return visited.index(visited.given[place])
+        if not _whole(timestep):
+            raise ValueError(f"timestep is {_shown(timestep)}; allowed: whole numbers")
+        return visited.chain.index_of(timestep.to(torch.int64))
 
     @staticmethod
     def _is_last(t: int | Tensor) -> bool:
@@ -286,7 +394,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction and, for a learned variance, the second C channels."""
+        _check_images("model_output", model_output)
         kind, channels = self.variance_type, sample.shape[1]
+        if model_output.device != sample.device:
+            raise ValueError(f"model_output is on {model_output.device}, but sample on {sample.device}")
         wanted = (sample.shape[0], channels * outputs(kind), *sample.shape[2:])
         if model_output.shape != wanted:
             raise ValueError(
@@ -301,8 +412,12 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def _clip(self, x_0: Tensor) -> Tensor:
         if self.config["thresholding"]:
             return self._threshold_sample(x_0)
+        if not self.config["clip_sample"]:
+            return x_0
         limit = self.config["clip_sample_range"]
-        return x_0.clamp(-limit, limit) if self.config["clip_sample"] else x_0
+        if not (isinstance(limit, int | float) and limit > 0):  # clamp(1, -1) would make all of it -1
+            raise ValueError(f"clip_sample_range is {limit!r}; allowed: numbers > 0")
+        return x_0.clamp(-limit, limit)
 
     def _sigma(self, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None) -> Tensor | float:
         """σ_t, ready to multiply noise shaped `like`; 0 at the last step."""
@@ -310,7 +425,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if kind.sigma is not None:
             return self.chain.computed_at(t, like, kind.sigma)[0]
         sigma = torch.exp(0.5 * self._log_variance(self.chain, t, predicted_variance))
-        return sigma * (t > 0).view(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else sigma
+        if not isinstance(t, Tensor):
+            return sigma
+        # Not a product: the network's answer at its last step may be infinite, and is not asked for
+        return torch.where((t > 0).view(-1, *[1] * (like.ndim - 1)), sigma, 0.0)
 
     def _log_variance(
         self, process: DiffusionProcess, t: int | Tensor, predicted_variance: Tensor | None
@@ -332,7 +450,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
         """σ_t² of step t of the chain, always a variance (the stock method has three units), 0 at t = 0."""
-        name, index = variance_type or self.variance_type, self._index(t)
+        name, index = variance_type or self.variance_type, self._index(t, self._steps(), None)
         kind = variance(name)
         if kind.sigma is not None:
             return torch.as_tensor(self.chain.computed_at(index, self.betas, kind.sigma)[0]).float() ** 2
@@ -356,10 +474,12 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         Raises:
             ValueError: a step outside 0..T−1.
         """
+        _check_batch(original_samples, timesteps)
         return self.process.q_sample(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments, errors as in `add_noise`."""
+        _check_batch(sample, timesteps)
         return from_x0_eps(self.process, "v_prediction", sample, noise, timesteps)
 
     def decoder_log_likelihood(
@@ -386,6 +506,136 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         else:
             log_variance = self._log_variance(self.process, 0, predicted_variance)
         return discretized_gaussian_log_likelihood(x_0, pred_original_sample, log_variance).flatten(1).sum(1)
+
+
+def start_warning(process: DiffusionProcess, step: int) -> str | None:
+    """What to say of sampling that starts from N(0, I) at a step where x_t is not yet noise; else None."""
+    known = process.respaced([step]).prior_bpd_at_edges
+    if known <= PRIOR_WARNING:
+        return None
+    return (
+        f"sampling starts from N(0, I) at step {step}, where x_t still knows {known:.3g} bits/dim of its "
+        "image: use more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise"
+    )
+
+
+def check_generators(generator: Any, samples: int, device: torch.device | None = None) -> None:
+    """Refuse what can't draw the noise of a batch.
+
+    Args:
+        generator: a generator, or a list with one for each sample.
+        samples: B.
+        device: where the samples are; None where that is not known yet.
+
+    Raises:
+        ValueError: neither of the two, another number of them, or generators of a device that can't draw for
+            the samples' one: allowed are that one and the CPU.
+    """
+    found = generator if isinstance(generator, list) else [generator]
+    for one in found:
+        if not isinstance(one, torch.Generator):
+            what = "an element of generator" if found is generator else "generator"
+            raise ValueError(f"{what} is {_shown(one)}; allowed: a torch.Generator, or a list of them")
+    if found is generator and len(found) != samples:
+        raise ValueError(f"{len(found)} generators for a batch of {samples}; allowed: one, or one per image")
+    kinds = sorted({one.device.type for one in found})
+    if len(kinds) > 1 or (device is not None and kinds and kinds[0] not in ("cpu", device.type)):
+        raise ValueError(
+            f"generator is on {' and '.join(kinds)}; allowed: all on the CPU, or all on the samples' device"
+        )
+
+
+def _place(element: Tensor, steps: Tensor) -> int | None:
+    """Where in `steps` an element of it stands, by its address; None if it is none, or torch knows none."""
+    if element.dtype != steps.dtype or element.device != steps.device or element.device.type == "meta":
+        return None
+    width = steps.element_size() * max(steps.stride(0), 1)  # 0 if expanded
+    place, inside = divmod(element.data_ptr() - steps.data_ptr(), width)
+    return place if inside == 0 and 0 <= place < steps.shape[0] else None
+
+
+def _chosen(timesteps: Any) -> Tensor:
+    """Steps that somebody chose one by one, int64, (K,).
+
+    Raises:
+        ValueError: they are not whole numbers in descending order.
+    """
+    try:
+        array = np.array(timesteps.detach().cpu() if isinstance(timesteps, Tensor) else timesteps)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.array(None)
+    rule = "allowed: whole numbers in strictly descending order"
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+        raise ValueError(f"timesteps is {_shown(timesteps)}; {rule}")
+    rises = (np.diff(array) >= 0).nonzero()[0] if array.size else ()
+    if len(rises):
+        place = int(rises[0])
+        raise ValueError(f"timesteps has {array[place + 1]} after {array[place]}; {rule}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _derived_betas_are_outdated(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    """Whether a config's `trained_betas` are those of its own schedule, which the keywords change.
+
+    Raises:
+        ValueError: they are somebody's own, and would overrule the keywords.
+    """
+    own = config.get("trained_betas")
+    asked = [key for key in ("beta_schedule", "beta_start", "beta_end") if key in changes]
+    if own is None or "trained_betas" in changes or not (asked or "num_train_timesteps" in changes):
+        return False
+    keys = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end")
+    if config.get("beta_schedule") in SCHEDULES and all(key in config for key in keys):
+        made = make_betas(*(config[key] for key in keys))
+        if len(made) == len(own) and np.allclose(made.numpy(), own, rtol=1e-12, atol=0):
+            return True
+    if asked:
+        raise ValueError(
+            f"the config's trained_betas overrule {asked[0]}; allowed: trained_betas=None as well, or "
+            "betas of your own there"
+        )
+    return False
+
+
+def _check_images(name: str, images: Any) -> None:
+    """Refuse what can't be images: other types and whole numbers, to which the result would be cut."""
+    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim >= 2):
+        raise ValueError(f"{name} is {_shown(images)}; allowed: a floating-point tensor (B, C, H, W)")
+
+
+def _check_batch(images: Tensor, timesteps: Any) -> None:
+    """Refuse steps that are neither one nor one per image: they would broadcast to another number of them."""
+    if isinstance(timesteps, Tensor) and timesteps.shape not in ((), (1,), images.shape[:1]):
+        raise ValueError(
+            f"timesteps has shape {tuple(timesteps.shape)} for {len(images)} images; allowed: one step, or "
+            "one per image"
+        )
+
+
+def _whole(steps: Tensor) -> bool:
+    return not (steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool)
+
+
+def _whole_number(timestep: Any) -> int:
+    """A step that the host knows, as an int; a float such as 3.0 is one.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    known = isinstance(timestep, Real | np.bool_) and not isinstance(timestep, bool | np.bool_)
+    if not known or not math.isfinite(timestep) or int(timestep) != timestep:
+        raise ValueError(
+            f"timestep is {_shown(timestep)}; allowed: whole numbers, the steps of self.timesteps"
+        )
+    return int(timestep)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message: short, and never a tensor's numbers."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    words = repr(value)
+    return words if len(words) <= 60 else f"a {type(value).__name__}"
 
 
 def _draw_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -82,6 +82,8 @@ def spaced_timesteps(
         ValueError: an argument is not as above, or the offset moves a step out of 0..T−1.
     """
     n, total = num_inference_steps, num_steps
+    if isinstance(offset, bool) or not isinstance(offset, int | np.integer):
+        raise ValueError(f"steps_offset is {offset!r}; allowed: whole numbers")
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= total:
         raise ValueError(f"num_inference_steps is {n!r}; allowed: whole numbers in 1..{total}")
     if spacing == "linspace":
@@ -146,8 +148,8 @@ class Schedule:
     Attributes:
         betas: a function (num_steps, beta_start, beta_end) that gives β_t, (T,) float64.
         uses: which of "beta_start" and "beta_end" act.
-        in_diffusers: whether diffusers' `DDPMScheduler` knows the name. The config of any other schedule is
-            saved with its betas as `trained_betas`, which every scheduler of diffusers reads.
+        in_diffusers: whether every sampler of diffusers knows the name. The config of any other schedule has
+            its betas as `trained_betas` too, which every one of them reads.
     """
 
     betas: Callable[[int, float, float], Tensor]
@@ -159,7 +161,8 @@ SCHEDULES: dict[str, Schedule] = {
     "linear": Schedule(_linear, in_diffusers=True),
     "scaled_linear": Schedule(_scaled_linear, in_diffusers=True),
     "squaredcos_cap_v2": Schedule(_from_alpha_bar(_cosine), uses=(), in_diffusers=True),
-    "sigmoid": Schedule(_sigmoid, in_diffusers=True),
-    "laplace": Schedule(_from_alpha_bar(_laplace), uses=(), in_diffusers=True),
+    # diffusers' DDPMScheduler knows these two, and its other samplers don't
+    "sigmoid": Schedule(_sigmoid),
+    "laplace": Schedule(_from_alpha_bar(_laplace), uses=()),
     "constant": Schedule(_constant, uses=("beta_start",)),
 }

@@ -5,7 +5,8 @@ x_t is predictor.py's, and folders and the Hub are portable.py's.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -18,12 +19,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.denoiser import as_denoiser
-from hf_ddpm.generation.predictor import PredictingPipeline
+from hf_ddpm.generation.predictor import PredictingPipeline, check_images
+from hf_ddpm.generation.samplers import check_sampler, check_steps, start_remark, try_step
 from hf_ddpm.models.autoencoders import Autoencoder
-from hf_ddpm.parametrization import in_diffusers, to_x0
+from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler, check_generators
 
+logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -50,7 +53,10 @@ class DDPMPipeline(PredictingPipeline):
 
     Args:
         unet: a `UNet2DModel`, or any module or function (x_t, t) → output.
-        scheduler: the sampler.
+        scheduler: the sampler. Its config says which process the network was trained for: a sampler that is
+            assigned later (`pipeline.scheduler = ...`) is checked at the next call, and refused if it runs
+            another process or reads another prediction type. A network of another process gets a new
+            pipeline.
 
     Example:
         ```py
@@ -62,7 +68,14 @@ class DDPMPipeline(PredictingPipeline):
     def __init__(self, unet: Any, scheduler: Any):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
+        if not isinstance(getattr(scheduler, "config", None), Mapping) or isinstance(scheduler, type):
+            kind = scheduler.__name__ if isinstance(scheduler, type) else f"a {type(scheduler).__name__}"
+            raise ValueError(
+                f"scheduler is {kind}; allowed: a scheduler of diffusers, such as DDPMScheduler()"
+            )
         super().__init__(unet=unet if isinstance(unet, nn.Module) else as_denoiser(unet), scheduler=scheduler)  # type: ignore[arg-type]
+        self.trained_with(scheduler)
+        self._said: set[str] = set()
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -107,6 +120,13 @@ class DDPMPipeline(PredictingPipeline):
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
+        _require(
+            isinstance(pred_original_steps, Sequence | range) and not isinstance(pred_original_steps, str),
+            "pred_original_steps",
+            pred_original_steps,
+            "a list of positions in scheduler.timesteps",
+        )
+        _check_callback(callback_on_step_end)
         for p in pred_original_steps:
             allowed = range(-num_calls, num_calls)
             _require(p in allowed, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
@@ -162,9 +182,11 @@ class DDPMPipeline(PredictingPipeline):
         scheduler: Any = self.scheduler
         sampler = type(scheduler).__name__
         _require(isinstance(scheduler, DDPMScheduler), "the scheduler", sampler, "DDPMScheduler (ddpm)")
-        _require(x_t.ndim == 4 and x_t.is_floating_point(), "shape of x_t", tuple(x_t.shape), "(B, C, H, W)")
+        check_images(x_t)
+        _check_callback(callback_on_step_end)
         total = len(self.process)
-        _require(isinstance(t, Integral) and 0 <= t < total, "t", t, f"whole numbers in 0..{total - 1}")
+        whole = isinstance(t, Integral) and not isinstance(t, bool)
+        _require(whole and 0 <= t < total, "t", t, f"whole numbers in 0..{total - 1}")
         self.check_inputs(len(x_t), generator, num_inference_steps, "pt", None, tuple(x_t.shape[1:]))  # type: ignore[arg-type]
         below = [step for step in scheduler.timesteps.tolist() if step < t]
         scheduler.set_timesteps(timesteps=[int(t), *below])
@@ -201,9 +223,11 @@ class DDPMPipeline(PredictingPipeline):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if takes_generator else {}
         predicted: dict[int, Tensor] = {}
+        finite: list[Tensor] = []
         for step, t in enumerate(self.progress_bar(scheduler.timesteps)):  # type: ignore[call-arg,arg-type]
             x_t = scheduler.scale_model_input(x, t)
             output = denoise(x_t, t.to(x.device).expand(len(x)))
+            finite.append(output.isfinite().all())  # looked at in the end: nothing is read back in between
             if not isinstance(scheduler, diffusers.DDPMScheduler):
                 output = output[:, : x.shape[1]]  # the others have no use for a learned variance
             result: Any = scheduler.step(output, t, x, **options)
@@ -211,9 +235,15 @@ class DDPMPipeline(PredictingPipeline):
                 predicted[step] = self._pred_original(result, output, x_t, t)
             x = result.prev_sample
             if callback is not None:
-                x = ({"sample": x} | (callback(self, step, t, {"sample": x}) or {}))["sample"]
+                x = _called(callback, self, step, t, x)
+        # A clipped x̂_0, or float16 that is cut at its largest number, would hide an infinite answer
+        if bad := [step for step, good in enumerate(torch.stack(finite).tolist()) if not good]:
+            raise ValueError(
+                f"the images are not finite: the network's answer at step {scheduler.timesteps[bad[0]]:g} "
+                f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, or a dtype of too small a range"
+            )
         if not x.isfinite().all():
-            raise ValueError("the images are not finite: bad weights, or a bad scheduler config")
+            raise ValueError("the images are not finite: a bad scheduler config, or a callback's sample")
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -224,7 +254,7 @@ class DDPMPipeline(PredictingPipeline):
             raise ValueError(
                 f"{type(self.scheduler).__name__} visits step {t.item():g} and predicts no x_0 there"
             )
-        return to_x0(self.process, self.scheduler.config["prediction_type"], output, x_t, int(t))
+        return to_x0(self.process, self.prediction_type, output, x_t, int(t))
 
     def check_inputs(
         self,
@@ -246,13 +276,11 @@ class DDPMPipeline(PredictingPipeline):
         count = "whole numbers >= 1"
         _require(_is_count(batch_size), "batch_size", batch_size, count)
         _require(max_batch_size is None or _is_count(max_batch_size), "max_batch_size", max_batch_size, count)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; allowed: one, or one per image"
-            )
+        if generator is not None:
+            check_generators(generator, batch_size, self._execution_device)
         _require(output_type in OUTPUT_TYPES, "output_type", output_type, ", ".join(OUTPUT_TYPES))
 
-        shape = image_shape or self.image_shape
+        shape = self.image_shape if image_shape is None else image_shape
         counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
         _require(counts, "image_shape", shape, f"(C, H, W), {count}")
         if isinstance(self.unet, UNet2DModel):
@@ -267,23 +295,57 @@ class DDPMPipeline(PredictingPipeline):
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
 
-        scheduler: Any = self.scheduler
-        sampler, total = type(scheduler).__name__, scheduler.config["num_train_timesteps"]
-        kind = scheduler.config.get("prediction_type")
-        if not in_diffusers(kind) and not isinstance(scheduler, DDPMScheduler):
-            raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
+        total = self._check_sampler()
         num_steps = total if num_inference_steps is None else num_inference_steps
         in_range = _is_count(num_steps) and num_steps <= total
         _require(in_range, "num_inference_steps", num_steps, f"whole numbers in 1..{total}")
+        self._set_steps(num_steps, shape[0])
+        return shape, num_steps, len(self.scheduler.timesteps)  # type: ignore[attr-defined]
+
+    def _check_sampler(self) -> int:
+        """Refuse a sampler that doesn't draw by the network's process; T."""
+        scheduler: Any = self.scheduler
+        # What is no sampler of a DDPM is said before what the network came with is looked at
+        check_sampler(scheduler, None, self.prediction_type)
+        check_sampler(scheduler, self.trained_scheduler, self.prediction_type)
+        return len(self.trained_scheduler)
+
+    def _set_steps(self, num_steps: int, channels: int) -> None:
+        """Set the sampler to K steps, and refuse those that it can't do."""
+        scheduler: Any = self.scheduler
         try:
             scheduler.set_timesteps(num_steps)
         except (ValueError, IndexError) as error:
+            sampler = type(scheduler).__name__
             raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
-        # Solvers of higher order divide by the distance of two steps; diffusers' "trailing" may end at -1.
-        repeats = hasattr(scheduler, "lower_order_nums") and bool((scheduler.sigmas.diff() >= 0).any())
-        valid = not repeats and bool((scheduler.timesteps >= 0).all())
-        _require(valid, "num_inference_steps", num_steps, f"fewer, {sampler} would repeat a step or pass 0")
-        return shape, num_steps, len(scheduler.timesteps)
+        if isinstance(scheduler, DDPMScheduler):
+            return
+        check_steps(scheduler, self.trained_scheduler)
+        try_step(scheduler, channels)
+        scheduler.set_timesteps(num_steps)  # forgets the step
+        remark = start_remark(scheduler, self.trained_scheduler)
+        if remark is not None and remark not in self._said:
+            self._said.add(remark)
+            logger.warning(remark)
+
+
+def _check_callback(callback: Any) -> None:
+    named = f"a {type(callback).__name__}"
+    _require(callback is None or callable(callback), "callback_on_step_end", named, "a function")
+
+
+def _called(callback: Callback, pipeline: Any, step: int, t: Tensor, x: Tensor) -> Tensor:
+    """x_prev, or what the callback gives in its place."""
+    answer = callback(pipeline, step, t, {"sample": x})
+    if answer is None:
+        return x
+    new = answer.get("sample", x) if isinstance(answer, Mapping) else answer
+    if not (isinstance(new, Tensor) and new.shape == x.shape and new.is_floating_point()):
+        raise ValueError(
+            f"callback_on_step_end gave a {type(new).__name__} at step {step}; allowed: None, or "
+            f"{{'sample': floating-point tensor of shape {tuple(x.shape)}}}"
+        )
+    return new.to(x.device, x.dtype)
 
 
 def _is_count(value: Any) -> bool:

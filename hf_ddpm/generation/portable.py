@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import diffusers
 
-from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, resolve
-from hf_ddpm.folders.layout import INDEX, SCHEDULER, UNET
-from hf_ddpm.generation.samplers import diffusers_messages, load_reason
+from hf_ddpm.folders.guard import check_scheduler, read_json
+from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
+from hf_ddpm.folders.layout import INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET
+from hf_ddpm.generation.samplers import NEEDED, diffusers_messages, load_reason
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
 from hf_ddpm.runtime.messages import redact
+from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
 
 logger = logging.getLogger(__name__)
 # Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
@@ -186,9 +188,26 @@ class PortablePipeline(diffusers.DDPMPipeline):
             if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
                 raise ValueError(f"can't load a pipeline from {shown!r}: {message}")
             logger.warning(redact(message))
+        if SCHEDULER in passed and not (from_hub and trusted):
+            _remember_process(pipeline, folder)
         if from_hub:
             pipeline.register_to_config(_name_or_path=name)  # not the cache's folder
         return pipeline
+
+
+def _remember_process(pipeline: Any, folder: Path) -> None:
+    """Tell a pipeline that was given a scheduler what its folder's own says that the network was trained for.
+
+    Where the folder has none, or one that says no process, the given one says it.
+    """
+    try:
+        config = read_json(part_folder(folder, SCHEDULER) / SCHEDULER_CONFIG)
+        check_scheduler(config)
+        if all(key in config for key in NEEDED):
+            known = {key: config[key] for key in NETWORK_KEYS if key in config}
+            pipeline.trained_with(DDPMScheduler(**known))
+    except (ValueError, TypeError):
+        return
 
 
 def _publish(

@@ -4,6 +4,8 @@ This module knows the network and the process that it was trained for, and no sa
 asked about any x_t and that images are drawn with it step by step are two subjects. Drawing is pipeline.py's.
 """
 
+import copy
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,21 +17,60 @@ from hf_ddpm.generation.portable import PortablePipeline
 from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.parametrization import to_score, to_x0
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.scheduler import DDPMScheduler
 
 Pipeline = TypeVar("Pipeline", bound="PredictingPipeline")
+
+
+def check_images(x_t: Any) -> None:
+    """Refuse what are no noisy images.
+
+    Raises:
+        ValueError: `x_t` is no floating-point tensor of shape (B, C, H, W).
+    """
+    if not (isinstance(x_t, Tensor) and x_t.ndim == 4 and x_t.is_floating_point()):
+        given = f"{x_t.dtype} of shape {tuple(x_t.shape)}" if isinstance(x_t, Tensor) else type(x_t).__name__
+        raise ValueError(f"x_t is {given}; allowed: floating point, (B, C, H, W)")
 
 
 class PredictingPipeline(PortablePipeline):
     """A network and its process, to be asked about noisy images; the base of `DDPMPipeline`."""
 
-    @property
-    def process(self) -> DiffusionProcess:
-        """The process of T steps that the network was trained for, whatever `set_timesteps` chose.
+    def trained_with(self, scheduler: Any) -> None:
+        """Take note of the scheduler whose config says what the network was trained for.
+
+        Args:
+            scheduler: the one that the pipeline is made of or that its folder has. Another sampler that is
+                assigned later has to run the same process.
+        """
+        self._made_with = copy.copy(scheduler)  # whose config stays, whatever is registered in the original's
+        self._config = dict(scheduler.config)
+        vars(self).pop("trained_scheduler", None)
+
+    @cached_property
+    def trained_scheduler(self) -> DDPMScheduler:
+        """Our scheduler of the process that the network was trained for, by the config that it came with.
 
         Raises:
-            ValueError: the scheduler's config doesn't say it: the scheduler is not one of a DDPM.
+            ValueError: that config doesn't say it: the scheduler is not one of a DDPM.
         """
-        return training_scheduler(self.scheduler).process
+        if isinstance(self._made_with, DDPMScheduler):
+            return self._made_with
+        return training_scheduler(self._made_with, self._config)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts, by the config that it came with."""
+        return self._config.get("prediction_type")
+
+    @property
+    def process(self) -> DiffusionProcess:
+        """The process of T steps that the network was trained for, whatever sampler and steps were chosen.
+
+        Raises:
+            ValueError: as in `trained_scheduler`.
+        """
+        return self.trained_scheduler.process
 
     @torch.no_grad()
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
@@ -48,7 +89,7 @@ class PredictingPipeline(PortablePipeline):
             ValueError: a step that the process does not have (a tensor on an accelerator is trusted), x_t or
                 t of another shape, "epsilon" or "score" at ᾱ_t = 0.
         """
-        return to_x0(self.process, self.scheduler.config["prediction_type"], self._answer(x_t, t), x_t, t)
+        return to_x0(self.process, self.prediction_type, self._answer(x_t, t), x_t, t)
 
     @torch.no_grad()
     def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
@@ -63,14 +104,14 @@ class PredictingPipeline(PortablePipeline):
         Returns:
             The score, shape and dtype of x_t.
         """
-        return to_score(self.process, self.scheduler.config["prediction_type"], self._answer(x_t, t), x_t, t)
+        return to_score(self.process, self.prediction_type, self._answer(x_t, t), x_t, t)
 
     def _answer(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The network's output at x_t, (B, C, H, W): of a network that learns variances, the first half."""
-        if x_t.ndim != 4 or not x_t.is_floating_point():
-            raise ValueError(
-                f"x_t is {x_t.dtype} of shape {tuple(x_t.shape)}; allowed: floating point, (B, C, H, W)"
-            )
+        check_images(x_t)
+        channels = getattr(getattr(self.unet, "config", None), "in_channels", x_t.shape[1])
+        if x_t.shape[1] != channels:
+            raise ValueError(f"x_t has {x_t.shape[1]} channels; allowed: {channels}, as the network has")
         steps = self.process.timesteps_at(torch.as_tensor(t))
         if steps.shape not in ((), x_t.shape[:1]):
             raise ValueError(

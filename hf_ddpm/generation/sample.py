@@ -12,7 +12,7 @@ from PIL import Image
 from hf_ddpm.folders.layout import GRID, SAMPLE, sample_name
 from hf_ddpm.generation.grids import image_grid, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.generation.samplers import swap_scheduler
+from hf_ddpm.generation.samplers import sampler_class, swap_scheduler
 from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import REFRESH
@@ -62,6 +62,8 @@ def sample(
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
     if variance_type not in (None, *FIXED):
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+    if scheduler is not None:
+        sampler_class(scheduler)  # an unknown one is refused before a model is loaded
     state, folder = process_state(), Path(out)
     pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
     if scheduler is not None:

@@ -4,17 +4,23 @@ This module knows no images.
 """
 
 import contextlib
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
+from hf_ddpm import variances
+from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
 
 # Keys of a scheduler's config that say what the network was trained for: every scheduler of a DDPM has them.
 NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
@@ -29,50 +35,243 @@ SCHEDULERS: dict[str, type] = {
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
 }
+# The schedulers of diffusers that draw with a DDPM's network: their classes without the word Scheduler.
+# tests/generation/test_every_scheduler.py draws with each, and sees every other one refused.
+SAMPLERS = (
+    "DDPM",
+    "DDPMParallel",
+    "DDIM",
+    "DDIMParallel",
+    "PNDM",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DEISMultistep",
+    "SASolver",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "TCD",
+    "LCM",
+)
+# Those that go on from a step by ⌊T/K⌋, whichever step their list has next.
+STRIDING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
+# ᾱ of two schedulers of one process differ by less: diffusers' float32 tables err by up to 1.5e-6.
+SAME_PROCESS = 1e-5
+LCM_WARNING = (
+    "LCMScheduler draws with networks that were distilled for it; the images of any other come out too smooth"
+)
+
+
+def sampler_class(name: str) -> type:
+    """The class of a sampler by its name, a key of `SCHEDULERS`.
+
+    Raises:
+        ValueError: the name is unknown (the nearest is named).
+    """
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        hint = did_you_mean(name, SCHEDULERS)
+        raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name]
 
 
 def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> None:
     """Give the pipeline another sampler for the same process.
 
     Args:
-        pipeline: whose `scheduler` is replaced.
+        pipeline: whose `scheduler` is replaced. If another process was assigned to it in the meantime, it
+            gets its own back.
         name: a key of `SCHEDULERS`.
         **changes: config keys of the new scheduler, such as `timestep_spacing="trailing"`.
 
     Raises:
-        ValueError: the name is unknown (the nearest is named).
+        ValueError: the name is unknown (the nearest is named), or the sampler can't run the process.
     """
-    if name not in SCHEDULERS:
-        hint = did_you_mean(name, SCHEDULERS)
-        raise ValueError(f"scheduler {name!r} is unknown{hint}; allowed: {', '.join(SCHEDULERS)}")
-    config = whole_config(pipeline.scheduler)
+    kind = sampler_class(name)
+    trained = getattr(pipeline, "trained_scheduler", None) or training_scheduler(pipeline.scheduler)
+    config = whole_config(pipeline.scheduler) | {key: trained.config[key] for key in NETWORK_KEYS}
     # "trailing" is somebody's choice and stays; the other two are defaults, of which each sampler has its own
     if config.get("timestep_spacing") != "trailing":
         config.pop("timestep_spacing", None)
     if name == "pndm":
         config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
+    scheduler = kind.from_config(config, **changes)  # type: ignore[attr-defined]
+    check_sampler(scheduler, trained, trained.config["prediction_type"])  # which `changes` may have changed
+    pipeline.scheduler = scheduler
+
+
+def check_sampler(scheduler: Any, trained: DDPMScheduler | None, prediction_type: Any) -> None:
+    """Refuse a sampler that draws by another process than the network was trained for, or from no DDPM.
+
+    Args:
+        scheduler: the sampler.
+        trained: our scheduler of the process that the network was trained for; None leaves the process out.
+        prediction_type: what the network predicts.
+
+    Raises:
+        ValueError: a scheduler of another kind, one whose ᾱ_t or prediction type are not the network's, or
+            one that can't read the network's answers.
+    """
+    sampler, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    kind = config.get("prediction_type")
+    if not in_diffusers(kind) and not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
+    if not _draws_with_a_ddpm(scheduler):
+        raise ValueError(f"{sampler} is no sampler of a DDPM; allowed: {', '.join(SAMPLERS)} (Scheduler)")
+    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        key = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type"
+        raise ValueError(
+            f"{key} of {sampler} is {config[key]!r}: no DDPM has such steps; allowed: its default"
+        )
+    if isinstance(scheduler, diffusers.DDPMScheduler) and not isinstance(scheduler, DDPMScheduler):
+        word = config["variance_type"]
+        if not variances.in_diffusers(word):
+            raise ValueError(f"diffusers' {sampler} can't do variance_type {word!r}; allowed: hf_ddpm's")
+    parametrization(kind)
+    if kind != prediction_type:
+        raise ValueError(
+            f"{sampler} reads prediction_type {kind!r}, but the network was trained for {prediction_type!r}; "
+            f"allowed: the latter, or a new pipeline: DDPMPipeline(unet, scheduler)"
+        )
+    if trained is not None:
+        _check_process(scheduler, trained)
+
+
+def _draws_with_a_ddpm(scheduler: Any) -> bool:
+    """Whether the class is in `SAMPLERS`, is derived from one, or is somebody's own and has tables."""
+    for kind in type(scheduler).__mro__:
+        if kind.__module__.startswith("diffusers.schedulers.") and kind is not SchedulerMixin:
+            return kind.__name__.removesuffix("Scheduler") in SAMPLERS
+    return all(hasattr(scheduler, name) for name in ("alphas_cumprod", "set_timesteps", "step", "timesteps"))
+
+
+def _check_process(scheduler: Any, trained: DDPMScheduler) -> None:
+    process, sampler = trained.process, type(scheduler).__name__
+    if scheduler is trained or getattr(scheduler, "process", None) is process:
+        return
+    own = process.alphas_cumprod
+    found = (
+        scheduler.process.alphas_cumprod if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod
+    )
+    found = torch.as_tensor(found).detach().to("cpu", torch.float64)
+    remedy = "allowed: swap_scheduler(pipeline, name), or a new pipeline: DDPMPipeline(unet, scheduler)"
+    if found.shape != own.shape:
+        raise ValueError(
+            f"{sampler} has {len(found)} steps, but the network was trained for {len(own)}; {remedy}"
+        )
+    wrong = ~((found - own).abs() <= SAME_PROCESS)
+    if wrong.any():
+        t = int((found - own).abs().nan_to_num(2).argmax())
+        ignored = trained.config["rescale_betas_zero_snr"] and found[-1] > own[-1] + 2**-23
+        why = " (it ignores rescale_betas_zero_snr)" if ignored else ""
+        raise ValueError(
+            f"{sampler} runs another process than the network's{why}: alphas_cumprod[{t}] is {found[t]:.6g}, "
+            f"not {own[t]:.6g}; {remedy}"
+        )
+
+
+def check_steps(scheduler: Any, trained: DDPMScheduler) -> None:
+    """Refuse the steps that a sampler of diffusers has chosen, where it would not do what they say.
+
+    Args:
+        scheduler: the sampler, after `set_timesteps`.
+        trained: our scheduler of the same process.
+
+    Raises:
+        ValueError: a step that is repeated or below 0; steps from which the sampler goes to other ones than
+            it lists; a first step of which the network says nothing.
+    """
+    sampler, steps = type(scheduler).__name__, torch.as_tensor(scheduler.timesteps).cpu()
+    # Solvers of higher order divide by the distance of two steps; diffusers' "trailing" may end at -1.
+    repeats = hasattr(scheduler, "lower_order_nums") and bool((scheduler.sigmas.diff() >= 0).any())
+    if repeats or not bool((steps >= 0).all()):
+        raise ValueError(
+            f"num_inference_steps is {scheduler.num_inference_steps}; allowed: fewer, {sampler} would repeat a "
+            "step or pass 0"
+        )
+    if isinstance(scheduler, STRIDING):
+        _check_stride(scheduler)
+    first = min(int(steps.max().round()), len(trained) - 1)
+    kind = trained.config["prediction_type"]
+    if trained.process.alphas_cumprod[first] == 0 and not works_from_pure_noise(kind):
+        raise ValueError(
+            f"alphas_cumprod is 0 at step {first}, where prediction_type {kind!r} says nothing about x_0; "
+            "allowed: steps below it, as timestep_spacing='leading' has"
+        )
+
+
+def _check_stride(scheduler: Any) -> None:
+    """Refuse steps whose distance is not ⌊T/K⌋, by which these samplers go on from each, whatever they list."""
+    total, number = scheduler.config["num_train_timesteps"], scheduler.num_inference_steps
+    stride = total // number
+    # PNDM's list has more steps than it stops at
+    grid = np.sort(np.unique(getattr(scheduler, "_timesteps", scheduler.timesteps)))
+    gaps = np.diff(grid)
+    if (gaps != stride).any() or grid[0] >= stride:
+        odd = (gaps != stride).nonzero()[0]
+        listed = f"{grid[odd[-1]]} after {grid[odd[-1] + 1]}" if len(odd) else f"none after {grid[0]}"
+        raise ValueError(
+            f"{type(scheduler).__name__} goes down by {stride} from each step, but timestep_spacing "
+            f"{scheduler.config['timestep_spacing']!r} lists {listed}; allowed: 'leading', or 'trailing' with a "
+            f"num_inference_steps that divides {total}"
+        )
+
+
+def try_step(scheduler: Any, channels: int) -> None:
+    """Take one step with an image of one pixel, to hear now what a sampler of diffusers can't do.
+
+    The sampler's state is then to be set anew, by `set_timesteps`.
+
+    Args:
+        scheduler: the sampler, after `set_timesteps`.
+        channels: of the images.
+
+    Raises:
+        ValueError: the step fails, as for a prediction type that the sampler doesn't read.
+    """
+    image, t = torch.zeros(1, channels, 1, 1), scheduler.timesteps[0]
+    learned = isinstance(scheduler, diffusers.DDPMScheduler)
+    output = image.repeat(1, variances.outputs(scheduler.config["variance_type"]) if learned else 1, 1, 1)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": torch.Generator()} if takes_generator else {}
     try:
-        pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
-    # "sigmoid" and "laplace" are words of DDPM's schedulers alone; every sampler takes the betas themselves
-    except NotImplementedError:
-        config["trained_betas"] = training_scheduler(pipeline.scheduler).process.betas.tolist()
-        pipeline.scheduler = SCHEDULERS[name].from_config(config, **changes)
+        scheduler.scale_model_input(image, t)
+        scheduler.step(output, t, image, **options)
+    except Exception as error:  # what diffusers' samplers raise has no common class
+        raise ValueError(f"{type(scheduler).__name__} can't take a step: {one_line(error, 200)}") from error
 
 
-def training_scheduler(scheduler: Any) -> DDPMScheduler:
+def start_remark(scheduler: Any, trained: DDPMScheduler) -> str | None:
+    """What is to be said of a sampler of diffusers before it starts, or None."""
+    if isinstance(scheduler, diffusers.LCMScheduler):
+        return LCM_WARNING
+    first = int(torch.as_tensor(scheduler.timesteps).max().round())
+    return start_warning(trained.process, min(first, len(trained) - 1))
+
+
+def training_scheduler(scheduler: Any, config: Mapping[str, Any] | None = None) -> DDPMScheduler:
     """Our scheduler of the process that the network was trained for, by the config of any sampler.
+
+    Args:
+        scheduler: the sampler.
+        config: its config at another time; by default the present one.
 
     Raises:
         ValueError: the config lacks a key that says it; `from_config` would fill in a default.
     """
-    if isinstance(scheduler, DDPMScheduler):
+    if config is None and isinstance(scheduler, DDPMScheduler):
         return scheduler
+    config = whole_config(scheduler) if config is None else config
     for key in NEEDED:
-        if key not in scheduler.config:
+        if key not in config:
             raise ValueError(
                 f"the scheduler, {type(scheduler).__name__}, has no {key}; allowed: one of a DDPM"
             )
-    return DDPMScheduler.from_config(whole_config(scheduler))  # type: ignore[return-value]
+    known = {key: value for key, value in config.items() if key != "_use_default_values"}
+    return DDPMScheduler.from_config(known)
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:

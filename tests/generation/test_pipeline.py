@@ -265,7 +265,7 @@ def test_any_module_or_function_samples_but_only_diffusers_models_are_saved(tmp_
         ({"output_type": "png"}, "output_type is 'png'; allowed: pil, np, pt"),
         (
             {"batch_size": 2, "generator": seeds(3)},
-            "3 generators for 2 images; allowed: one, or one per image",
+            "3 generators for a batch of 2; allowed: one, or one per image",
         ),
         ({"pred_original_steps": [20]}, "a position in pred_original_steps is 20; allowed: -20..19"),
         ({"pred_original_steps": [-21]}, "a position in pred_original_steps is -21; allowed: -20..19"),
