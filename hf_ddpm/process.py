@@ -206,8 +206,8 @@ class DiffusionProcess(Tables):
         noise there.
 
         Raises:
-            ValueError: `variance_type` is unknown, or the chain has one step, and so no β̃_2, and keeps no other
-                (`respaced(..., "full")` does).
+            ValueError: `variance_type` is unknown, or the chain has one step and so no β̃_2, unless it keeps
+                the full chain's (`respaced(..., "full")`).
         """
         if variance_type not in ("fixed_small", "fixed_large"):
             raise ValueError(f"variance_type is {variance_type!r}; allowed: 'fixed_small', 'fixed_large'")
@@ -226,13 +226,13 @@ class DiffusionProcess(Tables):
     @cached_property
     def log_fixed_small(self) -> Tensor:
         """See `log_variance`."""
-        first: Tensor | float | None = self.first_log_variance
-        if first is None:
-            if len(self) < 2:
-                raise ValueError(
-                    "a chain of one step has no log-variance: its first entry is the second step's; use T >= 2"
-                )
-            first = self.posterior_variance[1].log()
+        if self.first_log_variance is None and len(self) < 2:
+            raise ValueError(
+                "a chain of one step has no log-variance: its first entry is the second step's; use T >= 2"
+            )
+        first = (
+            self.posterior_variance[1].log() if self.first_log_variance is None else self.first_log_variance
+        )
         return torch.cat(
             [torch.as_tensor(first, dtype=torch.float64).view(1), self.posterior_variance[1:].log()]
         )

@@ -5,7 +5,6 @@ Everything that the stock scheduler gets right, it gets the same way, from the s
 """
 
 import logging
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -567,8 +566,8 @@ def _chosen(timesteps: Any) -> Tensor:
     rule = "allowed: whole numbers in strictly descending order"
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
         raise ValueError(f"timesteps is {_shown(timesteps)}; {rule}")
-    rises = (np.diff(array) >= 0).nonzero()[0] if array.size else ()
-    if len(rises):
+    rises = (np.diff(array) >= 0).nonzero()[0] if array.size else array
+    if rises.size:
         place = int(rises[0])
         raise ValueError(f"timesteps has {array[place + 1]} after {array[place]}; {rule}")
     return torch.from_numpy(array.astype(np.int64))
@@ -622,12 +621,12 @@ def _whole_number(timestep: Any) -> int:
     Raises:
         ValueError: it is no whole number.
     """
-    known = isinstance(timestep, Real | np.bool_) and not isinstance(timestep, bool | np.bool_)
-    if not known or not math.isfinite(timestep) or int(timestep) != timestep:
+    known = isinstance(timestep, Real) and not isinstance(timestep, bool)
+    if not known or not float(timestep).is_integer():
         raise ValueError(
             f"timestep is {_shown(timestep)}; allowed: whole numbers, the steps of self.timesteps"
         )
-    return int(timestep)
+    return int(timestep)  # type: ignore[arg-type]
 
 
 def _shown(value: Any) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
-from hf_ddpm.generation.samplers import check_sampler, check_steps, start_remark, try_step
+from hf_ddpm.generation.samplers import check_process, check_sampler, check_steps, start_remark, try_step
 from hf_ddpm.models.autoencoders import Autoencoder
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
@@ -305,9 +305,8 @@ class DDPMPipeline(PredictingPipeline):
     def _check_sampler(self) -> int:
         """Refuse a sampler that doesn't draw by the network's process; T."""
         scheduler: Any = self.scheduler
-        # What is no sampler of a DDPM is said before what the network came with is looked at
-        check_sampler(scheduler, None, self.prediction_type)
-        check_sampler(scheduler, self.trained_scheduler, self.prediction_type)
+        check_sampler(scheduler, self.prediction_type)
+        check_process(scheduler, self.trained_scheduler)
         return len(self.trained_scheduler)
 
     def _set_steps(self, num_steps: int, channels: int) -> None:

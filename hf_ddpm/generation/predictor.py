@@ -59,7 +59,7 @@ class PredictingPipeline(PortablePipeline):
         return training_scheduler(self._made_with, self._config)
 
     @property
-    def prediction_type(self) -> str:
+    def prediction_type(self) -> Any:
         """What the network predicts, by the config that it came with."""
         return self._config.get("prediction_type")
 

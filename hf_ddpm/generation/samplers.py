@@ -99,28 +99,29 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     if name == "pndm":
         config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
     scheduler = kind.from_config(config, **changes)  # type: ignore[attr-defined]
-    check_sampler(scheduler, trained, trained.config["prediction_type"])  # which `changes` may have changed
+    check_sampler(scheduler, trained.config["prediction_type"])  # `changes` may have changed what it reads
+    check_process(scheduler, trained)
     pipeline.scheduler = scheduler
 
 
-def check_sampler(scheduler: Any, trained: DDPMScheduler | None, prediction_type: Any) -> None:
-    """Refuse a sampler that draws by another process than the network was trained for, or from no DDPM.
+def check_sampler(scheduler: Any, prediction_type: Any) -> None:
+    """Refuse a scheduler that doesn't draw with a DDPM's network, or doesn't read what this one answers.
 
     Args:
         scheduler: the sampler.
-        trained: our scheduler of the process that the network was trained for; None leaves the process out.
         prediction_type: what the network predicts.
 
     Raises:
-        ValueError: a scheduler of another kind, one whose ᾱ_t or prediction type are not the network's, or
-            one that can't read the network's answers.
+        ValueError: a scheduler of another kind, of another prediction type, or one that can't read the
+            network's answers.
     """
     sampler, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     kind = config.get("prediction_type")
     if not in_diffusers(kind) and not isinstance(scheduler, DDPMScheduler):
         raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
     if not _draws_with_a_ddpm(scheduler):
-        raise ValueError(f"{sampler} is no sampler of a DDPM; allowed: {', '.join(SAMPLERS)} (Scheduler)")
+        shown = ", ".join(name for name in SAMPLERS if not name.endswith("Parallel"))
+        raise ValueError(f"the pipeline can't draw with {sampler}; allowed: {shown}")
     if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
         key = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type"
         raise ValueError(
@@ -130,14 +131,12 @@ def check_sampler(scheduler: Any, trained: DDPMScheduler | None, prediction_type
         word = config["variance_type"]
         if not variances.in_diffusers(word):
             raise ValueError(f"diffusers' {sampler} can't do variance_type {word!r}; allowed: hf_ddpm's")
-    parametrization(kind)
+    parametrization(kind)  # type: ignore[arg-type]
     if kind != prediction_type:
         raise ValueError(
             f"{sampler} reads prediction_type {kind!r}, but the network was trained for {prediction_type!r}; "
-            f"allowed: the latter, or a new pipeline: DDPMPipeline(unet, scheduler)"
+            "allowed: the latter, or a new pipeline: DDPMPipeline(unet, scheduler)"
         )
-    if trained is not None:
-        _check_process(scheduler, trained)
 
 
 def _draws_with_a_ddpm(scheduler: Any) -> bool:
@@ -148,7 +147,16 @@ def _draws_with_a_ddpm(scheduler: Any) -> bool:
     return all(hasattr(scheduler, name) for name in ("alphas_cumprod", "set_timesteps", "step", "timesteps"))
 
 
-def _check_process(scheduler: Any, trained: DDPMScheduler) -> None:
+def check_process(scheduler: Any, trained: DDPMScheduler) -> None:
+    """Refuse a sampler that runs another process than the network's, by its own tables.
+
+    Args:
+        scheduler: the sampler.
+        trained: our scheduler of the process that the network was trained for.
+
+    Raises:
+        ValueError: it has another number of steps, or ᾱ_t differs at one of them.
+    """
     process, sampler = trained.process, type(scheduler).__name__
     if scheduler is trained or getattr(scheduler, "process", None) is process:
         return
@@ -189,8 +197,8 @@ def check_steps(scheduler: Any, trained: DDPMScheduler) -> None:
     repeats = hasattr(scheduler, "lower_order_nums") and bool((scheduler.sigmas.diff() >= 0).any())
     if repeats or not bool((steps >= 0).all()):
         raise ValueError(
-            f"num_inference_steps is {scheduler.num_inference_steps}; allowed: fewer, {sampler} would repeat a "
-            "step or pass 0"
+            f"num_inference_steps is {scheduler.num_inference_steps}; allowed: fewer, {sampler} would repeat "
+            "a step or pass 0"
         )
     if isinstance(scheduler, STRIDING):
         _check_stride(scheduler)
@@ -204,7 +212,7 @@ def check_steps(scheduler: Any, trained: DDPMScheduler) -> None:
 
 
 def _check_stride(scheduler: Any) -> None:
-    """Refuse steps whose distance is not ⌊T/K⌋, by which these samplers go on from each, whatever they list."""
+    """Refuse steps that are not ⌊T/K⌋ apart: these samplers go on by that, whatever steps they list."""
     total, number = scheduler.config["num_train_timesteps"], scheduler.num_inference_steps
     stride = total // number
     # PNDM's list has more steps than it stops at
@@ -215,8 +223,8 @@ def _check_stride(scheduler: Any) -> None:
         listed = f"{grid[odd[-1]]} after {grid[odd[-1] + 1]}" if len(odd) else f"none after {grid[0]}"
         raise ValueError(
             f"{type(scheduler).__name__} goes down by {stride} from each step, but timestep_spacing "
-            f"{scheduler.config['timestep_spacing']!r} lists {listed}; allowed: 'leading', or 'trailing' with a "
-            f"num_inference_steps that divides {total}"
+            f"{scheduler.config['timestep_spacing']!r} lists {listed}; allowed: 'leading', or 'trailing' with "
+            f"a num_inference_steps that divides {total}"
         )
 
 
