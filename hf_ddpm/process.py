@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import as_numbers, check_images, described
 from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
@@ -56,7 +57,7 @@ class DiffusionProcess(Tables):
         Raises:
             ValueError: the shape or a value is not as above; the message names the first culprit.
         """
-        betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        betas = as_numbers("betas", betas, "T >= 1 numbers in (0, 1]", torch.float64).clone()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas has shape {tuple(betas.shape)}; allowed: (T,) with T >= 1")
         wrong = ~((betas > 0) & (betas <= 1))
@@ -85,14 +86,17 @@ class DiffusionProcess(Tables):
             ValueError: no step, a repeated one, one that this chain does not have, or an unknown
                 `first_variance`.
         """
-        kept = torch.as_tensor(timesteps).detach().cpu().flatten().sort().values
+        allowed = "whole numbers, at least one step of the chain"
+        kept = as_numbers("timesteps", timesteps, allowed).flatten().sort().values
         if len(kept) == 0:
-            raise ValueError("timesteps is empty; allowed: at least one step of the chain")
+            raise ValueError(f"timesteps is empty; allowed: {allowed}")
+        if kept.dtype == torch.bool:
+            raise ValueError(f"timesteps are of dtype bool; allowed: {allowed}")
         if (repeated := kept[1:] == kept[:-1]).any():
             raise ValueError(f"timestep {int(kept[1:][repeated][0])} is repeated; allowed: each step once")
         index = self.index_of(kept)
         if first_variance not in ("spaced", "full"):
-            raise ValueError(f"first_variance is {first_variance!r}; allowed: 'spaced', 'full'")
+            raise ValueError(f"first_variance is {described(first_variance)}; allowed: 'spaced', 'full'")
         log_alphas_cumprod = self.log_alphas_cumprod[index]
         first = self.log_variance("fixed_small")[0].item() if first_variance == "full" else None
         return dataclasses.replace(
@@ -210,7 +214,8 @@ class DiffusionProcess(Tables):
                 the full chain's (`respaced(..., "full")`).
         """
         if variance_type not in ("fixed_small", "fixed_large"):
-            raise ValueError(f"variance_type is {variance_type!r}; allowed: 'fixed_small', 'fixed_large'")
+            allowed = "'fixed_small', 'fixed_large'"
+            raise ValueError(f"variance_type is {described(variance_type)}; allowed: {allowed}")
         return self.log_fixed_small if variance_type == "fixed_small" else self.log_fixed_large
 
     @cached_property
@@ -261,12 +266,18 @@ class DiffusionProcess(Tables):
 
         Returns:
             x_t, shape and dtype of x_0 (computed in float32 or wider).
+
+        Raises:
+            ValueError: x_0 and the noise are not floating-point tensors of one shape, or t is not a step of
+                the chain for each of them (steps on an accelerator are trusted to be in it).
         """
+        check_images("q_sample(x_0, noise, t)", x_0=x_0, noise=noise)
         a, s = self.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
 
     def q_sample_prev(self, x_0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """A draw of q(x_prev | x_0), eq. 4 one step earlier; x_0 itself at t = 0. As in `q_sample`."""
+        check_images("q_sample_prev(x_0, noise, t)", x_0=x_0, noise=noise)
         a, s = self.at(t, x_0, "sqrt_alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod_prev")
         return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
 
@@ -282,7 +293,11 @@ class DiffusionProcess(Tables):
 
         Returns:
             x_t, shape and dtype of x_prev (computed in float32 or wider).
+
+        Raises:
+            ValueError: as in `q_sample`.
         """
+        check_images("q_step(x_prev, noise, t)", x_prev=x_prev, noise=noise)
         root_alpha, root_beta = self.at(t, x_prev, "sqrt_alphas", "sqrt_betas")
         return narrow(add_scaled(root_alpha * wide(x_prev), root_beta, wide(noise)), x_prev.dtype)
 
@@ -290,9 +305,10 @@ class DiffusionProcess(Tables):
         """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t, eq. 4 solved for x_0; shapes and dtypes as in `q_sample`.
 
         Raises:
-            ValueError: ᾱ_t = 0 (zero terminal SNR), where ε says nothing about x_0; steps on a device are
-                trusted.
+            ValueError: ᾱ_t = 0 (zero terminal SNR), where ε says nothing about x_0, or as in `q_sample`;
+                steps on an accelerator are trusted.
         """
+        check_images("predict_x0(x_t, eps, t)", x_t=x_t, eps=eps)
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         if (step := self.first_zero(t, _level)) is not None:
             raise ValueError(
@@ -302,7 +318,8 @@ class DiffusionProcess(Tables):
         return narrow(add_scaled(wide(x_t), -s, wide(eps)) / a, x_t.dtype)
 
     def predict_eps(self, x_t: Tensor, x_0: Tensor, t: Tensor | int) -> Tensor:
-        """ε̂ = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), eq. 4 solved for ε; shapes and dtypes as in `q_sample`."""
+        """ε̂ = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), eq. 4 solved for ε; shapes, dtypes and errors as in `q_sample`."""
+        check_images("predict_eps(x_t, x_0, t)", x_t=x_t, x_0=x_0)
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         return narrow(add_scaled(wide(x_t), -a, wide(x_0)) / s, x_t.dtype)
 
@@ -318,7 +335,11 @@ class DiffusionProcess(Tables):
 
         Returns:
             μ̃_t, shape (B, C, H, W), dtype of x_t (computed in float32 or wider).
+
+        Raises:
+            ValueError: as in `q_sample`.
         """
+        check_images("q_posterior_mean(x_0, x_t, t)", x_0=x_0, x_t=x_t)
         c0, ct = self.at(t, x_t, "posterior_mean_coef_x0", "posterior_mean_coef_xt")
         return narrow(add_scaled(c0 * wide(x_0), ct, wide(x_t)), x_t.dtype)
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import as_numbers, described
+
 
 def add_scaled(x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
     """The sum `x + b·y`, computed in one pass over the images where b is a float."""
@@ -33,10 +35,10 @@ class Tables:
             tables: names of tables of this class, or tables from elsewhere, shape (T,) float64.
 
         Raises:
-            ValueError: t is out of 0..T−1. A tensor on an accelerator is trusted: reading it would stall the
-                device.
+            ValueError: t is not one step or one per image, is no whole number, or is out of 0..T−1. The
+                numbers on an accelerator are trusted: reading them would stall the device.
         """
-        self._check_index(t)
+        self._check_index(t, like)
         if not isinstance(t, Tensor):
             return [self._floats(z)[t] if isinstance(z, str) else z[t].item() for z in tables]
         found = (self._table(z, like.device) if isinstance(z, str) else z.to(like.device) for z in tables)
@@ -60,7 +62,7 @@ class Tables:
         Raises:
             ValueError: as in `at`.
         """
-        self._check_index(t)
+        self._check_index(t, like)
         if not isinstance(t, Tensor):
             if (rows := self._copies.get(function)) is None:
                 tables = [table.tolist() for table in _tuple(function(self))]
@@ -95,7 +97,9 @@ class Tables:
         Raises:
             ValueError: a step is not in the chain; a tensor on an accelerator is trusted.
         """
-        steps = torch.as_tensor(timesteps)
+        steps = timesteps
+        if not isinstance(steps, Tensor):
+            steps = as_numbers("timesteps", timesteps, "whole numbers")
         index = torch.searchsorted(self._table("timesteps", steps.device), steps)
         if steps.device.type == "cpu" and steps.numel():
             missing = self.timesteps[index.clamp(max=self.timesteps.shape[0] - 1)] != steps
@@ -109,21 +113,29 @@ class Tables:
     def timesteps_at(self, t: Tensor) -> Tensor:
         """`timesteps[t]`, what the network gets for index t, on t's device; shape of t, int64."""
         self._check_index(t)
-        return self._table("timesteps", t.device).index_select(0, t.reshape(-1)).view(t.shape)
+        index = t.reshape(-1).to(torch.int64)
+        return self._table("timesteps", t.device).index_select(0, index).view(t.shape)
 
-    def _check_index(self, t: Tensor | int) -> None:
-        if isinstance(t, Tensor):
-            if t.device.type != "cpu" or t.numel() == 0:
+    def _check_index(self, t: Tensor | int, like: Tensor | None = None) -> None:
+        """Refuse a t that is no index into the chain, or, given images, neither one step nor one for each."""
+        last = self.timesteps.shape[0] - 1
+        if not isinstance(t, Tensor):
+            if isinstance(t, int | np.integer) and not isinstance(t, bool) and 0 <= t <= last:
                 return
-            whole, low, high = not (t.is_floating_point() or t.dtype == torch.bool), t.amin(), t.amax()
-        else:
-            whole, low, high = isinstance(t, int | np.integer) and not isinstance(t, bool), t, t
-        if not (whole and low >= 0 and high < self.timesteps.shape[0]):
-            first, last = t, self.timesteps.shape[0] - 1
-            if isinstance(t, Tensor):
-                wrong = t[(t < 0) | (t > last)] if whole else t
-                first = wrong.flatten()[0].item()
-            raise ValueError(f"step t = {first!r} is not in the chain; allowed: whole numbers 0..{last}")
+            raise ValueError(f"step t = {described(t)} is not in the chain; allowed: whole numbers 0..{last}")
+        batch = None if like is None or like.ndim == 0 else like.shape[0]
+        if batch is not None and t.numel() not in (1, batch):
+            raise ValueError(
+                f"step t = {described(t)} for {batch} images; allowed: one step, or one for each image"
+            )
+        whole = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+        if whole and (t.device.type != "cpu" or t.numel() == 0 or (t.amin() >= 0 and t.amax() <= last)):
+            return
+        shown = described(t)
+        if t.device.type == "cpu" and t.numel():
+            wrong = t[(t < 0) | (t > last)] if whole else t
+            shown = str(wrong.flatten()[0].item())
+        raise ValueError(f"step t = {shown} is not in the chain; allowed: whole numbers 0..{last}")
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._copies:
