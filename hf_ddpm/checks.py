@@ -87,6 +87,8 @@ def as_numbers(name: str, values: Any, allowed: str, dtype: torch.dtype | None =
     try:
         if torch.is_tensor(values) and values.is_complex():
             raise ValueError
+        if isinstance(values, np.ndarray):
+            values = values.copy()  # torch takes no array that runs backwards
         # Given the dtype at once: torch would read the floats of a list as float32 first
         return torch.as_tensor(values, dtype=dtype).detach().cpu()
     # What torch raises of things that are no numbers has no common class, and may print all of them

@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm import parametrization, variances
+from hf_ddpm.checks import as_numbers, described
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
 from hf_ddpm.parametrization import PredictionType, from_x0_eps, to_x0
 from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
@@ -140,8 +141,18 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
+        switches = {
+            "clip_sample": clip_sample,
+            "thresholding": thresholding,
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        for key, value in switches.items():
+            if not isinstance(value, int | np.bool_) or value not in (0, 1):  # "false" would count as true
+                raise ValueError(f"{key} is {described(value)}; allowed: True, False")
         if trained_betas is not None:
-            betas = torch.as_tensor(np.asarray(trained_betas, dtype=np.float64))
+            betas = as_numbers("trained_betas", trained_betas, "T numbers in (0, 1]", torch.float64).clone()
+            if betas.ndim != 1:
+                raise ValueError(f"trained_betas has shape {tuple(betas.shape)}; allowed: (T,)")
             self.register_to_config(trained_betas=betas.tolist())  # JSON knows no tensors
         else:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -249,7 +260,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if self._visited is None or not self._visited.holds(self.timesteps):
             steps: Any = self.timesteps
             if not isinstance(steps, Tensor) or steps.ndim != 1 or not _whole(steps):
-                raise ValueError(f"timesteps is {_shown(steps)}; allowed: a tensor of shape (K,), int64")
+                raise ValueError(f"timesteps is {described(steps)}; allowed: a tensor of shape (K,), int64")
             self._visited = self._visit(steps, steps.detach().cpu())
         return self._visited
 
@@ -381,7 +392,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             if (place := _place(timestep, self.timesteps)) is not None:
                 return visited.index(visited.given[place])
         if not _whole(timestep):
-            raise ValueError(f"timestep is {_shown(timestep)}; allowed: whole numbers")
+            raise ValueError(f"timestep is {described(timestep)}; allowed: whole numbers")
         return visited.chain.index_of(timestep.to(torch.int64))
 
     @staticmethod
@@ -410,12 +421,19 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _clip(self, x_0: Tensor) -> Tensor:
         if self.config["thresholding"]:
+            ratio, largest = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
+            if not (_is_number(ratio) and 0 <= ratio <= 1):
+                raise ValueError(
+                    f"dynamic_thresholding_ratio is {described(ratio)}; allowed: numbers in 0..1"
+                )
+            if not (_is_number(largest) and largest > 0):
+                raise ValueError(f"sample_max_value is {described(largest)}; allowed: numbers > 0")
             return self._threshold_sample(x_0)
         if not self.config["clip_sample"]:
             return x_0
         limit = self.config["clip_sample_range"]
-        if not (isinstance(limit, int | float) and limit > 0):  # clamp(1, -1) would make all of it -1
-            raise ValueError(f"clip_sample_range is {limit!r}; allowed: numbers > 0")
+        if not (_is_number(limit) and limit > 0):  # clamp(1, -1) would make all of it -1
+            raise ValueError(f"clip_sample_range is {described(limit)}; allowed: numbers > 0")
         return x_0.clamp(-limit, limit)
 
     def _sigma(self, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None) -> Tensor | float:
@@ -473,12 +491,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         Raises:
             ValueError: a step outside 0..T−1.
         """
-        _check_batch(original_samples, timesteps)
         return self.process.q_sample(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0, Salimans & Ho 2022; arguments, errors as in `add_noise`."""
-        _check_batch(sample, timesteps)
         return from_x0_eps(self.process, "v_prediction", sample, noise, timesteps)
 
     def decoder_log_likelihood(
@@ -534,7 +550,7 @@ def check_generators(generator: Any, samples: int, device: torch.device | None =
     for one in found:
         if not isinstance(one, torch.Generator):
             what = "an element of generator" if found is generator else "generator"
-            raise ValueError(f"{what} is {_shown(one)}; allowed: a torch.Generator, or a list of them")
+            raise ValueError(f"{what} is {described(one)}; allowed: a torch.Generator, or a list of them")
     if found is generator and len(found) != samples:
         raise ValueError(f"{len(found)} generators for a batch of {samples}; allowed: one, or one per image")
     kinds = sorted({one.device.type for one in found})
@@ -565,7 +581,7 @@ def _chosen(timesteps: Any) -> Tensor:
         array = np.array(None)
     rule = "allowed: whole numbers in strictly descending order"
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
-        raise ValueError(f"timesteps is {_shown(timesteps)}; {rule}")
+        raise ValueError(f"timesteps is {described(timesteps)}; {rule}")
     rises = (np.diff(array) >= 0).nonzero()[0] if array.size else array
     if rises.size:
         place = int(rises[0])
@@ -599,16 +615,11 @@ def _derived_betas_are_outdated(config: Mapping[str, Any], changes: Mapping[str,
 def _check_images(name: str, images: Any) -> None:
     """Refuse what can't be images: other types and whole numbers, to which the result would be cut."""
     if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim >= 2):
-        raise ValueError(f"{name} is {_shown(images)}; allowed: a floating-point tensor (B, C, H, W)")
+        raise ValueError(f"{name} is {described(images)}; allowed: a floating-point tensor (B, C, H, W)")
 
 
-def _check_batch(images: Tensor, timesteps: Any) -> None:
-    """Refuse steps that are neither one nor one per image: they would broadcast to another number of them."""
-    if isinstance(timesteps, Tensor) and timesteps.shape not in ((), (1,), images.shape[:1]):
-        raise ValueError(
-            f"timesteps has shape {tuple(timesteps.shape)} for {len(images)} images; allowed: one step, or "
-            "one per image"
-        )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _whole(steps: Tensor) -> bool:
@@ -621,20 +632,11 @@ def _whole_number(timestep: Any) -> int:
     Raises:
         ValueError: it is no whole number.
     """
-    known = isinstance(timestep, Real) and not isinstance(timestep, bool)
-    if not known or not float(timestep).is_integer():
+    if not _is_number(timestep) or not float(timestep).is_integer():
         raise ValueError(
-            f"timestep is {_shown(timestep)}; allowed: whole numbers, the steps of self.timesteps"
+            f"timestep is {described(timestep)}; allowed: whole numbers, the steps of self.timesteps"
         )
-    return int(timestep)  # type: ignore[arg-type]
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message: short, and never a tensor's numbers."""
-    if isinstance(value, Tensor | np.ndarray):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    words = repr(value)
-    return words if len(words) <= 60 else f"a {type(value).__name__}"
+    return int(timestep)
 
 
 def _draw_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -9,10 +9,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_ddpm.checks import described
 
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
@@ -36,9 +39,14 @@ def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         near = difflib.get_close_matches(str(schedule), SCHEDULES, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"beta_schedule {schedule!r} is unknown{hint}; allowed: {', '.join(SCHEDULES)}")
+        raise ValueError(
+            f"beta_schedule {described(schedule)} is unknown{hint}; allowed: {', '.join(SCHEDULES)}"
+        )
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_train_timesteps is {num_steps!r}; allowed: a whole number >= 1")
+        raise ValueError(f"num_train_timesteps is {described(num_steps)}; allowed: a whole number >= 1")
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if name in SCHEDULES[schedule].uses and (not isinstance(beta, Real) or isinstance(beta, bool)):
+            raise ValueError(f"{name} is {described(beta)}; allowed: numbers in (0, 1)")
     return SCHEDULES[schedule].betas(num_steps, beta_start, beta_end)
 
 
@@ -83,9 +91,9 @@ def spaced_timesteps(
     """
     n, total = num_inference_steps, num_steps
     if isinstance(offset, bool) or not isinstance(offset, int | np.integer):
-        raise ValueError(f"steps_offset is {offset!r}; allowed: whole numbers")
+        raise ValueError(f"steps_offset is {described(offset)}; allowed: whole numbers")
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= total:
-        raise ValueError(f"num_inference_steps is {n!r}; allowed: whole numbers in 1..{total}")
+        raise ValueError(f"num_inference_steps is {described(n)}; allowed: whole numbers in 1..{total}")
     if spacing == "linspace":
         steps = np.linspace(0, total - 1, n).round()
     elif spacing == "leading":
@@ -95,7 +103,9 @@ def spaced_timesteps(
         # ours ends before it.
         steps = (np.round(np.arange(total, 0, -total / n))[:n] - 1)[::-1]
     else:
-        raise ValueError(f"timestep_spacing is {spacing!r}; allowed: 'linspace', 'leading', 'trailing'")
+        raise ValueError(
+            f"timestep_spacing is {described(spacing)}; allowed: 'linspace', 'leading', 'trailing'"
+        )
     if steps[0] < 0 or steps[-1] >= total:
         raise ValueError(
             f"steps_offset {offset} moves {n} steps to {steps[0]:g}..{steps[-1]:g}; allowed: 0..{total - 1}"

@@ -193,8 +193,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` cast to `dtype`; float16 saturates at ±65504, where a plain cast of an early x̂_0 would overflow."""
+    """`x` cast to `dtype`; float16 saturates at ±65504, where a plain cast of an early x̂_0 would overflow.
+
+    What is infinite already stays so: a network's infinite answer is to be seen.
+    """
     if dtype == torch.float16:
         limit = torch.finfo(dtype).max
-        x = x.clamp(-limit, limit)
+        x = torch.where(x.isinf(), x, x.clamp(-limit, limit))
     return x if x.dtype == dtype else x.to(dtype)

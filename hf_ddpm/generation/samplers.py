@@ -223,8 +223,8 @@ def _check_stride(scheduler: Any) -> None:
         listed = f"{grid[odd[-1]]} after {grid[odd[-1] + 1]}" if len(odd) else f"none after {grid[0]}"
         raise ValueError(
             f"{type(scheduler).__name__} goes down by {stride} from each step, but timestep_spacing "
-            f"{scheduler.config['timestep_spacing']!r} lists {listed}; allowed: 'leading', or 'trailing' with "
-            f"a num_inference_steps that divides {total}"
+            f"{scheduler.config['timestep_spacing']!r} lists {listed}; allowed: 'leading', or 'trailing' "
+            f"with a num_inference_steps that divides {total}"
         )
 
 

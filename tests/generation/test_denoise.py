@@ -85,7 +85,7 @@ def test_equal_seeds_are_equal_noise():
         ({"t": 2.0}, "t is 2.0; allowed: whole numbers in 0..19"),
         (
             {"x_t": torch.zeros(8, 8)},
-            "x_t is torch.float32 of shape (8, 8); allowed: floating point, (B, C, H, W)",
+            "x_t is a float32 tensor of shape (8, 8); allowed: floating point, (B, C, H, W)",
         ),
         ({"x_t": torch.zeros(1, 3, 8, 8)}, "(3, 8, 8); allowed: (1, H, W) with H and W multiples of 2"),
         ({"generator": seeds(3)}, "3 generators for a batch of 2; allowed: one, or one per image"),

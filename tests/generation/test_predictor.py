@@ -134,8 +134,12 @@ def test_zero_terminal_snr_has_a_score_and_no_x0():
         (torch.zeros(2, 1, 2, 2), 0.5, "step t = 0.5 is not in the chain"),
         (torch.zeros(2, 1, 2, 2), torch.tensor([0, 1000]), "step t = 1000 is not in the chain"),
         (torch.zeros(2, 1, 2, 2), torch.zeros(3, dtype=torch.int64), "t has shape (3,) for 2 images"),
-        (torch.zeros(2, 2), 0, "x_t is torch.float32 of shape (2, 2); allowed: floating point, (B, C, H, W)"),
-        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), 0, "x_t is torch.uint8 of shape"),
+        (
+            torch.zeros(2, 2),
+            0,
+            "x_t is a float32 tensor of shape (2, 2); allowed: floating point, (B, C, H, W)",
+        ),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), 0, "x_t is a uint8 tensor of shape"),
     ],
     ids=str,
 )
