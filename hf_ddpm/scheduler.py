@@ -5,11 +5,8 @@ Everything that the stock scheduler gets right, it gets the same way, from the s
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any, Literal
 
 import diffusers
@@ -29,6 +26,7 @@ from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
 from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr, spaced_timesteps
 from hf_ddpm.tables import add_scaled, narrow, wide
 from hf_ddpm.variances import log_variance_at, outputs, variance
+from hf_ddpm.visited import Visited, chosen_steps, is_number, is_whole, place_of, visit, whole_number
 
 logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
@@ -42,51 +40,6 @@ PROCESS_KEYS = (
     "rescale_betas_zero_snr",
 )
 NETWORK_KEYS = (*PROCESS_KEYS, "prediction_type")
-
-
-@dataclass(frozen=True, eq=False)
-class _Visited:
-    """The chain of `scheduler.timesteps`, and what that tensor held when the chain was made.
-
-    Attributes:
-        steps: the tensor itself.
-        values: what it held, int64, on the CPU.
-        version: how often torch had changed it in place, or None where torch doesn't count.
-        chain: the process that visits these steps.
-        given: the steps as a list, in their order.
-        ascending: the same, sorted: `chain.timesteps`.
-    """
-
-    steps: Tensor
-    values: Tensor
-    version: int | None
-    chain: DiffusionProcess
-    given: list[int]
-    ascending: list[int]
-
-    def holds(self, steps: Any) -> bool:
-        """Whether these are the same steps still. A tensor on a device is not read: torch counts changes."""
-        if steps is not self.steps:
-            return False
-        return (
-            torch.equal(steps, self.values) if steps.device.type == "cpu" else _version(steps) == self.version
-        )
-
-    def index(self, step: int) -> int:
-        """The place of a step in the chain.
-
-        Raises:
-            ValueError: it is not in the chain.
-        """
-        place = bisect_left(self.ascending, step)
-        if place == len(self.ascending) or self.ascending[place] != step:
-            span = f"{len(self.ascending)} steps in {self.ascending[0]}..{self.ascending[-1]}"
-            raise ValueError(f"timestep {step} is not in the chain; allowed: its {span}")
-        return place
-
-
-def _version(steps: Tensor) -> int | None:
-    return None if steps.is_inference() else steps._version
 
 
 class DDPMScheduler(diffusers.DDPMScheduler):
@@ -169,7 +122,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
-        self._visited: _Visited | None = None
+        self._visited: Visited | None = None
         self._said: set[str] = set()
 
     @classmethod
@@ -255,26 +208,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """
         return self._steps().chain
 
-    def _steps(self) -> _Visited:
+    def _steps(self) -> Visited:
         """What `self.timesteps` holds now: it may have been assigned from outside, or changed in place."""
         if self._visited is None or not self._visited.holds(self.timesteps):
-            steps: Any = self.timesteps
-            if not isinstance(steps, Tensor) or steps.ndim != 1 or not _whole(steps):
-                raise ValueError(f"timesteps is {described(steps)}; allowed: a tensor of shape (K,), int64")
-            self._visited = self._visit(steps, steps.detach().cpu())
+            self._visited = visit(self.process, self.timesteps)
         return self._visited
-
-    def _visit(self, steps: Tensor, values: Tensor) -> _Visited:
-        """The chain of the steps in a tensor, whose values are given as well.
-
-        Raises:
-            ValueError: no step, a repeated one, or one that the process does not have.
-        """
-        chain = self.process.respaced(values)
-        if len(chain) == len(self.process):
-            chain = self.process
-        given, ascending = values.tolist(), chain.timesteps.tolist()
-        return _Visited(steps, values.clone(), _version(steps), chain, given, ascending)
 
     def set_timesteps(
         self,
@@ -299,13 +237,13 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass exactly one of num_inference_steps and timesteps")
         if timesteps is not None:
-            steps = _chosen(timesteps)
+            steps = chosen_steps(timesteps)
         else:
             steps = self._spaced(num_inference_steps)
         with torch.inference_mode(False):  # a tensor made in that mode doesn't count its changes
             values = steps.to(torch.int64, copy=True)
             moved = values.to(device if device is not None else "cpu")
-        self._visited = self._visit(moved, values)
+        self._visited = visit(self.process, moved, values)
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(steps)
         self.timesteps = moved
@@ -377,10 +315,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             else (x_prev, x_0)
         )
 
-    def _index(self, timestep: int | Tensor, visited: _Visited, samples: int | None) -> int | Tensor:
+    def _index(self, timestep: int | Tensor, visited: Visited, samples: int | None) -> int | Tensor:
         """`timestep` as an index into the chain: an int where the host knows it without asking the device."""
         if not isinstance(timestep, Tensor):
-            return visited.index(_whole_number(timestep))
+            return visited.index(whole_number(timestep))
         if samples is not None and timestep.shape not in ((), (1,), (samples,)):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)} for a batch of {samples}; allowed: one step, or "
@@ -388,10 +326,10 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             )
         if timestep.ndim == 0:
             if timestep.device.type == "cpu":
-                return visited.index(_whole_number(timestep.item()))
-            if (place := _place(timestep, self.timesteps)) is not None:
+                return visited.index(whole_number(timestep.item()))
+            if (place := place_of(timestep, visited.steps)) is not None:
                 return visited.index(visited.given[place])
-        if not _whole(timestep):
+        if not is_whole(timestep):
             raise ValueError(f"timestep is {described(timestep)}; allowed: whole numbers")
         return visited.chain.index_of(timestep.to(torch.int64))
 
@@ -422,17 +360,17 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     def _clip(self, x_0: Tensor) -> Tensor:
         if self.config["thresholding"]:
             ratio, largest = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
-            if not (_is_number(ratio) and 0 <= ratio <= 1):
+            if not (is_number(ratio) and 0 <= ratio <= 1):
                 raise ValueError(
                     f"dynamic_thresholding_ratio is {described(ratio)}; allowed: numbers in 0..1"
                 )
-            if not (_is_number(largest) and largest > 0):
+            if not (is_number(largest) and largest > 0):
                 raise ValueError(f"sample_max_value is {described(largest)}; allowed: numbers > 0")
             return self._threshold_sample(x_0)
         if not self.config["clip_sample"]:
             return x_0
         limit = self.config["clip_sample_range"]
-        if not (_is_number(limit) and limit > 0):  # clamp(1, -1) would make all of it -1
+        if not (is_number(limit) and limit > 0):  # clamp(1, -1) would make all of it -1
             raise ValueError(f"clip_sample_range is {described(limit)}; allowed: numbers > 0")
         return x_0.clamp(-limit, limit)
 
@@ -560,35 +498,6 @@ def check_generators(generator: Any, samples: int, device: torch.device | None =
         )
 
 
-def _place(element: Tensor, steps: Tensor) -> int | None:
-    """Where in `steps` an element of it stands, by its address; None if it is none, or torch knows none."""
-    if element.dtype != steps.dtype or element.device != steps.device or element.device.type == "meta":
-        return None
-    width = steps.element_size() * max(steps.stride(0), 1)  # 0 if expanded
-    place, inside = divmod(element.data_ptr() - steps.data_ptr(), width)
-    return place if inside == 0 and 0 <= place < steps.shape[0] else None
-
-
-def _chosen(timesteps: Any) -> Tensor:
-    """Steps that somebody chose one by one, int64, (K,).
-
-    Raises:
-        ValueError: they are not whole numbers in descending order.
-    """
-    try:
-        array = np.array(timesteps.detach().cpu() if isinstance(timesteps, Tensor) else timesteps)
-    except (TypeError, ValueError, RuntimeError):
-        array = np.array(None)
-    rule = "allowed: whole numbers in strictly descending order"
-    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
-        raise ValueError(f"timesteps is {described(timesteps)}; {rule}")
-    rises = (np.diff(array) >= 0).nonzero()[0] if array.size else array
-    if rises.size:
-        place = int(rises[0])
-        raise ValueError(f"timesteps has {array[place + 1]} after {array[place]}; {rule}")
-    return torch.from_numpy(array.astype(np.int64))
-
-
 def _derived_betas_are_outdated(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
     """Whether a config's `trained_betas` are those of its own schedule, which the keywords change.
 
@@ -616,27 +525,6 @@ def _check_images(name: str, images: Any) -> None:
     """Refuse what can't be images: other types and whole numbers, to which the result would be cut."""
     if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim >= 2):
         raise ValueError(f"{name} is {described(images)}; allowed: a floating-point tensor (B, C, H, W)")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _whole(steps: Tensor) -> bool:
-    return not (steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool)
-
-
-def _whole_number(timestep: Any) -> int:
-    """A step that the host knows, as an int; a float such as 3.0 is one.
-
-    Raises:
-        ValueError: it is no whole number.
-    """
-    if not _is_number(timestep) or not float(timestep).is_integer():
-        raise ValueError(
-            f"timestep is {described(timestep)}; allowed: whole numbers, the steps of self.timesteps"
-        )
-    return int(timestep)
 
 
 def _draw_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

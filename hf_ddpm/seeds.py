@@ -4,15 +4,14 @@ A key is a use, a seed that a person chose, and whole numbers that tell the draw
 an image's index. Equal keys give equal draws on every machine and in every process.
 
 NumPy pads a key with zeros, so that keys which differ by zeros at their end are one key:
-`derive_seed(1, 0) == derive_seed(1, 0, 0)`. Of a seed, torch's generator on the CPU keeps 32 bits (the one on
-a CUDA device keeps all 63). So of n seeds used there about n²/2³³ pairs give equal noise: 0.3 pairs of 50,000
-images to be sampled, 466 expected (494 found) of the 2,000,896 positions of a training run, each the noise
-of two different images at steps of their own, which averages as any two draws do. Seeds that can't collide
-would move every number that was ever published, so this is left as it is.
-
-Some uses below share a value, where their keys serve different
+`derive_seed(1, 0) == derive_seed(1, 0, 0)`. Some uses below share a value, where their keys serve different
 generators. Putting the length of a key into it would part them all, but would move every number that was ever
 published, so it is left as it is.
+
+Of a seed, torch's generator on the CPU keeps 32 bits; the one of a CUDA device keeps all. So of n seeds used
+on the CPU, about n²/2³³ pairs draw equal noise: 0.3 pairs of 50,000 images to be sampled, which then are the
+same image twice, and 466 pairs (494 were counted) of the 2,000,896 positions of a training run, where two
+different images get equal noise. Seeds that can't collide would move every number too.
 """
 
 from collections.abc import Iterable

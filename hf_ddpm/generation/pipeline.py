@@ -13,15 +13,20 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
-from hf_ddpm.generation.samplers import check_process, check_sampler, check_steps, start_remark, try_step
-from hf_ddpm.models.autoencoders import Autoencoder
+from hf_ddpm.generation.samplers import (
+    check_process,
+    check_sampler,
+    check_steps,
+    require_config,
+    start_remark,
+    try_step,
+)
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
@@ -68,11 +73,7 @@ class DDPMPipeline(PredictingPipeline):
     def __init__(self, unet: Any, scheduler: Any):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
-        if not isinstance(getattr(scheduler, "config", None), Mapping) or isinstance(scheduler, type):
-            kind = scheduler.__name__ if isinstance(scheduler, type) else f"a {type(scheduler).__name__}"
-            raise ValueError(
-                f"scheduler is {kind}; allowed: a scheduler of diffusers, such as DDPMScheduler()"
-            )
+        require_config(scheduler)
         super().__init__(unet=unet if isinstance(unet, nn.Module) else as_denoiser(unet), scheduler=scheduler)  # type: ignore[arg-type]
         self.trained_with(scheduler)
         self._said: set[str] = set()
@@ -129,7 +130,8 @@ class DDPMPipeline(PredictingPipeline):
         _check_callback(callback_on_step_end)
         for p in pred_original_steps:
             allowed = range(-num_calls, num_calls)
-            _require(p in allowed, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
+            fits = p in allowed and not isinstance(p, bool)
+            _require(fits, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
         places = {p: int(p) % num_calls for p in pred_original_steps}
         samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
@@ -283,15 +285,7 @@ class DDPMPipeline(PredictingPipeline):
         shape = self.image_shape if image_shape is None else image_shape
         counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
         _require(counts, "image_shape", shape, f"(C, H, W), {count}")
-        if isinstance(self.unet, UNet2DModel):
-            channels = self.unet.config["in_channels"]
-            multiple = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-            fits = shape[0] == channels and not any(side % multiple for side in shape[1:])
-            allowed = f"({channels}, H, W) with H and W multiples of {multiple}, which the UNet halves"
-            _require(fits, "image_shape", shape, allowed)
-        if isinstance(self.unet, Autoencoder):
-            own = self.unet.image_shape
-            _require(tuple(shape) == own, "image_shape", shape, f"{own}, which the network was made for")
+        self.check_shape(shape)
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
 

@@ -5,16 +5,20 @@ asked about any x_t and that images are drawn with it step by step are two subje
 """
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
+from hf_ddpm.checks import as_numbers, described
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.portable import PortablePipeline
 from hf_ddpm.generation.samplers import training_scheduler
+from hf_ddpm.models.autoencoders import Autoencoder
 from hf_ddpm.parametrization import to_score, to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.scheduler import DDPMScheduler
@@ -28,9 +32,8 @@ def check_images(x_t: Any) -> None:
     Raises:
         ValueError: `x_t` is no floating-point tensor of shape (B, C, H, W).
     """
-    if not (isinstance(x_t, Tensor) and x_t.ndim == 4 and x_t.is_floating_point()):
-        given = f"{x_t.dtype} of shape {tuple(x_t.shape)}" if isinstance(x_t, Tensor) else type(x_t).__name__
-        raise ValueError(f"x_t is {given}; allowed: floating point, (B, C, H, W)")
+    if not (isinstance(x_t, Tensor) and x_t.ndim == 4 and x_t.is_floating_point() and len(x_t)):
+        raise ValueError(f"x_t is {described(x_t)}; allowed: floating point, (B, C, H, W)")
 
 
 class PredictingPipeline(PortablePipeline):
@@ -109,10 +112,9 @@ class PredictingPipeline(PortablePipeline):
     def _answer(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The network's output at x_t, (B, C, H, W): of a network that learns variances, the first half."""
         check_images(x_t)
-        channels = getattr(getattr(self.unet, "config", None), "in_channels", x_t.shape[1])
-        if x_t.shape[1] != channels:
-            raise ValueError(f"x_t has {x_t.shape[1]} channels; allowed: {channels}, as the network has")
-        steps = self.process.timesteps_at(torch.as_tensor(t))
+        self.check_shape(tuple(x_t.shape[1:]))
+        t = t if isinstance(t, Tensor) else as_numbers("t", t, "one step, or one per image")
+        steps = self.process.timesteps_at(t)
         if steps.shape not in ((), x_t.shape[:1]):
             raise ValueError(
                 f"t has shape {tuple(steps.shape)} for {len(x_t)} images; allowed: one step, or one per image"
@@ -120,6 +122,26 @@ class PredictingPipeline(PortablePipeline):
         x = x_t.to(self._weight.dtype) if isinstance(self.unet, nn.Module) else x_t
         output = as_denoiser(self.unet)(x, steps.to(x_t.device).expand(len(x_t)))
         return output[:, : x_t.shape[1]]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse images that the network can't take.
+
+        Args:
+            shape: (C, H, W) of the images.
+
+        Raises:
+            ValueError: a UNet has other channels or halves a side that is odd, an autoencoder another shape.
+        """
+        allowed = ""
+        if isinstance(self.unet, UNet2DModel):
+            channels = self.unet.config["in_channels"]
+            multiple = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+            if shape[0] != channels or any(side % multiple for side in shape[1:]):
+                allowed = f"({channels}, H, W) with H and W multiples of {multiple}, which the UNet halves"
+        elif isinstance(self.unet, Autoencoder) and tuple(shape) != self.unet.image_shape:
+            allowed = f"{self.unet.image_shape}, which the network was made for"
+        if allowed:
+            raise ValueError(f"image_shape is {shape!r}; allowed: {allowed}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

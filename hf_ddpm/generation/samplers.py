@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from hf_ddpm import variances
+from hf_ddpm.checks import described
 from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
@@ -90,18 +91,39 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     Raises:
         ValueError: the name is unknown (the nearest is named), or the sampler can't run the process.
     """
-    kind = sampler_class(name)
+    kind: Any = sampler_class(name)
+    keys = inspect.signature(kind.__init__).parameters
+    for key in changes:
+        if key not in keys:
+            raise ValueError(f"{key} is no config key of {kind.__name__}{did_you_mean(key, keys)}")
     trained = getattr(pipeline, "trained_scheduler", None) or training_scheduler(pipeline.scheduler)
-    config = whole_config(pipeline.scheduler) | {key: trained.config[key] for key in NETWORK_KEYS}
+    try:
+        check_sampler(pipeline.scheduler, trained.config["prediction_type"])
+        check_process(pipeline.scheduler, trained)
+        config = whole_config(pipeline.scheduler) | {key: trained.config[key] for key in NETWORK_KEYS}
+    except ValueError:
+        config = whole_config(trained)
     # "trailing" is somebody's choice and stays; the other two are defaults, of which each sampler has its own
     if config.get("timestep_spacing") != "trailing":
         config.pop("timestep_spacing", None)
     if name == "pndm":
         config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
-    scheduler = kind.from_config(config, **changes)  # type: ignore[attr-defined]
+    scheduler = kind.from_config(config, **changes)
     check_sampler(scheduler, trained.config["prediction_type"])  # `changes` may have changed what it reads
     check_process(scheduler, trained)
     pipeline.scheduler = scheduler
+
+
+def require_config(scheduler: Any) -> None:
+    """Refuse what is no scheduler of diffusers, by its lack of a config.
+
+    Raises:
+        ValueError: it has none, or is a class instead of an instance.
+    """
+    if isinstance(scheduler, type) or not isinstance(getattr(scheduler, "config", None), Mapping):
+        raise ValueError(
+            f"scheduler is {described(scheduler)}; allowed: a scheduler of diffusers, such as DDPMScheduler()"
+        )
 
 
 def check_sampler(scheduler: Any, prediction_type: Any) -> None:
@@ -115,7 +137,8 @@ def check_sampler(scheduler: Any, prediction_type: Any) -> None:
         ValueError: a scheduler of another kind, of another prediction type, or one that can't read the
             network's answers.
     """
-    sampler, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    require_config(scheduler)
+    sampler, config = type(scheduler).__name__, scheduler.config
     kind = config.get("prediction_type")
     if not in_diffusers(kind) and not isinstance(scheduler, DDPMScheduler):
         raise ValueError(f"{sampler} can't read a network of prediction_type {kind!r}; allowed: ddpm")
