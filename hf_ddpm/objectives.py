@@ -24,9 +24,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_ddpm.gaussian import bits_per_dim
-from hf_ddpm.likelihood.bound import bound_term, decoder_nats, predicted
-from hf_ddpm.parametrization import from_x0_eps, output_scale
+from hf_ddpm.checks import check_count, described
+from hf_ddpm.gaussian import TANH_CLAMP, bits_per_dim, check_holds_levels, log_decoder
+from hf_ddpm.likelihood.bound import check_batch, checked_options, predicted, term_nats
+from hf_ddpm.parametrization import from_x0_eps, output_scale, parametrization
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import wide
 from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
@@ -34,6 +35,12 @@ from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
 Model = Callable[[Tensor, Tensor], Tensor]
 COST_CHUNK = 2**22  # how many pixels' worth of images `cost_of_zero` makes at once
 NO_LIMIT = 1e30  # above any loss, and finite, since checkpoints hold sums of it in JSON
+# How far below log β̃_t a log-variance may be before a loss goes on linearly, as its gradient nears what
+# float32 holds
+LOG_VARIANCE_DEPTH = 40.0
+# How many √β̃_t the held mean of `hybrid` may be off: there a pixel costs what it does at most in the
+# published code, −log of its clamp at 1e-12, 27.6 nats
+LARGEST_MISS = math.sqrt(-2 * math.log(TANH_CLAMP))
 
 
 def simple_loss(
@@ -55,10 +62,10 @@ def simple_loss(
         Mean square over dimensions, shape (B,), float32 or wider.
 
     Raises:
-        ValueError: an unknown prediction type, or the noise or the model's answer has another shape than the
-            images.
+        ValueError: an unknown prediction type; images, steps or noise that don't go together; or a model's
+            answer of another shape than the images.
     """
-    _check_noise(x_0, noise)
+    check_batch(process, x_0, t, "simple_loss(process, model, x_0, t, noise)", noise=noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     return _square(process, output, x_0, t, noise, prediction_type)
 
@@ -79,6 +86,7 @@ def min_snr_loss(
     Arguments and errors as in `simple_loss`, and:
         gamma: γ, above 0.
     """
+    check_batch(process, x_0, t, "min_snr_loss(process, model, x_0, t, noise)", noise=noise)
     like = _doubles(x_0)
     weight = process.at(t, like, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, like)
     return weight * simple_loss(process, model, x_0, t, noise, prediction_type)
@@ -104,7 +112,8 @@ def score_matching_loss(
         variance_type: σ_t², one of `variances.FIXED`.
     """
     if variance_type not in FIXED:
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+        raise ValueError(f"variance_type is {described(variance_type)}; allowed: {', '.join(FIXED)}")
+    check_batch(process, x_0, t, "score_matching_loss(process, model, x_0, t, noise)", noise=noise)
     # As a weight on the error of x_0 it is c0² / (2σ_t²), which is finite where α_t = 0 too.
     like = _doubles(x_0)
     (c0,) = process.at(t, like, "posterior_mean_coef_x0")
@@ -127,10 +136,14 @@ def bound_loss(
 
         T · L_t / (D ln 2),   x̂_0 not clipped
 
+    Where a learned σ_t² is below e^−40 β̃_t, the loss goes on linearly in −log σ_t² but for a logarithm, so
+    that its gradient stays finite. Such a loss is above 1e17.
+
     Args:
         process: the chain that t indexes.
         model: a denoiser (x_t, t) → output; 2C channels for a learned variance.
-        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W), float32 or float64. That they are on
+            it is not looked at, as training reads nothing back; `train`'s are, and `bound_term` looks.
         t: zero-based step of each example, shape (B,), int64.
         noise: ε ~ N(0, I), shape (B, C, H, W).
         prediction_type: what the output means, one of `PREDICTION_TYPES`.
@@ -142,7 +155,9 @@ def bound_loss(
     Raises:
         ValueError: as in `bound_term`.
     """
-    return _bound(process, model, x_0, t, noise, prediction_type, variance_type)
+    check_batch(process, x_0, t, "bound_loss(process, model, x_0, t, noise)", noise=noise)
+    output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    return _bound(process, output, x_0, t, noise, prediction_type, variance_type)
 
 
 def hybrid_loss(
@@ -159,15 +174,25 @@ def hybrid_loss(
 
         ⟨(m_θ − m)²⟩ + λ T L_t / (D ln 2),   log σ_t² interpolated by v, and no gradient of L_t to m_θ
 
-    The published λ = 0.001 counts bits at T = 1000, as here. Arguments and errors as in `bound_loss`, but:
+    The published λ = 0.001 counts bits at T = 1000, as here, and suits a network of ε, whose x̂_0 is good at
+    the first steps from the start. One that answers x_0 there ("sample", "mean") may be 135 √β̃_t off, and
+    these steps would drown the others. So for it L_t is taken with a mean that is at most 7.43 √β̃_t off,
+    where a pixel costs 39.9 bits, the most that the published decoder charges. As L_t trains the variance
+    alone, this bounds what a bad mean does to it; a better one counts as it is.
+
+    Arguments and errors as in `bound_loss`, but:
         weight: λ.
         variance_type: a learned one.
     """
-    _check_noise(x_0, noise)
+    check_batch(process, x_0, t, "hybrid_loss(process, model, x_0, t, noise)", noise=noise)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model answered {described(output)}; allowed: a tensor")
     m, v = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
     held = torch.cat([m.detach(), v], 1)
-    bound = _bound(process, None, x_0, t, noise, prediction_type, variance_type, model_output=held)
+    _, of_noise = process.computed_at(0, x_0, parametrization(prediction_type).output)
+    miss = LARGEST_MISS if of_noise == 0 else None
+    bound = _bound(process, held, x_0, t, noise, prediction_type, variance_type, largest_miss=miss)
     return _square(process, m, x_0, t, noise, prediction_type) + weight * bound
 
 
@@ -193,18 +218,24 @@ def sddpm_loss(
         noise: ε of x_prev, shape (B, C, H, W); at t = 0, where x_prev is x_0, it is not used.
         step_noise: ε of the step from x_prev to x_t, shape (B, C, H, W).
     """
-    _check_noise(x_0, noise, step_noise)
+    order = "sddpm_loss(process, model, x_0, t, noise, step_noise)"
+    check_batch(process, x_0, t, order, noise=noise, step_noise=step_noise)
+    check_holds_levels("x_0", x_0)
+    checked_options(process, variance_type, prediction_type, False, "exact")
     x_prev = process.q_sample_prev(x_0, noise, t)
     x_t = process.q_step(x_prev, step_noise, t)
     output = model(x_t, process.timesteps_at(t))
     x_0, x_prev, x_t = x_0.double(), x_prev.double(), x_t.double()
     mean_x0, log_variance = predicted(process, output, x_t, t, prediction_type, variance_type)
-    error = x_prev - process.q_posterior_mean(mean_x0, x_t, t)
     (log_posterior,) = process.at(t, x_t, "log_fixed_small")
-    log_variance = torch.as_tensor(log_variance)
-    kernel = 0.5 * (error.square() * torch.exp(-log_variance) + log_variance - log_posterior - 1)
-    decoder = decoder_nats(x_0, mean_x0, log_variance, t == 0)
-    nats = torch.where(t == 0, decoder, kernel.flatten(1).sum(1))
+    log_variance = _continued(torch.as_tensor(log_variance), log_posterior)
+    # Each example's gradient is that of its own term: what the other would make of it is kept out
+    at_0 = (t == 0).view(-1, *[1] * (x_0.ndim - 1))
+    error = x_prev - torch.where(at_0, x_prev, process.q_posterior_mean(mean_x0, x_t, t))
+    own = torch.where(at_0, log_posterior, log_variance)
+    kernel = 0.5 * (error.square() * torch.exp(-own) + own - log_posterior - 1)
+    decoder = -log_decoder(x_0, torch.where(at_0, mean_x0, x_0), torch.where(at_0, log_variance, 0))
+    nats = torch.where(at_0, decoder, kernel).flatten(1).sum(1)
     return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))
 
 
@@ -232,10 +263,9 @@ class Objective:
             raise ValueError(
                 f"loss is a {type(self.loss).__name__}; allowed: a function (process, model, x_0, t, *noises)"
             )
-        if not isinstance(self.noises, int) or isinstance(self.noises, bool) or self.noises < 0:
-            raise ValueError(f"noises is {self.noises!r}; allowed: whole numbers >= 0")
+        check_count("noises", self.noises, 0)
         if self.variance not in ("fixed", "any", "learned"):
-            raise ValueError(f"variance is {self.variance!r}; allowed: 'fixed', 'any', 'learned'")
+            raise ValueError(f"variance is {described(self.variance)}; allowed: 'fixed', 'any', 'learned'")
 
     @torch.no_grad()
     def cost_of_zero(
@@ -413,17 +443,11 @@ def _square(
 ) -> Tensor:
     """Mean square over dimensions of an output against its target, (B,), float32 or wider."""
     target = from_x0_eps(process, prediction_type, x_0, noise, t)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model answered {described(output)}; allowed: a tensor")
     if output.shape != target.shape:  # a difference would broadcast without a word
         raise ValueError(f"the model answered shape {tuple(output.shape)}; allowed: {tuple(target.shape)}")
     return (wide(output) - wide(target)).square().flatten(1).mean(1)
-
-
-def _check_noise(x_0: Tensor, *noises: Tensor) -> None:
-    for noise in noises:
-        if noise.shape != x_0.shape:  # it would broadcast without a word
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}"
-            )
 
 
 def _doubles(x_0: Tensor) -> Tensor:
@@ -434,24 +458,43 @@ def _doubles(x_0: Tensor) -> Tensor:
 
 def _bound(
     process: DiffusionProcess,
-    model: Model | None,
+    output: Tensor,
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
     prediction_type: str,
     variance_type: str,
-    model_output: Tensor | None = None,
+    largest_miss: float | None = None,
 ) -> Tensor:
-    """The term T · L_t in bits/dim, (B,), float64."""
-    term = bound_term(
-        process,
-        model,
-        x_0,
-        t,
-        noise,
-        variance_type=variance_type,
-        prediction_type=prediction_type,
-        clip_x0=False,
-        model_output=model_output,
-    )
-    return len(process) * bits_per_dim(term.nats, math.prod(x_0.shape[1:]))
+    """The term T · L_t in bits/dim, (B,), float64, of a network's output at x_t.
+
+    Args:
+        process: as in `bound_loss`, and so the arguments that follow.
+        output: the network's.
+        x_0: images.
+        t: steps.
+        noise: in x_t.
+        prediction_type: what the output means.
+        variance_type: the reverse variance.
+        largest_miss: how many √β̃_t the mean may be off; None for no limit. With one there is no gradient to
+            the mean beyond it.
+    """
+    check_holds_levels("x_0", x_0)
+    checked_options(process, variance_type, prediction_type, False, "exact")
+    x_t = process.q_sample(x_0, noise, t).double()
+    x_0 = x_0.double()
+    mean_x0, log_variance = predicted(process, output, x_t, t, prediction_type, variance_type)
+    log_posterior, c0 = process.at(t, x_0, "log_fixed_small", "posterior_mean_coef_x0")
+    if largest_miss is not None:
+        error, limit = mean_x0 - x_0, largest_miss * torch.exp(0.5 * log_posterior) / c0
+        mean_x0 = torch.where(error.abs() <= limit, mean_x0, x_0 + error.clamp(-limit, limit))
+    log_variance = _continued(torch.as_tensor(log_variance), log_posterior)
+    nats = term_nats(process, x_0, mean_x0, log_variance, t)
+    return len(process) * bits_per_dim(nats, math.prod(x_0.shape[1:]))
+
+
+def _continued(log_variance: Tensor, log_posterior: Tensor) -> Tensor:
+    """Replace a log-variance too far below log β̃_t: the inverse variance grows linearly from there on."""
+    beyond = log_posterior - LOG_VARIANCE_DEPTH - log_variance
+    replaced = log_posterior - LOG_VARIANCE_DEPTH - torch.log1p(beyond.clamp(min=0))
+    return torch.where(beyond > 0, replaced, log_variance)

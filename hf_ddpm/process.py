@@ -318,7 +318,7 @@ class DiffusionProcess(Tables):
         return narrow(add_scaled(wide(x_t), -s, wide(eps)) / a, x_t.dtype)
 
     def predict_eps(self, x_t: Tensor, x_0: Tensor, t: Tensor | int) -> Tensor:
-        """ε̂ = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), eq. 4 solved for ε; shapes, dtypes and errors as in `q_sample`."""
+        """ε̂ = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), eq. 4 solved for ε; shapes, dtypes, errors as in `q_sample`."""
         check_images("predict_eps(x_t, x_0, t)", x_t=x_t, x_0=x_0)
         a, s = self.at(t, x_t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         return narrow(add_scaled(wide(x_t), -a, wide(x_0)) / s, x_t.dtype)

@@ -212,8 +212,8 @@ def test_exact_decoder_has_a_finite_gradient_of_the_right_value(level, sigma):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_decoder_takes_narrow_images_and_computes_in_float64(dtype):
-    x = LEVELS.to(dtype)[:, None].expand(256, 3)
+def test_decoder_takes_narrow_predictions_and_computes_in_float64(dtype):
+    x = LEVELS.float()[:, None].expand(256, 3)
     mean, log_variance = torch.randn(3).to(dtype), torch.tensor([-4.0, -1.0, 0.0]).to(dtype)
     got = discretized_gaussian_log_likelihood(x, mean, log_variance)
     assert (got.dtype, got.shape) == (torch.float64, (256, 3))

@@ -12,17 +12,18 @@ are drawn, nor how terms are summed and averaged (estimator.py, full.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.gaussian import discretized_gaussian_log_likelihood, normal_kl
+from hf_ddpm.checks import check_images, described
+from hf_ddpm.gaussian import check_levels, log_decoder, normal_kl
 from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.variances import check_scored, log_variance_at, outputs
 
-DECODERS = ("exact", "tanh")
+DECODERS = ("exact", "tanh")  # of L_0; "tanh" is the published code's formula, not its numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,13 @@ def prior_kl(process: DiffusionProcess, x_0: Tensor) -> Tensor:
 
     Returns:
         nats summed over dimensions, float64, (B,).
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    check_process(process, "prior_kl(process, x_0)")
+    if not isinstance(x_0, Tensor) or not x_0.is_floating_point() or x_0.ndim < 1:
+        raise ValueError(f"x_0 is {described(x_0)}; allowed: floating-point images, shape (B, ...)")
     mean = process.sqrt_alphas_cumprod[-1].item() * x_0.double()
     log_variance = torch.log1p(-process.alphas_cumprod[-1])
     zero = mean.new_zeros(())
@@ -65,7 +72,7 @@ def bound_term(
     t: Tensor | int,
     noise: Tensor,
     *,
-    variance_type: str | Tensor,
+    variance_type: str | Tensor = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -76,7 +83,7 @@ def bound_term(
     Args:
         process: the chain that t indexes; the network gets `process.timesteps[t]`.
         model: a denoiser (x_t, t) → output, or None if `model_output` is given.
-        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        x_0: clean images, shape (B, C, H, W); at t = 0 on the grid u/127.5 − 1, in float32 or float64.
         t: zero-based index into the chain, shape (B,) int64, or one int for all.
         noise: ε ~ N(0, I), shape of x_0.
         variance_type: "fixed_small", "fixed_large", "learned" (the second C channels of the output are
@@ -84,64 +91,96 @@ def bound_term(
             log σ_t², shape (T,).
         prediction_type: what the first C channels mean, one of `PREDICTION_TYPES`.
         clip_x0: clip x̂_0 to [−1, 1], as the published evaluation does.
-        decoder: "exact" or "tanh", see `discretized_gaussian_log_likelihood`.
+        decoder: "exact" or "tanh", the published formula: see `discretized_gaussian_log_likelihood`.
         model_output: a prediction already made at this x_t; gradients flow to it.
 
     Returns:
         The term, float64; computed in float64 from x_t in x_0's dtype (float32 for half-precision images).
 
     Raises:
-        ValueError: an unknown name, a shape that doesn't fit, t outside the chain, or not exactly one of
-            `model` and `model_output`.
+        ValueError: an unknown name, a shape that doesn't fit, t outside the chain, images at t = 0 that are
+            not on the grid, or not exactly one of `model` and `model_output`.
     """
-    _check(process, x_0, t, noise, variance_type, prediction_type, decoder)
+    check_batch(process, x_0, t, "bound_term(process, model, x_0, t, noise)", noise=noise)
+    how = checked_options(process, variance_type, prediction_type, clip_x0, decoder)
     if (model is None) == (model_output is None):
         raise ValueError("pass exactly one of model and model_output")
+    if _which(process, t)[0]:
+        check_levels("x_0", x_0, t == 0 if isinstance(t, Tensor) else None)
+    return known_term(process, model, x_0, t, noise, model_output=model_output, **how)
+
+
+def known_term(
+    process: DiffusionProcess,
+    model: Callable[[Tensor, Tensor], Tensor] | None,
+    x_0: Tensor,
+    t: Tensor | int,
+    noise: Tensor,
+    *,
+    variance_type: str | Tensor,
+    prediction_type: str,
+    clip_x0: bool,
+    decoder: Literal["exact", "tanh"],
+    model_output: Tensor | None = None,
+) -> BoundTerm:
+    """`bound_term` of images that are known to be on the grid; nothing is read back from a device."""
     x_t = process.q_sample(x_0, noise, t)
     if model_output is None:
-        assert model is not None
+        if not callable(model):
+            raise ValueError(f"model is {described(model)}; allowed: a function of (x_t, t)")
         steps = t if isinstance(t, Tensor) else torch.full(x_0.shape[:1], t, device=x_0.device)
         model_output = model(x_t, process.timesteps_at(steps))
-    if not isinstance(model_output, Tensor):
-        raise ValueError(
-            f"the model answered {type(model_output).__name__}; allowed: a tensor, as diffusers models give "
-            "through hf_ddpm.denoiser.as_denoiser"
-        )
     x_0, x_t = x_0.double(), x_t.double()
     mean_x0, log_variance = predicted(process, model_output, x_t, t, prediction_type, variance_type)
     if clip_x0:
         mean_x0 = mean_x0.clamp(-1, 1)
-
-    first, later = _which(process, t)
-    nats = x_0.new_zeros(len(x_0))
-    if later:
-        # log β̃ with a finite first entry: at t = 0 the value is not used, but its gradient must be finite.
-        log_posterior, c0 = process.at(t, x_0, "log_fixed_small", "posterior_mean_coef_x0")
-        zero = x_0.new_zeros(())
-        nats = normal_kl(zero, log_posterior, c0 * (mean_x0 - x_0), log_variance).flatten(1).sum(1)
-    if first:
-        at_0 = torch.as_tensor(t, device=x_0.device) == 0
-        decoded = decoder_nats(x_0, mean_x0, log_variance, at_0 if later else None, decoder)
-        nats = torch.where(at_0, decoded, nats) if later else decoded
+    nats = term_nats(process, x_0, mean_x0, log_variance, t, decoder)
     x0_mse = (mean_x0 - x_0).square().flatten(1).mean(1)
     snr = process.at(t, x0_mse, "snr")[0]
     return BoundTerm(nats, x0_mse.detach(), (snr * x0_mse).detach())
 
 
-def decoder_nats(
+def term_nats(
+    process: DiffusionProcess,
     x_0: Tensor,
     mean_x0: Tensor,
     log_variance: Tensor | float,
-    at_0: Tensor | None = None,
+    t: Tensor | int,
     decoder: Literal["exact", "tanh"] = "exact",
 ) -> Tensor:
-    """−log p_θ(x_0 | x_{t=0}) per example, (B,), where `at_0` (B,), by default everywhere.
+    """The KL where t ≥ 1, −log of the decoder where t = 0, of p_θ with that x̂_0 and log σ_t².
 
-    Elsewhere x̂_0 may be so far off that the decoder's gradient is infinite; there it is kept out.
+    Each example's gradient is that of its own term: in the other one, which is computed too where a batch has
+    both, x̂_0 and σ may be such that it has none.
+
+    Args:
+        process: the chain that t indexes.
+        x_0: images on the grid, float64, shape (B, C, H, W).
+        mean_x0: x̂_0, float64, shape of x_0.
+        log_variance: log σ_t², as `predicted` gives it.
+        t: zero-based index into the chain, shape (B,) int64, or one int for all.
+        decoder: "exact" or "tanh".
+
+    Returns:
+        nats summed over dimensions, float64, (B,).
     """
-    if at_0 is not None:
-        mean_x0 = torch.where(at_0.view(-1, *[1] * (x_0.ndim - 1)), mean_x0, x_0)
-    return -discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance, decoder).flatten(1).sum(1)
+    first, later = _which(process, t)
+    both = first and later
+    at_0 = (torch.as_tensor(t, device=x_0.device) == 0).view(-1, *[1] * (x_0.ndim - 1))
+    nats = x_0.new_zeros(len(x_0))
+    if later:
+        log_posterior, c0 = process.at(t, x_0, "log_fixed_small", "posterior_mean_coef_x0")
+        shift, own = c0 * (mean_x0 - x_0), log_variance
+        if both:
+            shift, own = torch.where(at_0, 0, shift), torch.where(at_0, log_posterior, own)
+        nats = normal_kl(x_0.new_zeros(()), log_posterior, shift, own).flatten(1).sum(1)
+    if first:
+        mean, own = mean_x0, log_variance
+        if both:
+            mean, own = torch.where(at_0, mean, x_0), torch.where(at_0, own, 0)
+        decoded = -log_decoder(x_0, mean, own, decoder).flatten(1).sum(1)
+        nats = torch.where(at_0.flatten(), decoded, nats) if both else decoded
+    return nats
 
 
 def predicted(
@@ -159,6 +198,11 @@ def predicted(
     Returns:
         x̂_0, not clipped, shape of x_t; and log σ_t², a float or a tensor that goes with images of that shape.
     """
+    if not isinstance(model_output, Tensor):
+        raise ValueError(
+            f"the model answered {described(model_output)}; allowed: a tensor, as diffusers models give "
+            "through hf_ddpm.denoiser.as_denoiser"
+        )
     check_scored(process, variance_type)
     wanted = (x_t.shape[0], x_t.shape[1] * outputs(variance_type), *x_t.shape[2:])
     if model_output.shape != wanted:
@@ -171,26 +215,73 @@ def predicted(
     return to_x0(process, prediction_type, output, x_t, t), log_variance
 
 
-def _check(
-    process: DiffusionProcess,
-    x_0: Tensor,
-    t: Tensor | int,
-    noise: Tensor,
-    variance_type: str | Tensor,
-    prediction_type: str,
-    decoder: str,
-) -> None:
-    """Refuse arguments of `bound_term` that don't fit, before the network runs."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder is {decoder!r}; allowed: {', '.join(DECODERS)}")
-    parametrization(prediction_type)
-    if not x_0.is_floating_point():
-        raise ValueError(f"x_0 is {x_0.dtype}; allowed: floating-point images in [-1, 1]")
-    if noise.shape != x_0.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: that of x_0, {tuple(x_0.shape)}")
+def check_process(process: Any, order: str) -> None:
+    """Refuse what is no process, as when arguments come in another order.
+
+    Raises:
+        ValueError: the message says the order.
+    """
+    if not isinstance(process, DiffusionProcess):
+        raise ValueError(
+            f"process is {described(process)}; allowed: a DiffusionProcess; the order is {order}"
+        )
+
+
+def check_batch(process: Any, x_0: Any, t: Any, order: str, **noises: Any) -> None:
+    """Refuse images, steps and noise that don't go together.
+
+    Args:
+        process: the chain.
+        x_0: images, (B, C, H, W).
+        t: steps, (B,), or one int for all.
+        order: the call with its arguments in their order, for the message.
+        **noises: of the shape of x_0, by the names of their arguments.
+
+    Raises:
+        ValueError: an argument is something else; the message says which, and the order.
+    """
+    check_process(process, order)
+    check_images(order, x_0=x_0, **noises)
+    if x_0.ndim < 1:
+        raise ValueError(f"x_0 is {described(x_0)}; allowed: shape (B, C, H, W); the order is {order}")
     if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
-        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: ({x_0.shape[0]},), one step per example")
+        raise ValueError(
+            f"t is {described(t)}; allowed: ({x_0.shape[0]},), one step per example; the order is {order}"
+        )
+
+
+def check_some(name: str, images: Any) -> None:
+    """Refuse what is no tensor of at least one image.
+
+    Raises:
+        ValueError: it is none, or empty; the message names the argument.
+    """
+    if not isinstance(images, Tensor) or images.ndim < 2:
+        raise ValueError(f"{name} is {described(images)}; allowed: a tensor of shape (N, C, H, W)")
+    if images.numel() == 0:
+        raise ValueError("there are no images; allowed: at least one")
+
+
+def checked_options(
+    process: Any, variance_type: Any, prediction_type: Any, clip_x0: Any, decoder: Any
+) -> dict[str, Any]:
+    """The options of a bound, as keywords of `known_term`.
+
+    Raises:
+        ValueError: an unknown name, or a table of another shape.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {described(decoder)}; allowed: {', '.join(DECODERS)}")
+    parametrization(prediction_type)
     check_scored(process, variance_type)
+    if not isinstance(clip_x0, bool):
+        raise ValueError(f"clip_x0 is {described(clip_x0)}; allowed: True, False")
+    return {
+        "variance_type": variance_type,
+        "prediction_type": prediction_type,
+        "clip_x0": clip_x0,
+        "decoder": decoder,
+    }
 
 
 def _which(process: DiffusionProcess, t: Tensor | int) -> tuple[bool, bool]:

@@ -12,14 +12,15 @@ and the proposal that needs no pilot, are ours.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.gaussian import bits_per_dim
-from hf_ddpm.likelihood.bound import bound_term, prior_kl
+from hf_ddpm.checks import as_numbers, check_count, check_seed
+from hf_ddpm.gaussian import bits_per_dim, check_levels
+from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
 
@@ -106,7 +107,7 @@ def estimate_bound(
     image_indices: Tensor | Sequence[int] | None = None,
     proposal: Tensor | None = None,
     batch_size: int = 64,
-    variance_type: str | Tensor,
+    variance_type: str | Tensor = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -116,7 +117,7 @@ def estimate_bound(
     Args:
         process: the chain.
         model: a denoiser (x_t, t) → output, in eval mode.
-        images: clean images on the grid u/127.5 − 1, shape (N, C, H, W).
+        images: clean images on the grid u/127.5 − 1, shape (N, C, H, W), float32 or float64.
         num_evals_per_image: network evaluations per image, n + n_0, with n ≥ 1.
         num_decoder_evals: n_0, how many of them are spent on L_0; by default one in six, at least one.
         seed: with an image's index, of its draws.
@@ -130,17 +131,15 @@ def estimate_bound(
         decoder: as in `bound_term`.
 
     Raises:
-        ValueError: as in `bound_term`, too few evaluations, or a proposal that is not positive.
+        ValueError: as in `bound_term`, a number that is none or too small, or a proposal that is not
+            positive.
     """
-    how: Any = {
-        "variance_type": variance_type,
-        "prediction_type": prediction_type,
-        "clip_x0": clip_x0,
-        "decoder": decoder,
-    }
+    check_process(process, "estimate_bound(process, model, images)")
+    how = checked_options(process, variance_type, prediction_type, clip_x0, decoder)
     n_0, p, indices = _plan(process, images, num_evals_per_image, num_decoder_evals, image_indices, proposal)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; allowed: whole numbers >= 1")
+    check_count("batch_size", batch_size)
+    check_seed(seed)
+    check_levels("images", images)
 
     parts, dims = [], images[0].numel()
     per_chunk = max(1, min(batch_size, CHUNK // (num_evals_per_image * dims)))
@@ -152,7 +151,7 @@ def estimate_bound(
         found = []
         for place in torch.arange(len(t)).split(batch_size):
             x, eps = x_0[owner[place].to(x_0.device)], noise[place].to(x_0.device, x_0.dtype)
-            term = bound_term(process, model, x, t[place].to(x_0.device), eps, **how)
+            term = known_term(process, model, x, t[place].to(x_0.device), eps, **how)
             found.append(torch.stack([term.nats, term.x0_mse]).cpu())
         nats, mse = torch.cat(found, 1).view(2, len(x_0), num_evals_per_image)
         parts.append((chunk, prior_kl(process, x_0).cpu(), t.view_as(nats), nats, mse))
@@ -180,8 +179,10 @@ def _plan(
     proposal: Tensor | None,
 ) -> tuple[int, Tensor, Tensor]:
     """How many evaluations L_0 gets, p_t, and the images' indices; errors as in `estimate_bound`."""
-    if len(images) == 0:
-        raise ValueError("there are no images; allowed: at least one")
+    check_some("images", images)
+    check_count("num_evals_per_image", num_evals_per_image)
+    if num_decoder_evals is not None:
+        check_count("num_decoder_evals", num_decoder_evals)
     steps = len(process)
     n_0 = decoder_evals(num_evals_per_image) if num_decoder_evals is None else num_decoder_evals
     if steps == 1:
@@ -192,11 +193,14 @@ def _plan(
             "and one for the other steps"
         )
     p = default_proposal(process) if proposal is None else _normalised(proposal, steps)
-    indices = torch.arange(len(images)) if image_indices is None else torch.as_tensor(image_indices).cpu()
-    if indices.shape != (len(images),) or indices.is_floating_point():
+    allowed = f"{len(images)} whole numbers >= 0, one for each image"
+    indices = torch.arange(len(images))
+    if image_indices is not None:
+        indices = as_numbers("image_indices", image_indices, allowed)
+    whole = not (indices.is_floating_point() or indices.dtype == torch.bool)
+    if not whole or indices.shape != (len(images),) or (indices < 0).any():
         raise ValueError(
-            f"image_indices are {tuple(indices.shape)} {indices.dtype}; allowed: whole numbers "
-            f"({len(images)},)"
+            f"image_indices are {tuple(indices.shape)} {indices.dtype} or below 0; allowed: {allowed}"
         )
     return n_0, p, indices
 
@@ -235,7 +239,7 @@ def pilot_proposal(
     num_steps: int = 20,
     seed: int = 0,
     batch_size: int = 64,
-    variance_type: str | Tensor,
+    variance_type: str | Tensor = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -248,7 +252,8 @@ def pilot_proposal(
     Args:
         process: the chain.
         model: a denoiser (x_t, t) → output.
-        images: a few clean images, shape (M, C, H, W); the pilot costs at most M · num_steps evaluations.
+        images: a few clean images, as in `estimate_bound`, shape (M, C, H, W); the pilot costs at most
+            M · num_steps evaluations.
         num_steps: grid points.
         seed: of the pilot's noise.
         batch_size: the network sees at most so many x_t at once.
@@ -261,28 +266,25 @@ def pilot_proposal(
         p_t, (T,) float64 on the CPU, 0 at t = 0 and 1 in sum over t ≥ 1.
 
     Raises:
-        ValueError: as in `bound_term`.
+        ValueError: as in `estimate_bound`.
     """
-    how: Any = {
-        "variance_type": variance_type,
-        "prediction_type": prediction_type,
-        "clip_x0": clip_x0,
-        "decoder": decoder,
-    }
+    check_process(process, "pilot_proposal(process, model, images)")
+    how = checked_options(process, variance_type, prediction_type, clip_x0, decoder)
+    check_some("images", images)
+    check_count("num_steps", num_steps)
+    check_count("batch_size", batch_size)
+    check_seed(seed)
+    check_levels("images", images)
     last = len(process) - 1
     if last < 1:
         return torch.zeros(last + 1, dtype=torch.float64)
-    if num_steps < 1 or len(images) == 0:
-        raise ValueError(
-            f"a pilot of {len(images)} images at num_steps {num_steps}; allowed: at least one of both"
-        )
     grid = np.unique(np.round(np.geomspace(1, last, num_steps)).astype(int))
     generator = torch.Generator().manual_seed(derive_seed(Use.PILOT, seed))
     squares = []
     for t in grid.tolist():
         noise = randn_like(images, generator)
         pieces = zip(images.split(batch_size), noise.split(batch_size), strict=True)
-        nats = torch.cat([bound_term(process, model, x, t, eps, **how).nats for x, eps in pieces])
+        nats = torch.cat([known_term(process, model, x, t, eps, **how).nats for x, eps in pieces])
         squares.append(nats.square().mean().item() + 1e-300)  # a term may be exactly 0
     if not np.isfinite(squares).all():
         raise ValueError("the pilot's terms are not finite: the model's answers are not")
@@ -329,7 +331,7 @@ def _mixed(weights: Tensor) -> Tensor:
 
 def _normalised(proposal: Tensor, steps: int) -> Tensor:
     """p_t over t ≥ 1 as float64 (T,), with 0 at t = 0."""
-    p = proposal.detach().cpu().double().clone()
+    p = as_numbers("proposal", proposal, f"({steps},) numbers", torch.float64).clone()
     if p.shape != (steps,):
         raise ValueError(f"proposal has shape {tuple(p.shape)}; allowed: ({steps},)")
     p[0] = 0

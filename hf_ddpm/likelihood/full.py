@@ -9,13 +9,14 @@ a progressive code. The file knows terms and sums. It knows no data set, no fold
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.gaussian import bits_per_dim, normal_kl
-from hf_ddpm.likelihood.bound import bound_term, prior_kl
+from hf_ddpm.checks import check_count, check_seed, described
+from hf_ddpm.gaussian import bits_per_dim, check_levels, normal_kl
+from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
 from hf_ddpm.likelihood.estimator import Estimate, randn_like
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
@@ -81,7 +82,7 @@ def evaluate_bound(
     model: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     *,
-    variance_type: str | Tensor,
+    variance_type: str | Tensor = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -93,7 +94,7 @@ def evaluate_bound(
     Args:
         process: the chain.
         model: a denoiser (x_t, t) → output, in eval mode.
-        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W).
+        x_0: clean images on the grid u/127.5 − 1, shape (B, C, H, W), float32 or float64.
         variance_type: as in `bound_term`.
         prediction_type: as in `bound_term`.
         clip_x0: as in `bound_term`.
@@ -104,24 +105,14 @@ def evaluate_bound(
     Raises:
         ValueError: as in `bound_term`, or there are no images.
     """
-    if len(x_0) == 0:
-        raise ValueError("there are no images; allowed: at least one")
+    check_process(process, "evaluate_bound(process, model, x_0)")
+    how = checked_options(process, variance_type, prediction_type, clip_x0, decoder)
+    check_some("x_0", x_0)
+    check_levels("x_0", x_0)
     terms = []
     for t in reversed(range(len(process))):
         noise = noise_fn(t) if noise_fn is not None else randn_like(x_0, generator)
-        terms.append(
-            bound_term(
-                process,
-                model,
-                x_0,
-                t,
-                noise,
-                variance_type=variance_type,
-                prediction_type=prediction_type,
-                clip_x0=clip_x0,
-                decoder=decoder,
-            )
-        )
+        terms.append(known_term(process, model, x_0, t, noise, **how))
     dims = x_0[0].numel()
     nats, x0_mse, eps_mse = (
         torch.stack([getattr(term, name) for term in reversed(terms)], 1).cpu()
@@ -137,7 +128,15 @@ def image_noise(seed: int, image_indices: Sequence[int], like: Tensor) -> Callab
         seed: of the draws.
         image_indices: the images' indices in their data set, (B,).
         like: the images, shape (B, ...), for shape, dtype and device.
+
+    Raises:
+        ValueError: a seed or an index below 0, or not one index for each image.
     """
+    check_seed(seed)
+    for index in image_indices:
+        check_count("an image's index", index, 0)
+    if len(image_indices) != len(like):
+        raise ValueError(f"{len(image_indices)} image_indices for {len(like)} images; allowed: equal numbers")
     generators = [torch.Generator().manual_seed(derive_seed(Use.BOUND, seed, int(i))) for i in image_indices]
 
     def noise(t: int) -> Tensor:
@@ -160,8 +159,10 @@ def with_variance(
         variance_type: the fixed variance to score it with.
 
     Raises:
-        ValueError: the variance is not a fixed one.
+        ValueError: the variance is not a fixed one, or an argument is of another kind.
     """
+    _check_result(result)
+    check_process(process, "with_variance(result, process, variance_type)")
     t = torch.arange(1, len(process)) if isinstance(result, Bound) else result.t
     mse = result.x0_mse[:, 1:] if isinstance(result, Bound) else result.x0_mse
     shift = process.posterior_mean_coef_x0[t] * mse.sqrt()
@@ -181,10 +182,10 @@ def rate_distortion(result: Bound | Estimate, num_bins: int = 40) -> RateDistort
         num_bins: at most so many bins, for an estimate.
 
     Raises:
-        ValueError: `num_bins` is below 1.
+        ValueError: `num_bins` is no whole number above 0, or there is no such result.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins is {num_bins}; allowed: whole numbers >= 1")
+    _check_result(result)
+    check_count("num_bins", num_bins)
     if isinstance(result, Bound):
         bins = torch.arange(result.terms_bpd.shape[1])
         step, mse = result.terms_bpd.mean(0), result.x0_mse.mean(0)
@@ -214,3 +215,8 @@ def rate_distortion(result: Bound | Estimate, num_bins: int = 40) -> RateDistort
     bpd = result.prior_bpd.mean() + total(above) / count
     rmse_255 = 127.5 * (total(mse) / total(hits)).sqrt()
     return RateDistortion(middle[seen], (total(step) / count)[seen], bpd[seen], rmse_255[seen], *parts)
+
+
+def _check_result(result: Any) -> None:
+    if not isinstance(result, Bound | Estimate):
+        raise ValueError(f"result is {described(result)}; allowed: a Bound or an Estimate")

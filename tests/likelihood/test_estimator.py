@@ -152,7 +152,7 @@ def test_one_step_in_each_of_n_equally_likely_parts(evals, n_0):
 def test_steps_come_as_often_as_proposed():
     # 3000 images, 3 strata: counts are sums of independent indicators with Σ of probabilities = n p_t.
     p = torch.tensor([5, 3, 1, 1, 4, 0.5])
-    x_0 = torch.zeros(3000, 1, 2, 2).double()
+    x_0 = torch.full((3000, 1, 2, 2), 1 / 255).double()
     counts = {"num_evals_per_image": 4, "num_decoder_evals": 1, "batch_size": 3000}
     estimate = estimate_bound(SHORT, toy_model, x_0, proposal=p, **counts, **OPTIONS)
     assert_allclose(estimate.proposal, torch.cat([torch.zeros(1), p[1:] / 9.5]), rtol=1e-7)
