@@ -4,9 +4,7 @@ This module knows the network and the process that it was trained for, and no sa
 asked about any x_t and that images are drawn with it step by step are two subjects. Drawing is pipeline.py's.
 """
 
-import copy
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,25 +44,25 @@ class PredictingPipeline(PortablePipeline):
             scheduler: the one that the pipeline is made of or that its folder has. Another sampler that is
                 assigned later has to run the same process.
         """
-        self._made_with = copy.copy(scheduler)  # whose config stays, whatever is registered in the original's
-        self._config = dict(scheduler.config)
-        vars(self).pop("trained_scheduler", None)
+        self._made_with = scheduler
+        self._trained: tuple[Any, DDPMScheduler] | None = None
 
-    @cached_property
+    @property
     def trained_scheduler(self) -> DDPMScheduler:
         """Our scheduler of the process that the network was trained for, by the config that it came with.
 
         Raises:
             ValueError: that config doesn't say it: the scheduler is not one of a DDPM.
         """
-        if isinstance(self._made_with, DDPMScheduler):
-            return self._made_with
-        return training_scheduler(self._made_with, self._config)
+        config = self._made_with.config  # another object as soon as a key of it is registered anew
+        if self._trained is None or self._trained[0] is not config:
+            self._trained = config, training_scheduler(self._made_with)
+        return self._trained[1]
 
     @property
     def prediction_type(self) -> Any:
         """What the network predicts, by the config that it came with."""
-        return self._config.get("prediction_type")
+        return self._made_with.config.get("prediction_type")
 
     @property
     def process(self) -> DiffusionProcess:

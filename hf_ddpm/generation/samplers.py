@@ -283,26 +283,20 @@ def start_remark(scheduler: Any, trained: DDPMScheduler) -> str | None:
     return start_warning(trained.process, min(first, len(trained) - 1))
 
 
-def training_scheduler(scheduler: Any, config: Mapping[str, Any] | None = None) -> DDPMScheduler:
+def training_scheduler(scheduler: Any) -> DDPMScheduler:
     """Our scheduler of the process that the network was trained for, by the config of any sampler.
-
-    Args:
-        scheduler: the sampler.
-        config: its config at another time; by default the present one.
 
     Raises:
         ValueError: the config lacks a key that says it; `from_config` would fill in a default.
     """
-    if config is None and isinstance(scheduler, DDPMScheduler):
+    if isinstance(scheduler, DDPMScheduler):
         return scheduler
-    config = whole_config(scheduler) if config is None else config
     for key in NEEDED:
-        if key not in config:
+        if key not in scheduler.config:
             raise ValueError(
                 f"the scheduler, {type(scheduler).__name__}, has no {key}; allowed: one of a DDPM"
             )
-    known = {key: value for key, value in config.items() if key != "_use_default_values"}
-    return DDPMScheduler.from_config(known)
+    return DDPMScheduler.from_config(whole_config(scheduler))
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:

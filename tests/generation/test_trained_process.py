@@ -56,16 +56,21 @@ def test_a_new_pipeline_defines_the_process_anew():
     assert len(quiet(DDPMPipeline(pipeline.unet, pipeline.scheduler))(num_inference_steps=5).images) == 1
 
 
-def test_what_the_network_predicts_is_not_changed_in_place():
-    pipeline = quiet(DDPMPipeline(tiny(), short()))
-    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("made_with", [DDPMScheduler, diffusers.DDIMScheduler])
+def test_what_the_network_predicts_is_said_by_the_scheduler_that_it_came_with(kind, made_with):
+    pipeline = quiet(DDPMPipeline(tiny(), made_with(num_train_timesteps=20, beta_end=0.5)))
+    own = pipeline.scheduler
+    swap_scheduler(pipeline, "ddim")
+    pipeline.scheduler.register_to_config(prediction_type=kind)
     with pytest.raises(
-        ValueError, match="reads prediction_type 'v_prediction', but the network was trained for 'epsilon'"
+        ValueError,
+        match=f"DDIMScheduler reads prediction_type '{kind}', but the network was trained for 'epsilon'",
     ):
         pipeline(num_inference_steps=5)
     assert pipeline.prediction_type == pipeline.trained_scheduler.config.prediction_type == "epsilon"
-    pipeline.scheduler.variance_type = "fixed_large"  # the sampler's own matter
-    pipeline.scheduler.register_to_config(prediction_type="epsilon", clip_sample=False)
+    own.register_to_config(prediction_type=kind)  # diffusers' idiom for a config that is wrong
+    assert pipeline.prediction_type == pipeline.trained_scheduler.config.prediction_type == kind
     pipeline(num_inference_steps=5)
 
 
