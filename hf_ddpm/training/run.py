@@ -33,7 +33,7 @@ from hf_ddpm.process import PRIOR_WARNING
 from hf_ddpm.runtime.disk import update_folder
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.training.averages import average_of
+from hf_ddpm.training.averages import REST, average_of, keep_rest, rest_of
 from hf_ddpm.training.batches import make_batches, open_stream, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, RunLock, save_checkpoint
 from hf_ddpm.training.heldout import HeldOut
@@ -184,7 +184,9 @@ class Run:
         called = torch.compile(self.model) if config.compile else self.model
         self.network, self.stepper = accelerator.prepare(called, self.optimizer)
         if sharded:
-            self.averages = {n: fsdp2_prepare_model(accelerator, mean) for n, mean in self.averages.items()}
+            for name, mean in self.averages.items():
+                rest = fsdp2_prepare_model(accelerator, rest_of(mean))
+                self.averages[name] = keep_rest(fsdp2_prepare_model(accelerator, mean), rest)
         self.denoiser = as_denoiser(self.network)
         if start is not None:
             self.restore(start)
@@ -242,6 +244,7 @@ class Run:
             restore_model(self.model, start.model)
             for name, average in self.averages.items():
                 restore_model(average, start.averages[name])
+                restore_model(rest_of(average), start.averages[name + REST])
             restore_optimizer(self.model, self.optimizer, start.optimizer["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(start.optimizer["scaler"])
@@ -286,7 +289,8 @@ class Run:
         gc.collect()
 
     def _gather_averages(self) -> dict[str, dict[str, Tensor]]:
-        return {name: gather_model(average) for name, average in self.averages.items()}
+        rests = {name + REST: rest_of(average) for name, average in self.averages.items()}
+        return {name: gather_model(network) for name, network in (self.averages | rests).items()}
 
     def _write_pipeline(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The first average as the folder's pipeline, the others beside it as variants of the weights.

@@ -54,6 +54,11 @@ def assert_same(a, b) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def assert_rounded(average, exact) -> None:
+    """The float32 next to a float64 average, or the one beside it."""
+    torch.testing.assert_close(average, {k: v.float() for k, v in exact.items()}, rtol=1.2e-7, atol=1e-9)
+
+
 def refused(*args, kind: type[Exception] = ValueError, **kwargs) -> str:
     with pytest.raises(kind) as error:
         train(*args, **kwargs)
@@ -107,7 +112,7 @@ def by_hand(
     a, s = (torch.from_numpy(np.sqrt(table)).float() for table in (alpha_bar, 1 - alpha_bar))
     torch.manual_seed(config.seed)
     model = create_model("tiny", dropout=config.dropout, out_channels=outputs).train()
-    average = [weight.detach().clone() for weight in model.parameters()]
+    average = [weight.detach().double() for weight in model.parameters()]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
@@ -150,7 +155,7 @@ def by_hand(
         kept = min(decay, (1 + n) / (10 + n)) if n else 0.0
         with torch.no_grad():
             for mean, weight in zip(average, model.parameters(), strict=True):
-                mean.lerp_(weight, 1 - kept)
+                mean.lerp_(weight.double(), 1 - kept)
     names = [name for name, _ in model.named_parameters()]
     return losses, model, dict(zip(names, average, strict=True)), optimizer
 

@@ -1,12 +1,14 @@
 """averages.py: the moving averages against their definition in float64, and against diffusers' warm-up."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from hf_ddpm.training.averages import average_of, decay_at, update_average
+from hf_ddpm.training.averages import average_of, decay_at, rest_of, update_average
 
 DECAYS = (0.0, 0.5, 0.999, 0.9999)
 
@@ -82,6 +84,69 @@ def test_small_steps_are_not_lost():
     expected = 1.01 - 0.01 * 0.9999**1000
     assert average.weight.dtype == torch.float32
     assert float(average.weight) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.9999, 0.99999, 0.999999, 1 - 1e-9])
+@pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5])
+def test_no_step_is_too_small(decay, gap):
+    """The weight goes one way and then the other; float32 alone stands still, or goes too far."""
+    weight = torch.tensor([0.7, -1.3, 3e-4])
+    model = nn.ParameterList([weight.clone()])
+    average = average_of(model)
+    mean = weight.double().numpy()
+    for n in range(3000):
+        away = weight * (1 + gap * (1 if n < 2000 else -0.5))
+        with torch.no_grad():
+            model[0].copy_(away)
+        update_average(average, model, decay, 10**9 + n)
+        mean = decay * mean + (1 - decay) * away.double().numpy()
+    exact = np.abs(np.float32(mean) - mean)  # what float32 can't hold of it
+    found, rest = (next(z.parameters()).double().numpy() for z in (average, rest_of(average)))
+    assert (np.abs(found - mean) <= exact + 1e-8 * np.abs(mean)).all()
+    np.testing.assert_allclose(found + rest, mean, rtol=1e-8)
+
+
+def test_the_rest_is_what_float32_leaves_out():
+    """A weight of another size than its average, where the smaller number of a sum is the average."""
+    model = nn.ParameterList([torch.tensor([0.0, 1e-8, 1.0])])
+    average = average_of(model)
+    with torch.no_grad():
+        model[0].copy_(torch.tensor([1.0, 1e8, 1e-8]))
+    update_average(average, model, 0.9, 10**6)
+    mean, rest = (next(z.parameters()) for z in (average, rest_of(average)))
+    assert torch.equal(mean + rest, mean) and not rest.requires_grad
+    exact = torch.tensor([0.1, 0.1 * 1e8, 0.9]).double() + torch.tensor([0, 0.9 * 1e-8, 0.1 * 1e-8]).double()
+    torch.testing.assert_close(mean.double() + rest, exact, rtol=1e-7, atol=0)
+
+
+def test_going_on_from_both_halves_changes_no_bit():
+    model, ends = network(), []
+    for broken in (False, True):
+        average = average_of(model)
+        for n in range(40):
+            shaken = network()
+            shake(shaken, n)
+            if broken and n == 20:
+                halves = [copy.deepcopy(z.state_dict()) for z in (average, rest_of(average))]
+                average = average_of(shaken)
+                for part, state in zip((average, rest_of(average)), halves, strict=True):
+                    part.load_state_dict(state)
+            update_average(average, shaken, 0.9999, 10**6 + n)
+        ends.append([*average.parameters(), *rest_of(average).parameters()])
+        assert any(rest.abs().max() > 0 for rest in rest_of(average).parameters())
+    assert all(map(torch.equal, *ends))
+
+
+def test_many_weights_are_moved_piece_by_piece(monkeypatch):
+    model = network()
+    whole, pieces = average_of(model), average_of(model)
+    for n in range(5):
+        shake(model, n)
+        update_average(whole, model, 0.9, 100 + n)
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_ddpm.training.averages.PIECE", 5)
+            update_average(pieces, model, 0.9, 100 + n)
+    assert all(map(torch.equal, whole.parameters(), pieces.parameters()))
 
 
 def test_buffers_are_copied_not_averaged():
