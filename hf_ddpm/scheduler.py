@@ -298,16 +298,17 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         """
         _check_images("sample", sample)
         visited = self._steps()
-        chain, t = visited.chain, self._index(timestep, visited, len(sample))
+        samples = sample.shape[0]  # len() of a tensor is slow
+        chain, t = visited.chain, self._index(timestep, visited, samples)
         output, predicted_variance = self._split(model_output, sample)
         if generator is not None:
-            check_generators(generator, len(sample), sample.device)
+            check_generators(generator, samples, sample.device)
         x_t = wide(sample)
         x_0 = self._clip(to_x0(chain, self.config["prediction_type"], output, x_t, t))
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if len(chain) > 1 and not self._is_last(t):
             noise = _draw_like(output, generator)
-            x_prev = add_scaled(x_prev, self._sigma(t, x_t, predicted_variance), wide(noise))
+            x_prev = add_scaled(x_prev, self._sigma(chain, t, x_t, predicted_variance), wide(noise))
         x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
         return (
             DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
@@ -374,12 +375,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
             raise ValueError(f"clip_sample_range is {described(limit)}; allowed: numbers > 0")
         return x_0.clamp(-limit, limit)
 
-    def _sigma(self, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None) -> Tensor | float:
+    def _sigma(
+        self, chain: DiffusionProcess, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None
+    ) -> Tensor | float:
         """σ_t, ready to multiply noise shaped `like`; 0 at the last step."""
         kind = variance(self.variance_type)
         if kind.sigma is not None:
-            return self.chain.computed_at(t, like, kind.sigma)[0]
-        sigma = torch.exp(0.5 * self._log_variance(self.chain, t, predicted_variance))
+            return chain.computed_at(t, like, kind.sigma)[0]
+        sigma = torch.exp(0.5 * self._log_variance(chain, t, predicted_variance))
         if not isinstance(t, Tensor):
             return sigma
         # Not a product: the network's answer at its last step may be infinite, and is not asked for

@@ -126,7 +126,8 @@ def whole_number(timestep: Any) -> int:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a real number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    kind = type(value)
+    return kind is int or kind is float or (isinstance(value, Real) and kind is not bool)
 
 
 def is_whole(steps: Tensor) -> bool:

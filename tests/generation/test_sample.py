@@ -119,6 +119,7 @@ def test_sample_refuses_models_and_folders(tiny_folder, tmp_path, capfd, no_hub,
 
     for argv, words in {
         ("/nowhere/model", "out"): "model folder '/nowhere/model' does not exist",
+        ("/nowhere/model", "out", "--scheduler", "nope"): "scheduler 'nope' is unknown; allowed: ddpm, ",
         ("nobody/no-such-model", "out"): "can't load a pipeline from 'nobody/no-such-model': no such folder",
         ("empty", "out"): "model folder 'empty' has no model_index.json: it is not a pipeline folder",
         ("cut", "out"): f"cut/{WEIGHTS}'. Error while deserializing header: incomplete metadata",
@@ -127,7 +128,7 @@ def test_sample_refuses_models_and_folders(tiny_folder, tmp_path, capfd, no_hub,
         (tiny_folder, "file"): "out 'file' can't be written: File exists",
         (tiny_folder, "file/out"): "out 'file/out' can't be written: Not a directory",
     }.items():  # fmt: skip
-        line = refused(capfd, "sample", argv[0], "--out", argv[1])
+        line = refused(capfd, "sample", argv[0], "--out", *argv[1:])
         assert words in line
     assert refused(capfd, "sample").endswith("the following arguments are required: MODEL, --out")
     assert not Path("out").exists()
