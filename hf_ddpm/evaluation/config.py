@@ -61,7 +61,7 @@ class EvaluationConfig:
     )
     clip_x0: bool = option(True, "clip the predicted x_0 to [-1, 1], as published evaluations do")
     decoder: str = option(
-        "exact", "decoder of L_0; tanh is the published code's approximation", choices=("exact", "tanh")
+        "exact", "decoder of L_0; tanh is the published code's formula, in float64", choices=("exact", "tanh")
     )
     steps: int | None = option(None, "steps of the chain, by default all T", least=2)
     first_variance: str = option(

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
 from hf_ddpm.generation.samplers import (
     check_process,
@@ -27,6 +28,7 @@ from hf_ddpm.generation.samplers import (
     start_remark,
     try_step,
 )
+from hf_ddpm.likelihood import Estimate
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
@@ -50,7 +52,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
 
 
 class DDPMPipeline(PredictingPipeline):
-    """Unconditional image generation, Ho et al. 2020, algorithm 2, with any scheduler of diffusers.
+    """Unconditional image generation, Ho et al. 2020, algorithm 2, with any DDPM sampler of diffusers.
 
     A folder that it saves also loads as `diffusers.DDPMPipeline` where hf_ddpm is not installed; a folder
     that plain diffusers wrote loads here, and a stock `DDPMScheduler` in it is replaced by ours with the same
@@ -196,6 +198,44 @@ class DDPMPipeline(PredictingPipeline):
         x_0, _ = self._run(x, generator, set(), callback_on_step_end)
         self.maybe_free_model_hooks()
         return x_0
+
+    def bits_per_dim(
+        self,
+        images: Any,
+        *,
+        num_evals_per_image: int = 20,
+        seed: int = 0,
+        batch_size: int = 64,
+        variance_type: str | None = None,
+        clip_x0: bool = True,
+        decoder: Literal["exact", "tanh"] = "exact",
+    ) -> Estimate:
+        """How many bits per dimension the model needs for images, by the bound of Ho et al. 2020, eq. 5.
+
+        The estimate is unbiased, and has a standard error: `result.bpd`, `result.stderr` (of one image NaN),
+        and each image's in `result.per_image_bpd`. `hf-ddpm evaluate` does the same for a data set.
+
+        Args:
+            images (`PIL.Image.Image`, array, `torch.Tensor` or a list of them): 8-bit images of the model's
+                shape: PIL images of mode L, RGB or RGBA; uint8 of (H, W), (C, H, W), (H, W, C), (B, H, W),
+                (B, C, H, W) or (B, H, W, C); or float32 or float64 of such a shape on the levels
+                u/127.5 − 1.
+            num_evals_per_image (`int`, defaults to 20): network evaluations per image.
+            seed (`int`, defaults to 0): with an image's place in the batch, of its draws.
+            batch_size (`int`, defaults to 64): the network sees at most so many x_t at once.
+            variance_type (`str`, *optional*): "fixed_small" or "fixed_large", for a network that learns none;
+                by default the scheduler's.
+            clip_x0 (`bool`, defaults to `True`): clip the predicted x_0 to [−1, 1], as published evaluations
+                do.
+            decoder (`str`, defaults to `"exact"`): of L_0; "tanh" is the published code's formula.
+
+        Raises:
+            ValueError: images that are none of these, values that are no 8-bit levels, or an argument that is
+                not as above.
+        """
+        return bits_per_dim(
+            self, images, num_evals_per_image, seed, batch_size, variance_type, clip_x0, decoder
+        )
 
     def _sample(
         self,

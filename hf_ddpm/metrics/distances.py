@@ -16,6 +16,7 @@ This file knows no networks (extractors.py does), pipelines or streams. torchmet
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -30,7 +31,11 @@ from torch import nn
 from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
 from hf_ddpm.runtime.disk import save_tensors
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.processes import process_state
 
+logger = logging.getLogger(__name__)
+
+FEW = 50  # samples, below which a part of the ten that the classifier score takes has under five
 # The least log p(y|x): its exp is still a float64, while torchmetrics makes NaN of a probability 0
 LEAST_LOG_P = -700.0
 
@@ -93,7 +98,8 @@ class SampleMetrics:
         frechet_distance: 0 for equal means and covariances; few images raise it.
         kid_mean: MMD², mean over random subsets; unbiased, so it may be below 0.
         kid_std: standard deviation over the subsets; it is not the standard error of `kid_mean`.
-        inception_score: (mean, standard deviation) over ten parts of the samples; None without logits.
+        inception_score: (mean, standard deviation) over ten parts of the samples; None without logits. It is
+            at most the number of images in a part.
         num_samples: images measured.
         num_reference: images they were compared with.
     """
@@ -129,6 +135,8 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
 
     Raises:
         ValueError: too few images, different extractors or widths, values not finite, no torchmetrics.
+
+    Fewer than 50 samples with logits are warned about: their score says more of their number than of them.
     """
     if samples.extractor != reference.extractor:
         raise ValueError(f"samples are by {samples.extractor}, the reference is by {reference.extractor}")
@@ -162,6 +170,16 @@ def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> Sam
         kernel.update(y, real=True)
         kid_mean, kid_std = (value.item() for value in kernel.compute())
         if samples.logits is not None:
+            if len(x) < FEW and process_state().is_main_process:
+                kind = "IS" if samples.extractor == INCEPTION else "CS"
+                logger.warning(
+                    "%s of %d images says little: each of its ten parts has %d at most, which bounds it; "
+                    "use %d or more, 50,000 for published numbers",
+                    f"{kind} ({samples.extractor})",
+                    len(x),
+                    -(-len(x) // 10),
+                    FEW,
+                )
             classes = torchmetrics_module("inception").InceptionScore(given, splits=10, **alone)
             classes.update(samples.logits.double().log_softmax(1).clamp(min=LEAST_LOG_P))
             mean, std = classes.compute()

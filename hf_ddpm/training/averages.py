@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 REST = ".rest"  # after the decay: what a checkpoint calls the rest of an average
 PIECE = 2**24  # numbers whose average is moved at once, as what is computed on the way takes memory
@@ -82,9 +83,10 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 
 def _pieces(*networks: nn.Module) -> Iterator[tuple[list[Tensor], ...]]:
-    """The weights of networks of one form, some at a time."""
+    """The weights of networks of one form, some at a time; under FSDP this process's share of them."""
     rows: list[tuple[Tensor, ...]] = []
-    for row in zip(*(network.parameters() for network in networks), strict=True):
+    for weights in zip(*(network.parameters() for network in networks), strict=True):
+        row = tuple(weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
         if rows and sum(one[0].numel() for one in rows) + row[0].numel() > PIECE:
             yield tuple(map(list, zip(*rows, strict=True)))
             rows = []

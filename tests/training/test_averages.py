@@ -98,7 +98,7 @@ def test_no_step_is_too_small(decay, gap):
         away = weight * (1 + gap * (1 if n < 2000 else -0.5))
         with torch.no_grad():
             model[0].copy_(away)
-        update_average(average, model, decay, 10**9 + n)
+        update_average(average, model, decay, 10**12 + n)
         mean = decay * mean + (1 - decay) * away.double().numpy()
     exact = np.abs(np.float32(mean) - mean)  # what float32 can't hold of it
     found, rest = (next(z.parameters()).double().numpy() for z in (average, rest_of(average)))
