@@ -28,6 +28,9 @@ from hf_ddpm.runtime.streams import TRACEBACK, guard_streams
 BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTDIR, errno.EISDIR)
 LONGEST_LIST = 100  # numbers of a flag
 
+# The names of the options that the command which runs has flags for
+_OPTIONS: set[str] = set()
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line that names the nearest flag.
@@ -71,6 +74,8 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(words)
         if unknown:
             self._refuse(unknown[0], flags)
+        _OPTIONS.clear()
+        _OPTIONS.update(flag[2:].replace("-", "_") for flag in flags if flag.startswith("--"))
         check_environment()
         return values
 
@@ -124,12 +129,30 @@ def run(
             traceback.print_exc()
         words = one_line(error, limit=None)
         if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in BAD_PATH):
-            end(prog, f"error: {words}", 2)
+            end(prog, f"error: {spelled(words)}", 2)
         # These say what went wrong. An error of another kind is told by its name too
         words = words if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {words}"
         hint = f" ({TRACEBACK}=1 shows where)"
         hint = hint if len(prog + words + hint) < LIMIT - len(": failed: ") else ""
         end(prog, f"failed{hint}: {words}", 1)
+
+
+def spelled(words: str) -> str:
+    """The words of an error with the options that they name as these are typed: batch_size is --batch-size.
+
+    A name without "_" could be an ordinary word, and is taken for an option only where it begins the text,
+    ends it after "or", or follows "without". What is said of a file stays, as that has keys, and so does what
+    stands in quotes or in a path.
+    """
+    if words.startswith("config file"):
+        return words
+
+    def typed(found: re.Match[str]) -> str:
+        name = found.group()
+        return "--" + name.replace("_", "-") if name in _OPTIONS else name
+
+    words = re.sub(r"(?<![\w/.'\"`-])[a-z]\w*_\w+(?![\w/.'\"`-])", typed, words)
+    return re.sub(r"^[a-z]\w*(?= (?:is|'))|(?<=without )[a-z]\w*|(?<= or )[a-z]\w*(?=$|;)", typed, words)
 
 
 def end(prog: str, words: str, code: int) -> typing.NoReturn:
