@@ -55,7 +55,7 @@ def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
         ("digits:test:4", "--t 3,x", "argument --t: '3,x'; allowed: whole numbers >= 0 between commas"),
         ("digits:test:4", "--t -1", "argument --t: '-1'; allowed: whole numbers >= 0 between commas"),
         ("digits:test:4", "--steps 21", "steps is 21; allowed: whole numbers in 1..20"),
-        ("digits:test:4", "--num-images 1", "num_images is 1; allowed: whole numbers >= 2"),
+        ("digits:test:4", "--num-images 1", "--num-images is 1; allowed: whole numbers >= 2"),
         ("digits:test:4", "--out mixed.jpg", "out is 'mixed.jpg'; allowed: a file name that ends in .png"),
         ("digits:test:4", "--out file/mixed.png", "out 'file/mixed.png' can't be written: Not a directory"),
         ("digits:test:4", "--image-column pixels", "no column 'pixels'; there are: image"),

@@ -62,9 +62,6 @@ class Parser(argparse.ArgumentParser):
 
         A mistyped flag is named before anything else is complained of, and what follows its "=" is not said:
         it may be a token. Environment variables that no command could start with are refused here too.
-
-        Raises:
-            ValueError: such a variable is set.
         """
         words = [_dashed(word) for word in argv]
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -76,7 +73,10 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0], flags)
         _OPTIONS.clear()
         _OPTIONS.update(flag[2:].replace("-", "_") for flag in flags if flag.startswith("--"))
-        check_environment()
+        try:
+            check_environment()
+        except ValueError as error:
+            self.error(str(error))
         return values
 
     def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:

@@ -14,6 +14,8 @@ from hf_ddpm import EvaluationConfig, TrainConfig
 from hf_ddpm.config import LARGEST_BATCH
 from tests.fuzz.attack import attack
 
+pytestmark = pytest.mark.usefixtures("no_hub")
+
 TOKEN = "hf_" + "aB3dE5gH" * 4
 OAUTH = "hf_oauth_" + "eyJhbGci.OiJ-x_" * 3
 # What stands where a value, a flag, a path or a command should
@@ -75,6 +77,14 @@ WORDS = [
     *("help", "train", "--help=x", "-h=1", "--version", "--no-such", "--seed", "--seed=", "digits:train:x"),
     *("<script>", "[x](javascript:y)", "a|b", "`", "a/b/c", "a--b", ".git", "MIT", "apache 2.0", "__class__"),
 ]
+# What is a right value of some option, and an odd one of others
+PLAUSIBLE = """
+    0 1 2 3 7 8 20 21 1000 0.0 0.5 1.0 1e-3 1e30 -1 8x8 7x9 no fp16 bf16 never auto model run digits tiny
+    cifar10 conv dense-t simple hybrid bound sddpm min-snr epsilon sample score mean v_prediction
+    fixed_small fixed_large learned learned_range cosine sigmoid laplace constant linear resize
+    center_crop random_crop importance ddim tensorboard heun unipc edm exact tanh spaced full train test
+    image label inception mit other refs/pr/1 0.9,0.99 1,2,3
+""".split()
 COMMANDS = ["train", "sample", "evaluate", "publish", "interpolate", "help"]
 OPTIONS = {
     "train": [field.name for field in dataclasses.fields(TrainConfig)] + ["config"],
@@ -97,12 +107,11 @@ def place(tmp_path_factory, tiny_folder):
 
 
 def environment(place):
-    """No network, the token of a file, and a home of its own."""
+    """The token of a file, and a home of its own."""
     return {
         "HF_TOKEN_PATH": str(place / "token"),
         "HF_TOKEN": None,
         "HOME": str(place),
-        "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "agg",
     }
 
@@ -125,15 +134,13 @@ def line(draw):
     words = [command, *SMALL[command].split()]
     if draw.random() < 0.15:
         words = [draw.choice([command, draw.choice(WORDS)])]
-    for _ in range(draw.randint(1, 3)):
+    plausible = draw.random() < 0.6
+    for _ in range(1 if plausible else draw.randint(1, 3)):
         name = draw.choice(OPTIONS[command])
         name = name if draw.random() < 0.5 else name.replace("_", "-")
         name = name if draw.random() < 0.9 else name[:-1]
-        value = (
-            draw.choice(WORDS)
-            if draw.random() < 0.8
-            else str(draw.choice([-1, 1]) * 10 ** draw.randint(2, 40))
-        )
+        number = str(draw.choice([-1, 1]) * 10 ** draw.randint(2, 40))
+        value = draw.choice([*PLAUSIBLE] if plausible else [*WORDS, number, number, number])
         kind = draw.random()
         if kind < 0.45:
             words += [f"--{name}", value]

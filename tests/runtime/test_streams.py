@@ -6,16 +6,16 @@ import sys
 import traceback
 import warnings
 
-import pytest
-
 from hf_ddpm.runtime.streams import SafeStream, guard_streams
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 
 
-@pytest.fixture
-def streams(monkeypatch):
-    """The streams and the last handler of logs as a command has them, on texts that the test reads."""
+def guarded(monkeypatch):
+    """The streams and the last handler of logs as a command has them, on texts that the test reads.
+
+    It is no fixture: pytest sets the streams anew when a test begins.
+    """
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.delenv("HF_DDPM_TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "stdout", out)
@@ -26,7 +26,8 @@ def streams(monkeypatch):
     return out, err
 
 
-def test_every_way_of_printing(streams, monkeypatch):
+def test_every_way_of_printing(monkeypatch):
+    streams = guarded(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "an unusual token")
     print(f"one {TOKEN}", "an unusual token")
     print(f"two {TOKEN}", file=sys.stderr)
@@ -49,7 +50,8 @@ def test_every_way_of_printing(streams, monkeypatch):
     assert "seven ('***')\n" in err and TOKEN not in err
 
 
-def test_lines_on_stderr_are_short_and_those_on_stdout_whole(streams):
+def test_lines_on_stderr_are_short_and_those_on_stdout_whole(monkeypatch):
+    streams = guarded(monkeypatch)
     print("x" * 999)
     print("a" * 400 + "b" * 400, "short", sep="\n", file=sys.stderr)
     out, err = (stream.getvalue() for stream in streams)
@@ -82,7 +84,8 @@ def test_any_text_on_any_stream():
     assert raw.getvalue() == b"\\xb1\\udcff\n" and stream.encoding == "ascii"
 
 
-def test_once_is_enough(streams):
+def test_once_is_enough(monkeypatch):
+    guarded(monkeypatch)
     guard_streams()
     assert isinstance(sys.stderr, SafeStream) and not isinstance(sys.stderr._stream, SafeStream)
 
