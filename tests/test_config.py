@@ -309,6 +309,7 @@ def test_files_that_cannot_be_read(tmp_path):
         *[("push_to_hub", value) for value in ("a/b/c", "", "é/b")],
         ("dataset_id", "<b>"),
     ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else type(value).__name__,
 )
 def test_values_that_nobody_means(key, value):
     text = refused(**{key: value})
