@@ -80,8 +80,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:
-        if _is_flag(word):
-            word = word.partition("=")[0]
+        word = word.partition("=")[0] if word.startswith("-") else word
         word = word if redact(word) != word else _dashed(word)
         near = nearest(word, [flag for flag in flags if flag.startswith("--")])
         hint = "see --help" if near is None else f"did you mean {near}?"
