@@ -65,6 +65,7 @@ def _rules() -> dict[str, Rule]:
         **dict.fromkeys(COUNTS, Rule(_whole(1), "a whole number >= 1")),
         **dict.fromkeys(RANKS, Rule(_whole(0), "a whole number >= 0")),
         **dict.fromkeys(LOCAL, Rule(_whole(-1), "a whole number >= 0, or -1")),
+        "HF_DATASETS_IN_MEMORY_MAX_SIZE": Rule(_whole(0), "a whole number of bytes >= 0"),
         "MASTER_PORT": Rule(_whole(0, PORT), f"a whole number in 0..{PORT}"),
         **dict.fromkeys(FLAGS, _one_of(*ON, *OFF)),
         **{
