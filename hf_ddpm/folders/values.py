@@ -54,14 +54,17 @@ UNET_RULES: dict[str, Rule] = {
     "freq_shift": _range(0, 1),
     "down_block_types": _one_of(
         *("DownBlock2D", "AttnDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D", "KDownBlock2D"),
-        *("ResnetDownsampleBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        *("UNetResDownBlock2D", "UNetResAttnDownBlock2D", "UNetResSkipDownBlock2D"),
+        *(
+            "ResnetDownsampleBlock2D",
+            "UNetResDownBlock2D",
+            "UNetResAttnDownBlock2D",
+            "UNetResSkipDownBlock2D",
+        ),
     ),
     "mid_block_type": _one_of("UNetMidBlock2D"),
     "up_block_types": _one_of(
         *("UpBlock2D", "AttnUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D", "KUpBlock2D"),
-        *("ResnetUpsampleBlock2D", "UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
-        *("UNetResUpBlock2D", "UNetResAttnUpBlock2D", "UNetResSkipUpBlock2D"),
+        *("ResnetUpsampleBlock2D", "UNetResUpBlock2D", "UNetResAttnUpBlock2D", "UNetResSkipUpBlock2D"),
     ),
     "block_out_channels": _range(1),
     "layers_per_block": _range(1),
