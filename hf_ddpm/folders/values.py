@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from hf_ddpm.runtime.untrusted import shown
 
 MAX_STEPS = 1_000_000  # of a process; no other whole number or list in a scheduler's config is larger
+LONGEST = 60  # characters of a word
 MAX_COUNT = 2**31 - 1  # of a whole number in a network's config; its weights files bound it far below
 # Keys that say what the network was trained for: every scheduler of a DDPM has them
 NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
@@ -50,22 +51,25 @@ UNET_RULES: dict[str, Rule] = {
     "out_channels": _range(1),
     "time_embedding_type": _one_of("positional", "fourier", "learned"),
     "time_embedding_dim": _range(1),
-    "freq_shift": _range(0),
+    "freq_shift": _range(0, 1),
     "down_block_types": _one_of(
         *("DownBlock2D", "AttnDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D", "KDownBlock2D"),
-        *("ResnetDownsampleBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        *("UNetResDownBlock2D", "UNetResAttnDownBlock2D", "UNetResSkipDownBlock2D"),
+        *(
+            "ResnetDownsampleBlock2D",
+            "UNetResDownBlock2D",
+            "UNetResAttnDownBlock2D",
+            "UNetResSkipDownBlock2D",
+        ),
     ),
     "mid_block_type": _one_of("UNetMidBlock2D"),
     "up_block_types": _one_of(
         *("UpBlock2D", "AttnUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D", "KUpBlock2D"),
-        *("ResnetUpsampleBlock2D", "UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
-        *("UNetResUpBlock2D", "UNetResAttnUpBlock2D", "UNetResSkipUpBlock2D"),
+        *("ResnetUpsampleBlock2D", "UNetResUpBlock2D", "UNetResAttnUpBlock2D", "UNetResSkipUpBlock2D"),
     ),
     "block_out_channels": _range(1),
     "layers_per_block": _range(1),
     "mid_block_scale_factor": POSITIVE,
-    "downsample_padding": _range(0),
+    "downsample_padding": _range(0, 1),
     "downsample_type": _one_of("conv", "resnet"),
     "upsample_type": _one_of("conv", "resnet"),
     "dropout": _range(0, 1),
@@ -73,7 +77,7 @@ UNET_RULES: dict[str, Rule] = {
     "attention_head_dim": _range(1),
     "norm_num_groups": _range(1),
     "attn_norm_num_groups": _range(1),
-    "norm_eps": POSITIVE,
+    "norm_eps": _range(1e-12, 1),
     "resnet_time_scale_shift": _one_of("default", "scale_shift"),
     "class_embed_type": _one_of("timestep", "identity"),
     "num_class_embeds": _range(1),
@@ -133,10 +137,10 @@ def check_scheduler_values(scheduler: type, config: Mapping[str, Any], file: str
     """
     hints = ADDED | _any_scheduler() | _hints(scheduler)
     for key, value in config.items():
-        large = isinstance(value, int) and abs(value) > MAX_STEPS
-        if large or (isinstance(value, list) and len(value) > MAX_STEPS):
-            words = shown(value) if large else f"a list of {len(value)}"
-            raise ValueError(f"{file}: {_key(key)} is {words}; allowed: at most {MAX_STEPS}")
+        if isinstance(value, int) and abs(value) > MAX_STEPS:
+            raise ValueError(f"{file}: {_key(key)} is {shown(value)}; allowed: at most {MAX_STEPS}")
+        if isinstance(value, list) and len(value) > MAX_STEPS:
+            raise ValueError(f"{file}: {_key(key)} is a list of {len(value)}; allowed: at most {MAX_STEPS}")
         _check(file, key, value, hints.get(key, Any), SCHEDULER_RULES.get(key))
 
 
@@ -144,9 +148,10 @@ def is_ddpm_scheduler(scheduler: object) -> bool:
     """Whether a class is a scheduler of diffusers that samples a DDPM, called as (output, t, sample)."""
     if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
         return False
-    if not hasattr(scheduler, "step"):
+    step = getattr(scheduler, "step", None)  # some have another name for it
+    if step is None:
         return False
-    needs = [x.name for x in _parameters(scheduler.step) if x.default is inspect.Parameter.empty]
+    needs = [x.name for x in _parameters(step) if x.default is inspect.Parameter.empty]
     keys = {x.name for x in _parameters(scheduler.__init__)}
     return needs == ["self", "model_output", "timestep", "sample"] and keys.issuperset(NEEDED)
 
@@ -175,10 +180,15 @@ def _any_scheduler() -> dict[str, Any]:
 
 
 def _check(file: str, key: str, value: Any, hint: Any, rule: Rule | None) -> None:
-    if not _fits(value, hint):
-        raise ValueError(f"{file}: {_key(key)} is {shown(value)}; allowed: {_words(hint)}")
+    if not fits(value, hint):
+        raise ValueError(f"{file}: {_key(key)} is {shown(value)}; allowed: {words_of(hint)}")
+    known = hint is not Any and key not in ADDED
+    if known and isinstance(value, str) and len(value) > LONGEST:
+        raise ValueError(f"{file}: {_key(key)} has {len(value)} characters; allowed: at most {LONGEST}")
     if rule is None or value is None:
         return
+    if value == []:
+        raise ValueError(f"{file}: {_key(key)} is []; allowed: one or more values")
     wrong = [x for x in (value if isinstance(value, list) else [value]) if not rule[0](x)]
     if wrong:
         raise ValueError(f"{file}: {_key(key)} is {shown(wrong[0])}; allowed: {rule[1]}")
@@ -203,7 +213,7 @@ PLAIN: dict[type, Callable[[Any], bool]] = {
 }
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value of a JSON file is one of an annotated type; types that JSON doesn't know take any."""
     if isinstance(hint, type) and hint in PLAIN:
         return PLAIN[hint](value)
@@ -211,25 +221,25 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         # "bool | None" stands for numbers too, in diffusers' UniPC
         loose = bool in args and type(None) in args and _is_number(value)
-        return loose or any(_fits(value, arg) for arg in args)
+        return loose or any(fits(value, arg) for arg in args)
     if origin is Literal:  # this package and old folders know further words
         return isinstance(value, str)
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             return False
         if origin is list or args[1:] == (...,):
-            return all(_fits(x, args[0]) for x in value)
-        return len(value) == len(args) and all(map(_fits, value, args))
+            return all(fits(x, args[0]) for x in value)
+        return len(value) == len(args) and all(map(fits, value, args))
     return True
 
 
-def _words(hint: Any) -> str:
+def words_of(hint: Any) -> str:
     """An annotated type in plain words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(arg) for arg in args if arg is not np.ndarray))
+        return " or ".join(dict.fromkeys(words_of(arg) for arg in args if arg is not np.ndarray))
     if origin in (list, tuple):
-        return f"a list of {_words(args[0]).removeprefix('a ')}s"
+        return f"a list of {words_of(args[0]).removeprefix('a ')}s"
     if origin is Literal:
         return "text"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

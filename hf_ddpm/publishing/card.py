@@ -19,7 +19,7 @@ import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.folders.guard import make_empty
+from hf_ddpm.folders.guard import MAX_SCHEDULER, make_empty
 from hf_ddpm.folders.index import needs_us
 from hf_ddpm.folders.layout import (
     COMMANDS,
@@ -35,10 +35,11 @@ from hf_ddpm.folders.layout import (
     SHOWN,
     UNET,
 )
-from hf_ddpm.folders.numbers import TASK, card_words, hub_results, training_words
+from hf_ddpm.folders.numbers import TASK, card_words, check_report, hub_results, training_words
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.runtime.hub import check_branch, check_license, check_repo_id
 from hf_ddpm.runtime.messages import CONTROL, redact
+from hf_ddpm.runtime.untrusted import parse_json, read_bytes, read_json
 
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
@@ -102,6 +103,8 @@ def make_card(files: Files, facts: CardFacts) -> str:
     """
     index, network_config = read_json_file(files, INDEX), read_json_file(files, NETWORK_FILE)
     config, evaluation = read_json_file(files, RECORD), read_json_file(files, EVALUATION)
+    if evaluation:
+        check_report(evaluation)
     license = facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if config.get("dataset") == "digits" and facts.dataset_id is None:
@@ -209,13 +212,7 @@ def read_json_file(files: Files, path: str) -> dict[str, Any]:
     found = files.get(path)
     if found is None:
         return {}
-    try:
-        value = json.loads(found if isinstance(found, bytes) else found.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}; allowed: keys and values")
-    return value
+    return parse_json(found, path) if isinstance(found, bytes) else read_json(found, MAX_SCHEDULER, path)
 
 
 def _text(files: Files, path: str) -> str | None:
@@ -223,7 +220,7 @@ def _text(files: Files, path: str) -> str | None:
     found = files.get(path)
     if found is None:
         return None
-    data = found if isinstance(found, bytes) else found.read_bytes()
+    data = found if isinstance(found, bytes) else read_bytes(found, name=path)
     return data.decode(errors="replace").strip()
 
 

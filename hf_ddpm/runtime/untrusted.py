@@ -110,24 +110,26 @@ def read_json(path: Path, limit: int = MAX_JSON, name: str | None = None) -> dic
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """The keys and values of JSON.
+    """The keys and values of JSON; NaN and Infinity pass, which Python writes.
 
     Args:
         data: the text, UTF-8.
         name: what an error calls it.
 
     Raises:
-        ValueError: it is not JSON, holds something else than keys and values, NaN, a key twice, text that
-            can't be written, or more than `MAX_CONTAINERS` lists and objects, deeper than `MAX_DEPTH`.
+        ValueError: it is not JSON, holds something else than keys and values, a key twice, text that can't
+            be written, or more than `MAX_CONTAINERS` lists and objects, deeper than `MAX_DEPTH`.
     """
     if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise ValueError(f"{name} has more than {MAX_CONTAINERS} brackets; allowed: at most as many")
     try:
-        found = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_constant)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
+        found = json.loads(data.decode(), object_pairs_hook=_once)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # halves of a character, of which each needs the other
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{name} is not a valid JSON file: it is nested too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a character: text that can't be written") from None
     except ValueError as error:
         raise ValueError(f"{name} is not a valid JSON file: {one_line(error, limit=120)}") from None
     if not isinstance(found, dict):
@@ -143,12 +145,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {shown(twice)} stands there twice")
     return found
-
-
-def _constant(word: str) -> float:
-    if word == "NaN":
-        raise ValueError("it holds NaN, which is no number")
-    return float(word)  # ±Infinity, which diffusers writes for a limit that there is not
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

@@ -44,7 +44,7 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
     exact = ["--exact", "--num-images", 2]
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "x", *exact, *compare)
     assert "with name 'stratified estimate', this one has 'every step once'; allowed: equal" in line
-    for content, words in (("{}", "it has no bits_per_dim, method, model"), ("7", "not iterable")):
+    for content, words in (("{}", "has no bits_per_dim"), ("7", "holds int; allowed: keys and values")):
         (tmp_path / "a" / "evaluation.json").write_text(content)
         line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "y", *two, *compare)
         assert f"'{tmp_path / 'a'}' holds no evaluation that can be read: " in line and words in line

@@ -187,7 +187,7 @@ def test_a_licence_is_an_identifier(key):
 
 def test_a_damaged_file_is_named(run_folder):
     files = card_files(run_folder) | {"evaluation.json": b"{", CARD: b""}
-    with pytest.raises(ValueError, match=r"evaluation\.json can't be read"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not a valid JSON file"):
         make_card(files, CardFacts("tester/x"))
 
 
@@ -197,9 +197,7 @@ def test_an_evaluation_of_another_shape_is_one_line(run_folder, tmp_path):
     report = json.loads((folder / "evaluation.json").read_text())
     del report["method"]["clip_x0"]
     (folder / "evaluation.json").write_text(json.dumps(report))
-    with pytest.raises(
-        ValueError, match="are not what they should be, KeyError: 'clip_x0'; allowed: files as"
-    ):
+    with pytest.raises(ValueError, match=r"evaluation\.json has no method\.clip_x0"):
         card(folder)
 
 
