@@ -37,7 +37,9 @@ def card_with(run_folder, text):
     config |= {"dataset": text, "split": text, "seed": text, "output_dir": text}
     report = json.loads((run_folder / "evaluation.json").read_text())
     report["data"] |= {"dataset": text, "split": text, "fit": text}
-    report["method"] |= {"name": text, "decoder": text, "steps": text}
+    report["method"] |= {"name": text, "decoder": text}
+    for part in ("samples", "floor"):
+        report["sample_metrics"][part][text] = 1.0
     report["bits_per_dim"]["variance_type"] = text
     report["sample_metrics"] |= {"extractor": text, "scheduler": text}
     report["command"] = f"hf-ddpm evaluate {text}"
