@@ -266,7 +266,7 @@ def open_image(name: str, shape: tuple[int, int, int], column: str | None = None
             image = torch.from_numpy(decode_pixels(path.read_bytes(), None).copy()).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    elif dataset and split and row.isdecimal():
+    elif dataset and split and row.isascii() and row.isdecimal():
         (image,) = load_stream(dataset, split, column=column).select([int(row)])
     else:
         raise ValueError(

@@ -25,11 +25,15 @@ from hf_ddpm.evaluation.plan import Evaluation, Plan, Results
 from hf_ddpm.evaluation.quality import QualityFound
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
+from hf_ddpm.folders.numbers import check_report
 from hf_ddpm.likelihood import Bound, Estimate, decoder_evals, mean_and_stderr
 from hf_ddpm.runtime.disk import save_tensors, whole_file
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.untrusted import read_json, tensor_headers
 
+# The tensors that a comparison looks at: (N,), and (T,) for the last; with their dtypes in safetensors' words
+COMPARED = {"bpd": "F64", "image_indices": "I64", "digests": "I64", "proposal": "F64"}
 PACKAGES = ("hf_ddpm", "torch", "diffusers", "transformers", "datasets", "torchmetrics", "numpy", "pillow")
 
 
@@ -213,12 +217,18 @@ def read_evaluation(folder: Path) -> Evaluation:
         ValueError: a file is missing, damaged, or lacks what a comparison looks at.
     """
     try:
-        report = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        check_report(report := read_json(folder / EVALUATION))
+        headers = tensor_headers(folder / EVALUATION_TENSORS)
+        if lacks := sorted(COMPARED.keys() - headers.keys()):
+            raise ValueError(f"it has no {', '.join(lacks)}")
+        for name, dtype in COMPARED.items():
+            if headers[name] != (dtype, (math.prod(headers[name][1]),)):
+                raise ValueError(f"{name} is of {headers[name][0]} {headers[name][1]}; allowed: {dtype} (N,)")
+        if len({headers[name][1] for name in COMPARED if name != "proposal"}) != 1:
+            raise ValueError("its bpd, image_indices and digests are of several lengths")
         tensors = load_file(folder / EVALUATION_TENSORS)
-        lacks = {"model", "method", "bits_per_dim"} - set(report)
-        lacks |= {"bpd", "image_indices", "digests", "proposal"} - set(tensors)
-        if lacks:
-            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
+        if not tensors["bpd"].isfinite().all():
+            raise ValueError("its bpd holds NaN or infinite numbers")
         return Evaluation(report, tensors)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import RECORD
+from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.generation.samplers import NEEDED, training_scheduler
+from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
@@ -140,9 +142,14 @@ def load_scored_model(
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:
     """The training run's config, if the model's folder has one; it must agree with the scheduler."""
     file = Path(model).expanduser() / RECORD
-    if not file.is_file():
+    if not file.exists():
         return None
+    read_json(file)  # refuses what is no regular file, or is too large, before it is read as a config
     record = TrainConfig.load(file)
+    if record.num_train_timesteps > MAX_STEPS:
+        raise ValueError(
+            f"{RECORD}: num_train_timesteps is {record.num_train_timesteps}; allowed: at most {MAX_STEPS}"
+        )
     trained = make_scheduler(record)
     same = scheduler.process.betas.shape == trained.process.betas.shape and torch.allclose(
         scheduler.process.betas, trained.process.betas, rtol=1e-9, atol=0

@@ -29,6 +29,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from hf_ddpm.folders.layout import EVALUATION, LOG
+from hf_ddpm.folders.values import fits, words_of
+from hf_ddpm.runtime.untrusted import check_regular, shown
+
 TASK = "unconditional-image-generation"
 BITS = (("bits/dim", "bpd"), ("rate", "rate_bpd"), ("distortion (L₀)", "distortion_bpd"))  # rows of the table
 HUB_BITS = (  # the Hub's name of the metric, its key, what it is called
@@ -44,6 +48,32 @@ METRICS = {  # first word of a label in evaluation.json: the Hub's name of the m
     "KD": "kernel_distance",
     "CS": "classifier_score",
 }
+_NUMBER = {"value": float, "stderr": float | None}
+_BITS = {"variance_type": str, "bpd": _NUMBER, "rate_bpd": _NUMBER, "distortion_bpd": _NUMBER}
+_NEAR = {"num_images": int, "share_near": float, "median_distance": float, "exact_copies": int}
+# The types of what is read of evaluation.json, by section and key; the sections of FURTHER may be missing
+SECTIONS: dict[str, Any] = {
+    "bits_per_dim": _BITS,
+    "method": {"name": str, "steps": int, "evaluations_per_image": float, "clip_x0": bool, "decoder": str},
+    "data": {
+        **{"dataset": str, "split": str, "fit": str},
+        **{"num_images": int, "num_rows": int, "trained_on": bool},
+    },
+    "model": {"name": str},
+}
+FURTHER: dict[str, Any] = {
+    "other_variance": _BITS,
+    "sample_metrics": {
+        **{"extractor": str, "num_samples": int, "num_reference": int, "num_floor": int},
+        **{"scheduler": str, "sampling_steps": int, "samples": {}, "floor": {}},
+    },
+    "memorisation": {
+        **{"dataset": str, "split": str, "num_rows": int, "near": float, "trained_on": bool},
+        **{"samples": _NEAR, "heldout": _NEAR},
+    },
+    "command": str,
+}
+MAX_LINE = 2**16  # bytes of a line of a log that are read; ours have a few hundred
 LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
 
@@ -57,6 +87,37 @@ def _error(number: Mapping[str, float | None], digits: int) -> str:
 
 
 # An evaluation
+
+
+def check_report(report: Mapping[str, Any]) -> None:
+    """Refuse an evaluation, which may be a stranger's, that lacks what is read of it or holds other types.
+
+    Args:
+        report: the content of `evaluation.json`.
+
+    Raises:
+        ValueError: it does; the message names the file, the key and the value.
+    """
+    _check_types(report, SECTIONS | {key: FURTHER[key] for key in FURTHER if report.get(key) is not None}, "")
+    if report.get("sample_metrics") is not None:
+        ours, floor = (report["sample_metrics"][key] for key in ("samples", "floor"))
+        for name, value in (ours | floor).items():
+            if not isinstance(value, float) and not fits(value, float):
+                raise ValueError(f"{EVALUATION}: {shown(name)} is {shown(value)}; allowed: a number")
+        if ours.keys() != floor.keys():
+            raise ValueError(f"{EVALUATION}: sample_metrics has other labels in samples than in floor")
+
+
+def _check_types(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    for key, kind in wanted.items():
+        value, name = found.get(key), f"{where}{key}"
+        if key not in found:
+            raise ValueError(f"{EVALUATION} has no {name}")
+        if isinstance(kind, dict) and isinstance(value, dict):
+            _check_types(value, kind, f"{name}.")
+        elif isinstance(kind, dict) or not fits(value, kind):
+            words = "keys and values" if isinstance(kind, dict) else words_of(kind)
+            raise ValueError(f"{EVALUATION}: {name} is {shown(value)}; allowed: {words}")
 
 
 def measured_weights(report: Mapping[str, Any]) -> str | None:
@@ -209,14 +270,20 @@ def last_numbers(log: Path) -> dict[str, Any] | None:
         heldout_images and heldout_step, of the last time that held-out images were scored.
     """
     found: dict[str, Any] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
-            numbers = json.loads(line)
-        except ValueError:  # a killed run may leave half a line
-            continue
-        found |= {key: numbers[key] for key in LOGGED if key in numbers}
-        if "heldout_bpd" in numbers:
-            found["heldout_step"] = numbers["step"]
+    if not log.exists():
+        return None
+    check_regular(log, LOG)
+    with log.open("rb") as lines:
+        while line := lines.readline(MAX_LINE):
+            try:
+                numbers = json.loads(line)
+            except (ValueError, RecursionError):  # a killed run may leave half a line
+                continue
+            if not isinstance(numbers, dict):
+                continue
+            found |= {key: numbers[key] for key in LOGGED if fits(numbers.get(key), float)}
+            if fits(numbers.get("heldout_bpd"), float):
+                found["heldout_step"] = numbers.get("step")
     return found if "images" in found else None
 
 

@@ -155,26 +155,32 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
     from transformers.utils import logging
 
+    from hf_ddpm.metrics.feature_folders import check_config, check_processor, check_weights, fetch
+
     path = Path(source).expanduser()
     like_a_path = path.is_absolute() or source[:1] == "." or source.count("/") > 1
     if not source or (like_a_path and not path.is_dir()):
         raise ValueError(f"no folder {source!r} (it looks like a path, so the Hub was not asked)")
-    place, what = str(path) if path.is_dir() else source, "config"
+    what = "config"
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        folder = path if path.is_dir() else fetch(source)
+        check_config(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         what = "image processor"
+        check_processor(folder)
         # Always PIL's, as torchvision's rounds otherwise
-        processor: Any = AutoImageProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
+        processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
         what = "safetensors weights"
         classifies = any(name.endswith("ForImageClassification") for name in config.architectures or [])
-        load: Any = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained
+        kind: Any = AutoModelForImageClassification if classifies else AutoModel
+        check_weights(folder, lambda: kind.from_config(config, trust_remote_code=False))
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        model, info = load(place, trust_remote_code=False, **options)
+        model, info = kind.from_pretrained(folder, trust_remote_code=False, **options)
     # What transformers, the Hub client and safetensors raise has no common class
     except Exception as error:
-        raise ValueError(f"can't load the {what} of {source!r}: {one_line(error)}") from error
+        raise ValueError(one_line(f"can't load the {what} of {source!r}: {one_line(error)}")) from error
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -39,12 +39,12 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
     ):
         out = tmp_path / str(i)
         line = refused(capfd, tiny_folder, "digits", "--out", out, *two, *flags, *compare)
-        assert f"compare_with '{tmp_path / 'a'}' was made with {words}" in line
+        assert f"--compare-with '{tmp_path / 'a'}' was made with {words}" in line
         assert not (out / "evaluation.json").exists()
     exact = ["--exact", "--num-images", 2]
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "x", *exact, *compare)
     assert "with name 'stratified estimate', this one has 'every step once'; allowed: equal" in line
-    for content, words in (("{}", "it has no bits_per_dim, method, model"), ("7", "not iterable")):
+    for content, words in (("{}", "has no bits_per_dim"), ("7", "holds int; allowed: keys and values")):
         (tmp_path / "a" / "evaluation.json").write_text(content)
         line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "y", *two, *compare)
         assert f"'{tmp_path / 'a'}' holds no evaluation that can be read: " in line and words in line

@@ -179,13 +179,15 @@ def test_a_card_of_ones_own_is_sent_as_it_is(run_folder, tmp_path):
 
 @pytest.mark.parametrize("key", ["license", "dataset_license"])
 def test_a_licence_is_an_identifier(key):
-    with pytest.raises(ValueError, match=f"{key} is 'Apache 2.0'; allowed: .*apache-2.0"):
+    with pytest.raises(
+        ValueError, match=rf"{key} is 'Apache 2.0' \(did you mean 'apache-2.0'\?\); allowed: "
+    ):
         CardFacts("tester/x", **{key: "Apache 2.0"})
 
 
 def test_a_damaged_file_is_named(run_folder):
     files = card_files(run_folder) | {"evaluation.json": b"{", CARD: b""}
-    with pytest.raises(ValueError, match=r"evaluation\.json can't be read"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not a valid JSON file"):
         make_card(files, CardFacts("tester/x"))
 
 
@@ -195,9 +197,7 @@ def test_an_evaluation_of_another_shape_is_one_line(run_folder, tmp_path):
     report = json.loads((folder / "evaluation.json").read_text())
     del report["method"]["clip_x0"]
     (folder / "evaluation.json").write_text(json.dumps(report))
-    with pytest.raises(
-        ValueError, match="are not what they should be, KeyError: 'clip_x0'; allowed: files as"
-    ):
+    with pytest.raises(ValueError, match=r"evaluation\.json has no method\.clip_x0"):
         card(folder)
 
 
@@ -271,7 +271,7 @@ def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
 
     with pytest.raises(SystemExit, match="2"):
         make_cards("--folder", tmp_path, "--half-weights")
-    assert "half-weights has no use without add" in capsys.readouterr().err
+    assert "--half-weights has no use without --add" in capsys.readouterr().err
     weights = load_file(file) | {"conv_out.bias": torch.tensor([1e6])}
     publication = collect(run_folder, "tester/half")
     bad = publication.files | {"unet/diffusion_pytorch_model.safetensors": save(weights)}

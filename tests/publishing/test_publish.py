@@ -111,7 +111,7 @@ def test_other_averaged_weights_are_looked_at_too(run_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     (folder / "unet" / "diffusion_pytorch_model.ema_0_9.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"can't be published: .*ema_0_9\.safetensors'. Error while"):
+    with pytest.raises(ValueError, match=r"can't be published: .*ema_0_9\.safetensors .*Error while"):
         collect(folder, REPO, ema_decay=0.9)
 
 
@@ -264,7 +264,7 @@ def test_a_hub_that_does_not_answer(run_folder, local_hub, capsys, monkeypatch):
         (["{run}", f"https://u:{TOKEN}@h.co/a/b"], "repo_id is 'https://***@h.co/a/b'; allowed: "),
         (["{run}", REPO, "--licence", "mit"], "unknown argument '--licence'; did you mean --license?"),
         (["{run}", REPO, "--license", "A B"], "license is 'A B'; allowed: as the Hub writes it: apache-2.0"),
-        (["{run}", REPO, "--ema-decay", "x"], "argument --ema-decay: invalid float value: 'x'"),
+        (["{run}", REPO, "--ema-decay", "x"], "argument --ema-decay: 'x'; allowed: a number"),
         (["{run}"], "the following arguments are required: REPO_ID"),
     ],
 )
@@ -287,8 +287,8 @@ def test_a_folder_that_does_not_load_is_not_sent(run_folder, tmp_path):
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(),
             "no file named diffusion",
         ),
-        ("config", lambda f: (f / "unet/config.json").unlink(), "has no unet/config.json"),
-        ("scheduler", lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler"),
+        ("config", lambda f: (f / "unet/config.json").unlink(), "no file named unet/config.json"),
+        ("scheduler", lambda f: shutil.rmtree(f / "scheduler"), "no file named scheduler_config.json"),
     ):
         folder = tmp_path / name
         shutil.copytree(run_folder, folder)
