@@ -15,9 +15,11 @@ from hf_ddpm import __version__
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.runtime.arguments import Parser, add_options, count, run, whole, wholes
+from hf_ddpm.runtime.ends import orderly_end
 from hf_ddpm.runtime.messages import nearest, redact
 
 
+@orderly_end("hf-ddpm")
 def main(argv: Sequence[str] | None = None) -> None:
     """`hf-ddpm COMMAND ...`.
 

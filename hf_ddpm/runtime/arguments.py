@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from hf_ddpm.runtime.ends import orderly
 from hf_ddpm.runtime.messages import nearest, one_line, redact
 from hf_ddpm.runtime.options import listed
 from hf_ddpm.runtime.signals import EXIT_CODE, TrainingStopped
@@ -77,12 +78,13 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if _is_flag(word) else word
 
 
+@orderly
 def run(
     command: Callable[[Sequence[str], str], None], argv: Sequence[str] | None = None, prog: str = ""
 ) -> None:
     """Call a command, and turn how it ends into an exit code and one line on stderr.
 
-    Exit codes: 0, done; 2, bad input (a ValueError); 1, a run that failed; 75, a training run that a signal
+    Exit codes: 0, done; 2, bad input (a ValueError); 1, a run that failed; 75, a command that a signal
     stopped and that the same command continues; 130, Ctrl-C. With HF_DDPM_TRACEBACK set, errors are raised.
 
     Args:
