@@ -55,7 +55,9 @@ def output_folder(
         try:
             lock.acquire()
         except OSError as error:
-            raise ValueError(f"{option} {str(folder)!r} can't be written: {error.strerror or error}") from None
+            raise ValueError(
+                f"{option} {str(folder)!r} can't be written: {error.strerror or error}"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{option} {str(folder)!r} {error}; allowed: another folder, or later") from None
         check(folder)

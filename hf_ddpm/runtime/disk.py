@@ -65,7 +65,9 @@ def delete_partials(folder: Path, ours: Callable[[str], bool]) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all, with a sum of its content in its header.
 
     Args:
