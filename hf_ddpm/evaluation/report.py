@@ -4,6 +4,7 @@ The keys of both files are known here, where they are made and compared, and in 
 makes words and tables of them. No number is computed here but means, errors and shares.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -26,7 +25,7 @@ from hf_ddpm.evaluation.quality import QualityFound
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
 from hf_ddpm.likelihood import Bound, Estimate, decoder_evals, mean_and_stderr
-from hf_ddpm.runtime.disk import save_tensors, whole_file
+from hf_ddpm.runtime.disk import load_tensors, save_tensors, whole_file
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 
@@ -200,10 +199,15 @@ def versions() -> dict[str, str]:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write both files, each whole or not at all, evaluation.json last."""
-    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors)
+    """Write both files, each whole or not at all, evaluation.json last, whose sum the other one holds."""
+    text = json.dumps(evaluation.report, indent=2) + "\n"
+    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors, {EVALUATION: _sum(text)})
     with whole_file(folder / EVALUATION) as file:
-        file.write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -213,14 +217,17 @@ def read_evaluation(folder: Path) -> Evaluation:
         ValueError: a file is missing, damaged, or lacks what a comparison looks at.
     """
     try:
-        report = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-        tensors = load_file(folder / EVALUATION_TENSORS)
+        text = (folder / EVALUATION).read_text(encoding="utf-8")
+        report = json.loads(text)
+        tensors, sums = load_tensors(folder / EVALUATION_TENSORS, need_sum=False)
+        if sums.get(EVALUATION, _sum(text)) != _sum(text):
+            raise ValueError(f"{EVALUATION} is not the one that {EVALUATION_TENSORS} was written with")
         lacks = {"model", "method", "bits_per_dim"} - set(report)
         lacks |= {"bpd", "image_indices", "digests", "proposal"} - set(tensors)
         if lacks:
             raise ValueError(f"it has no {', '.join(sorted(lacks))}")
         return Evaluation(report, tensors)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{str(folder)!r} holds no evaluation that can be read: {one_line(error)}"
         ) from error

@@ -115,14 +115,15 @@ def check_strangers(
     for name in names:
         if name in writes:
             raise ValueError(
-                f"{option} {str(folder)!r} holds {name!r}, which hf_ddpm did not write; allowed: another folder"
+                f"{option} {str(folder)!r} holds {name!r}, which hf_ddpm did not write; allowed: another "
+                "folder"
             )
     strangers = [name for name in names if not _beside(folder / name)]
     if strangers and not overwrite:
         said = "" if overwrite is None else ", or --overwrite, which replaces none of them"
         raise ValueError(
-            f"{option} {str(folder)!r} holds other things, such as {strangers[0][:60]!r}; allowed: an empty or "
-            f"new folder, or one that hf_ddpm wrote{said}"
+            f"{option} {str(folder)!r} holds other things, such as {strangers[0][:60]!r}; allowed: an empty "
+            f"or new folder, or one that hf_ddpm wrote{said}"
         )
 
 

@@ -1,8 +1,8 @@
 """Writing to the disk: a file or a folder whole or not at all, and one wording for what can't be written.
 
 `whole_file` and `save_tensors` write one file, `write_folder` a folder that nothing else is in, and
-`update_folder` some files of a folder. All of them write beside the place, force it to the disk and rename, so
-that a process that is killed, or a power cut, leaves nothing half written under a good name. At most one
+`update_folder` some files of a folder. All of them write beside the place, force it to the disk and rename,
+so that a process that is killed, or a power cut, leaves nothing half written under a good name. At most one
 folder above what is written is made, so a run's folder that was moved away is not made anew by its next file.
 
 A file of tensors holds a sum of its own content, which `load_tensors` compares.
@@ -96,7 +96,7 @@ def load_tensors(path: Path, need_sum: bool = True) -> tuple[dict[str, Tensor], 
     try:
         with safe_open(path, "pt") as file:
             texts = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         found = texts.pop(SUM, None)
         if (need_sum or found is not None) and found != _sum(tensors, texts):
             raise ValueError("its content is not what its sum says" if found else "it has no sum")

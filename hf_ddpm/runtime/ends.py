@@ -1,7 +1,7 @@
 """How a command ends that the world around it ends: by a signal, or by closing its terminal.
 
-Files that were half written are deleted on the way, and what a command had done stays, for the same command to
-go on from.
+Files that were half written are deleted on the way, and what a command had done stays, for the same command
+to go on from.
 """
 
 import functools

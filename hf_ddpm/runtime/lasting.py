@@ -25,7 +25,7 @@ class Lasting:
     """
 
     def __init__(self, stream: Any):
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115  it stays open
+        self._stream = open(os.devnull, "w") if stream is None else stream
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:

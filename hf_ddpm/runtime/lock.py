@@ -1,4 +1,4 @@
-"""A lock on a folder, which the system holds: it ends with its process, however that ends, and leaves no file.
+"""A lock on a folder, held by the system: it ends with its process, however that ends, and leaves no file.
 
 The lock is on the folder itself, not on a file in it, so deleting files doesn't open it. Where a system can't
 lock folders (Windows, NFS), a hidden file in the folder is locked instead. A lock belongs to the process that
@@ -8,7 +8,8 @@ took it: processes that are forked from it, such as a data loader's, let go of i
 import logging
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class FolderLock:
                 pass
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
+        except BlockingIOError as error:
+            self.release()
+            raise ValueError(f"is in use by {error}") from None
         except BaseException:
             self.release()
             raise
@@ -69,12 +73,12 @@ class FolderLock:
         return False
 
     def check(self) -> None:
-        """See that the folder is where it was.
+        """See that the folder is where it was; a lock that this process doesn't hold has nothing to see.
 
         Raises:
             OSError: it was moved, deleted or replaced since it was locked.
         """
-        if self._identity != _identity(self._folder):
+        if self._identity not in (None, _identity(self._folder)):
             raise OSError(
                 f"the folder {str(self._folder)!r} was moved or deleted while it was in use; what had been "
                 "saved there went with it"
@@ -88,12 +92,11 @@ class FolderLock:
             with suppress(OSError):  # something is in it
                 folder.rmdir()
         self._made.clear()
+        self._identity = None
         self._close()
 
     def _close(self) -> None:
-        if self._number in _HELD:
-            _HELD.discard(self._number)
-            os.close(self._number)
+        _let_go(self._number)
         self._number = None
 
 
@@ -106,45 +109,91 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Keep other processes out of this context with the same file, by a hidden file beside it.
+
+    Raises:
+        OSError: nothing can be written there.
+        ValueError: another process is writing the file; the message says which if the system tells.
+    """
+    place, number = path.with_name(f".{path.name}.lock"), -1
+    try:
+        while number < 0:
+            number = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+            _locks(number)
+            found = os.fstat(number)
+            if _identity(place) != (found.st_dev, found.st_ino):  # the process that had it has deleted it
+                _let_go(number)
+                number = -1
+        yield
+        place.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise ValueError(f"{str(path)!r} is in use by {error}") from None
+    finally:
+        _let_go(number)
+
+
 def _lock(folder: Path, spare: Path) -> int | None:
     """Lock a folder, or the file in it; the descriptor that holds the lock, None if neither can be locked.
 
     Raises:
-        ValueError: another process has locked it.
+        BlockingIOError: another process has locked it; the message says which.
         OSError: the file can't be made.
     """
-    number = None
+    number = -1
     if fcntl is not None:
         with suppress(OSError):  # a folder that may not be listed
             number = os.open(folder, os.O_RDONLY)
-    for lock in (_lock_whole, _lock_byte):
-        if number is None:
-            number = os.open(spare, os.O_RDWR | os.O_CREAT, 0o666)
-        _HELD.add(number)
-        try:
-            lock(number)
-            return number
-        except OSError as error:
-            known = isinstance(error, BlockingIOError | PermissionError)
-            words = f"is in use by {_holder(number)}" if known else str(error.strerror)
-            _HELD.discard(number)
-            os.close(number)
-            number = None
-            if known:
-                raise ValueError(words) from None
-    logger.warning("%s can't be locked (%s): start no second command that writes there", folder, words)
+    if number >= 0 and _locks(number):
+        return number
+    number = os.open(spare, os.O_RDWR | os.O_CREAT, 0o666)
+    if _locks(number):
+        return number
+    logger.warning("%s can't be locked: start no second command that writes there", folder)
     return None
 
 
+def _locks(number: int) -> bool:
+    """Lock a file or folder; if that fails, the descriptor is closed.
+
+    Returns:
+        Whether the system can.
+
+    Raises:
+        BlockingIOError: another process has locked it; the message says which.
+    """
+    _HELD.add(number)
+    for lock in (_lock_whole, _lock_byte):
+        try:
+            lock(number)
+            return True
+        except (BlockingIOError, PermissionError):
+            holder = _holder(number)
+            _let_go(number)
+            raise BlockingIOError(holder) from None
+        except OSError:  # of this kind there are no locks here
+            continue
+    _let_go(number)
+    return False
+
+
+def _let_go(number: int | None) -> None:
+    """Close a descriptor, if it is one of this process's."""
+    if number in _HELD:
+        _HELD.discard(number)
+        os.close(number)
+
+
 def _lock_whole(number: int) -> None:
-    """The lock that folders take too, on the machines that share them."""
+    """The lock that folders take too."""
     if fcntl is None:
         raise OSError("no such locks here")
     fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _lock_byte(number: int) -> None:
-    """The lock that files take everywhere."""
+    """The lock that files take everywhere, Windows included; folders don't."""
     if fcntl is None:
         msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
     else:

@@ -1,9 +1,9 @@
 """Asking a program to stop: an error where nothing has to be saved, and else a flag that is looked at.
 
 In the loop of a training, SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a flag that all processes read at the
-same step. Anywhere else they end the work at once, by an error that cleans up. SIGHUP is what a terminal sends
-that is closed, SIGUSR1 what SLURM's `--signal=USR1@60` sends before it pre-empts a job or its time is over.
-torch is imported only where several processes have to agree, so that the command line loads without it.
+same step. Anywhere else they end the work at once, by an error that cleans up. SIGHUP is what a terminal
+sends that is closed, SIGUSR1 what SLURM's `--signal=USR1@60` sends before it pre-empts a job or its time is
+over. torch is imported only where several processes have to agree, so that the command line loads without it.
 """
 
 import signal

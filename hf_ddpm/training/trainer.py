@@ -66,8 +66,8 @@ def train(
 ) -> TrainResult:
     """Train, and leave a pipeline in `config.output_dir`.
 
-    SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after a checkpoint (main thread only). With several processes
-    their group ends with the run, so nothing that they do together can follow in the same program.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after a checkpoint (main thread only). With several
+    processes their group ends with the run, so nothing that they do together can follow in the same program.
 
     Args:
         config: the run.
@@ -132,8 +132,8 @@ def _told() -> Iterator[None]:
         if not (found := DEAD_WORKER.match(str(error))):
             raise
         raise RuntimeError(
-            f"the process {found[1]} that reads images was ended ({found[2] or 'unexpectedly'}), as systems do "
-            "where memory is short; checkpoints from before stand; allowed: fewer num_workers, or 0"
+            f"the process {found[1]} that reads images was ended ({found[2] or 'unexpectedly'}), as systems "
+            "do where memory is short; checkpoints from before stand; allowed: fewer num_workers, or 0"
         ) from error
 
 

@@ -179,12 +179,13 @@ def test_a_log_on_a_full_disk(tmp_path):
 
 
 def test_what_a_killed_run_left_of_a_file_goes(tmp_path):
+    train(small(tmp_path, max_steps=1), Conv())
     (tmp_path / "samples").mkdir()
-    left = [tmp_path / ".log.jsonl.7.tmp", tmp_path / "samples" / ".step-00000002.png.tmp"]
+    left = [tmp_path / ".log.jsonl.7.tmp", tmp_path / "samples" / ".step-00000002.png.7.tmp"]
     other = tmp_path / ".evaluation.json.7.tmp"  # of a program that may be writing it now
     for file in (*left, other):
         file.write_text("half")
-    train(small(tmp_path, max_steps=1), Conv())
+    train(small(tmp_path, max_steps=2), Conv())
     assert [file.exists() for file in (*left, other)] == [False, False, True]
 
 
