@@ -17,7 +17,6 @@ import diffusers
 import torch
 from PIL import Image
 
-import hf_ddpm
 from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
@@ -143,7 +142,7 @@ def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
         "variance_type": getattr(scheduler, "variance_type", None),
         "seed": seed,
         "steps": steps,
-        "versions": [hf_ddpm.__version__, torch.__version__, diffusers.__version__],
+        "versions": [torch.__version__, diffusers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

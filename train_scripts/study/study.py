@@ -5,6 +5,7 @@ not done again, so a killed study goes on with the same command. Whatever fails 
 explodes or its samples are not finite, is a line in the table. `page.py` makes the page.
 """
 
+import argparse
 import json
 import multiprocessing
 import shlex
