@@ -139,5 +139,6 @@ def _is_model(folder: Path) -> bool:
 def _is_evaluation(file: Path) -> bool:
     """Whether a file is the report of an evaluation."""
     with suppress(OSError, ValueError, RecursionError):
-        return "bits_per_dim" in json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(report, dict) and "bits_per_dim" in report
     return False

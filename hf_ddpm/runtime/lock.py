@@ -86,8 +86,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Let others have the folder."""
-        if self._made and self._folder.is_dir() and os.listdir(self._folder) == [self._spare.name]:
-            self._spare.unlink()
+        with suppress(OSError):  # the folder was never there
+            if self._made and os.listdir(self._folder) == [self._spare.name]:
+                self._spare.unlink()
         for folder in reversed(self._made):
             with suppress(OSError):  # something is in it
                 folder.rmdir()
