@@ -139,7 +139,7 @@ def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
     facts = {
         "weights": weights_digest(getattr(network, "config", {}), weights),
         "scheduler": [type(scheduler).__name__, whole_config(scheduler)],
-        "variance_type": getattr(scheduler, "variance_type", None),
+        "variance_type": scheduler.variance_type if isinstance(scheduler, DDPMScheduler) else None,
         "seed": seed,
         "steps": steps,
         "versions": [torch.__version__, diffusers.__version__],

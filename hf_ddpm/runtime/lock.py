@@ -118,7 +118,7 @@ def file_lock(path: Path) -> Iterator[None]:
         OSError: nothing can be written there.
         ValueError: another process is writing the file; the message says which if the system tells.
     """
-    place, number = path.with_name(f".{path.name}.lock"), -1
+    place, number = path.with_name(f".{path.name}.claim"), -1
     try:
         while number < 0:
             number = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)

@@ -143,7 +143,7 @@ def test_a_file_is_locked_by_another_that_is_gone_afterwards(tmp_path):
         with file_lock(tmp_path / "b.png"):
             pass
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".a.png.lock").touch()  # of a process that was killed
+    (tmp_path / ".a.png.claim").touch()  # of a process that was killed
     with file_lock(tmp_path / "a.png"):
         pass
     assert not list(tmp_path.iterdir())
