@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,9 @@ def sample(
         pipeline = _load(model, scheduler, variance_type, steps)
         key = _key(pipeline, seed, steps)
         on_main_process(state, lambda: _check_samples(folder, key, num_images, overwrite))
-        _draw(
-            pipeline,
-            folder,
-            key,
-            range(num_images)[state.process_index :: state.num_processes],
-            seed,
-            steps,
-            batch_size,
-        )
+        mine = range(num_images)[state.process_index :: state.num_processes]
+        for start in range(0, len(mine), batch_size):
+            _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check)
         state.wait_for_everyone()
 
         grid = folder / GRID
@@ -129,6 +124,13 @@ def _load(model: str, scheduler: str | None, variance_type: str | None, steps: i
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
+    pipeline.set_progress_bar_config(
+        desc="sample",
+        leave=False,
+        disable=not process_state().is_main_process,
+        mininterval=REFRESH,
+        file=Lasting(sys.stderr),
+    )
     return pipeline
 
 
@@ -151,31 +153,23 @@ def _draw(
     pipeline: DDPMPipeline,
     folder: Path,
     key: str,
-    mine: range,
+    indices: range,
     seed: int,
     steps: int | None,
-    batch_size: int,
+    check: Callable[[], None],
 ) -> None:
-    """Write this process's images, in batches; those of which all are there already are not drawn again."""
-    pipeline.set_progress_bar_config(
-        desc="sample",
-        leave=False,
-        disable=not process_state().is_main_process,
-        mininterval=REFRESH,
-        file=Lasting(sys.stderr),
-    )
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        names = [sample_name(i) for i in indices]
-        there = [name for name in names if read_note(folder / name) == _note(key, name)]
-        damaged = [name for name in there if not is_whole(folder / name)]
-        for name in damaged:
-            logger.warning("%r is damaged and drawn anew", str(folder / name))
-        if there == names and not damaged:
-            continue
-        images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
-        for name, image in zip(names, images, strict=True):
-            save_image(image, folder / name, _note(key, name))
+    """Write a batch of images, if they are not all there already; `check` looks at the folder before."""
+    names = [sample_name(i) for i in indices]
+    there = [name for name in names if read_note(folder / name) == _note(key, name)]
+    damaged = [name for name in there if not is_whole(folder / name)]
+    for name in damaged:
+        logger.warning("%r is damaged and drawn anew", str(folder / name))
+    if there == names and not damaged:
+        return
+    images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
+    for name, image in zip(names, images, strict=True):
+        check()
+        save_image(image, folder / name, _note(key, name))
 
 
 def _note(key: str, name: str) -> str:

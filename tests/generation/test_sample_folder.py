@@ -108,12 +108,14 @@ def test_a_folder_that_is_moved_meanwhile(tiny_folder, tmp_path, capfd, monkeypa
     save = hf_ddpm.generation.sample.save_image
 
     def moved(image, path, note):
-        (tmp_path / "out").rename(tmp_path / "else") if path.name == "00003.png" else None
-        return save(image, path, note)
+        save(image, path, note)
+        if path.name == "00002.png":
+            (tmp_path / "out").rename(tmp_path / "else")
 
     monkeypatch.setattr(hf_ddpm.generation.sample, "save_image", moved)
-    line = refused(capfd, "sample", tiny_folder, "--out", tmp_path / "out", *FLAGS, code=1)
-    assert "out" in line and len(line) < 300
+    line = refused(capfd, "sample", tiny_folder, "--out", tmp_path / "out", *FLAGS, code=1).split("\r")[-1]
+    assert f"the folder '{tmp_path / 'out'}' was moved or deleted while it was in use" in line
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "else").iterdir())) == 3
 
 
 def test_many_at_once_leave_the_samples_of_one(tiny_folder, tmp_path):
