@@ -2,13 +2,17 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hf_ddpm import train
-from tests.training.helpers import again, assert_same, checkpoint, log, refused, weights
+from hf_ddpm.folders.numbers import Log, read_log
+from hf_ddpm.training.checkpoint import load_checkpoint
+from hf_ddpm.training.sharding import check_moments, check_weights
+from tests.training.helpers import Conv, again, assert_same, checkpoint, log, refused, weights
 from tests.training.test_checkpoint import sealed
 
 LINES = {
@@ -35,19 +39,27 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-@pytest.mark.parametrize("place", [2, 4], ids=["within", "at the end"])
-def test_an_odd_line_is_set_aside_and_named(line, place, copied, finished, caplog):
+def test_an_odd_line_is_told_from_the_others(line, tmp_path):
+    file = tmp_path / "log.jsonl"
+    first, last = {"step": 1, "loss": 2.0}, {"step": 1, "heldout_bpd": 3.0}
+    file.write_bytes(json.dumps(first).encode() + b"\n" + line + b"\n" + json.dumps(last).encode() + b"\n")
+    assert read_log(file) == Log([first, last], {2: line}, None)
+    file.write_bytes(json.dumps(first).encode() + b"\n" + line)
+    assert read_log(file) == Log([first], {2: line} if line else {}, 2 if line else None)
+
+
+def test_odd_lines_are_set_aside_and_named(copied, finished, caplog):
     file = copied / "log.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    lines.insert(place, line + b"\n")
-    file.write_bytes(b"".join(lines))
-    assert train(again(copied, max_steps=4)).step == 4
-    assert (
-        f"line {place + 1} of {file} is damaged or no line of a run's log: moved to log-odd.json"
-        in caplog.text
-    )
+    odd = [line + b"\n" for line in LINES.values()]
+    file.write_bytes(b"".join(lines[:2] + odd + lines[2:]))
+    assert train(again(copied)).step == 4
+    for number in range(3, 8):
+        words = f"line {number} of {file} is damaged or no line of a run's log: moved to log-odd.jsonl"
+        assert words in caplog.text
+    assert f"{len(odd) - 5} more lines of {file} are so" in caplog.text
     assert log(copied) == log(finished) and log(copied, "step") == [1, 2, 3, 4]
-    assert (copied / "log-odd.jsonl").read_bytes() == line + b"\n"
+    assert (copied / "log-odd.jsonl").read_bytes() == b"".join(odd)
     assert "was changed, lost or added" not in caplog.text
 
 
@@ -75,10 +87,6 @@ def test_a_log_that_is_not_the_runs_is_told(change, copied, caplog):
         file.unlink()
     train(again(copied))
     assert "is not as the run wrote it up to step 4: a line was changed, lost or added" in caplog.text
-    caplog.clear()
-    (line := lines[0]) and file.exists() and file.write_text(file.read_text().replace(line, line))
-    train(again(copied, max_steps=6))
-    assert json.loads(file.read_text().splitlines()[-1])["step"] == 6
 
 
 # Checkpoints whose sums are right
@@ -114,20 +122,25 @@ def change_state(folder, **changes):
         ("own_objective", 7),
     ],
 )
-def test_an_odd_value_is_named_and_the_checkpoint_before_is_taken(key, value, copied, finished, caplog):
-    change_state(checkpoint(copied, 4), **{key: value})
+def test_an_odd_value_is_named(key, value, finished, tmp_path):
+    folder = shutil.copytree(checkpoint(finished, 4), tmp_path / "step-00000004")
+    change_state(folder, **{key: value})
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(folder)
+    assert f"state.json' is missing or damaged: its {key} is " in str(error.value)
+    assert len(str(error.value)) < 350
+
+
+def test_of_a_checkpoint_with_odd_values_the_one_before_is_taken(copied, finished, caplog):
+    change_state(checkpoint(copied, 4), step=-4)
     assert train(again(copied)).step == 4
-    assert "state.json' is missing or damaged: its " in caplog.text and f"its {key} is " in caplog.text
-    assert "set aside as damaged-step-00000004; going on from step-00000002" in caplog.text
-    assert all(len(record.getMessage()) < 700 for record in caplog.records)
+    assert "its step is '-4'; set aside as damaged-step-00000004; going on from step-00000002" in caplog.text
     assert_same(weights(copied, 4), weights(finished, 4))
 
 
-@pytest.mark.parametrize("key", ["images_per_step", "row_counts", "pending", "skipped"])
-def test_a_missing_value_is_named(key, copied):
-    change_state(checkpoint(copied, 4), **{key: ...})
-    text = refused(again(copied, max_steps=6))
-    assert text == f"the checkpoint at step 4 lacks {key!r} in its state"
+def test_a_missing_value_is_named(copied):
+    change_state(checkpoint(copied, 4), pending=...)
+    assert refused(again(copied, max_steps=6)) == "the checkpoint at step 4 lacks 'pending' in its state"
 
 
 def test_pending_sums_of_another_shape(copied):
@@ -136,53 +149,81 @@ def test_pending_sums_of_another_shape(copied):
 
 
 @pytest.mark.parametrize("name", ["model", "ema_0.9999"])
-@pytest.mark.parametrize("change", ["shape", "dtype", "not finite", "missing", "more", "no file"])
-def test_odd_weights_are_named(name, change, copied):
+def test_odd_weights_are_named(name, copied):
     file = checkpoint(copied, 4) / f"{name}.safetensors"
     tensors = load_file(file)
-    weight = "conv_in.bias"
-    if change == "shape":
-        tensors[weight] = tensors[weight][:1].clone()
-    elif change == "dtype":
-        tensors[weight] = tensors[weight].to(torch.int32)
-    elif change == "not finite":
-        tensors[weight][0] = torch.nan
-    elif change == "missing":
-        del tensors[weight]
-    else:
-        tensors[weight := "intruder"] = torch.ones(1)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"].to(torch.int32)
     save_file(tensors, file)
-    if change == "no file" and name != "model":
-        file.unlink()
-        weight = "it has no average with decay 0.9999"
     sealed(file.parent)
     text = refused(again(copied, max_steps=6))
-    assert text.startswith("the checkpoint at step 4 is of another network or damaged: ") and len(text) < 300
-    assert weight in text
+    assert text.startswith("the checkpoint at step 4 is of another network or damaged: 'conv_in.bias' is ")
+    assert len(text) < 300
+
+
+def test_averages_that_are_missing_are_named(copied):
+    (checkpoint(copied, 4) / "ema_0.9999.safetensors").unlink()
+    sealed(checkpoint(copied, 4))
+    assert "damaged: it has no average with decay 0.9999" in refused(again(copied, max_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"conv.bias": torch.zeros(2)},
+            "'conv.bias' is torch.float32 (2,); the network's is torch.float32 (1,)",
+        ),
+        ({"conv.bias": torch.zeros(1).double()}, "'conv.bias' is torch.float64 (1,); the network's is"),
+        ({"conv.bias": torch.tensor([torch.nan])}, "'conv.bias' is not finite"),
+        ({"conv.bias": ...}, "'conv.bias' is missing"),
+        ({"intruder": torch.zeros(1)}, "'intruder' is not of the network"),
+    ],
+    ids=["shape", "dtype", "NaN", "missing", "more"],
+)
+def test_weights_are_compared_with_the_networks(change, words):
+    state = {name: weight for name, weight in (Conv().state_dict() | change).items() if weight is not ...}
+    with pytest.raises(ValueError) as error:
+        check_weights(state, Conv())
+    assert str(error.value).startswith(words)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state, moments: moments.update(exp_avg=torch.ones(1)),
-        lambda state, moments: moments.update(exp_avg_sq=-moments["exp_avg_sq"] - 1),
-        lambda state, moments: moments["exp_avg"].fill_(torch.inf),
-        lambda state, moments: moments.update(step=torch.tensor(-1.0)),
-        lambda state, moments: moments.update(step=torch.tensor([1.0, 2.0])),
-        lambda state, moments: moments.update(exp_avg="words"),
-        lambda state, moments: moments.pop("exp_avg"),
-        lambda state, moments: state["optimizer"].pop("state"),
-        lambda state, moments: state["optimizer"].pop("param_groups"),
-        lambda state, moments: state["optimizer"].update(state=[1]),
-        lambda state, moments: state["optimizer"]["state"].update(intruder={}),
-        lambda state, moments: state.pop("optimizer"),
-        lambda state, moments: state.update(optimizer=7),
+        {"exp_avg": torch.ones(2)},
+        {"exp_avg_sq": torch.tensor([-1.0])},
+        {"exp_avg": torch.tensor([torch.inf])},
+        {"step": torch.tensor(-1.0)},
+        {"step": torch.tensor([1.0, 2.0])},
+        {"exp_avg": "words"},
+        {"exp_avg": ...},
+    ],
+    ids=str,
+)
+def test_moments_are_compared_with_the_networks(change):
+    whole = {"step": torch.tensor(3.0), "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
+    check_moments({"state": {"conv.bias": whole}}, Conv())
+    moments = {key: value for key, value in (whole | change).items() if value is not ...}
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        check_moments({"state": {"conv.bias": moments}}, Conv())
+    with pytest.raises(ValueError, match="no 'intruder'"):
+        check_moments({"state": {"intruder": whole}}, Conv())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["optimizer"].pop("state"),
+        lambda state: state["optimizer"].pop("param_groups"),
+        lambda state: state["optimizer"].update(state=[1]),
+        lambda state: state.pop("optimizer"),
+        lambda state: state.update(optimizer=7),
     ],
 )
-def test_an_odd_state_of_the_optimizer_is_named(change, copied):
+def test_an_odd_state_of_the_optimizer_is_one_line(change, copied):
     file = checkpoint(copied, 4) / "optimizer.pt"
     state = torch.load(file, weights_only=True)
-    change(state, state["optimizer"]["state"]["conv_in.bias"])
+    change(state)
     torch.save(state, file)
     sealed(file.parent)
     text = refused(again(copied, max_steps=6))
