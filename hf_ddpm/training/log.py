@@ -49,6 +49,7 @@ class RunLog:
         state: what `state` gave at that step; empty for a new run.
 
     Raises:
+        ValueError: `state` is none of a log's.
         OSError: the folder can't be written.
 
     Attributes:
@@ -80,8 +81,13 @@ class RunLog:
         self._sums = torch.zeros(len(SUMS), QUARTILES, device=accelerator.device)
         self._steps: list[Tensor] = []
         # The sums over all processes of each step since the last log
-        pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
-        self._table = pending.reshape(-1, len(SUMS), QUARTILES)
+        try:
+            pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
+            self._table = pending.reshape(-1, len(SUMS), QUARTILES)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint at step {first} has other sums in 'pending' than a log's"
+            ) from error
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
         self._logged_step = first
         self._file = folder / LOG
