@@ -191,7 +191,7 @@ class TestReference:
         data[-1] ^= 0x40  # the exponent of the last feature
         (tmp_path / "r").write_bytes(data)
         with pytest.raises(
-            ValueError, match="r' is missing or damaged: .*its content is not what its sum says"
+            ValueError, match=r"r' is missing or damaged: .*its content is not what its sum says"
         ):
             load_reference(tmp_path / "r", "net@0", FACTS)
 
