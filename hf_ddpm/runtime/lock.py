@@ -89,9 +89,10 @@ class FolderLock:
         with suppress(OSError):  # the folder was never there
             if self._made and os.listdir(self._folder) == [self._spare.name]:
                 self._spare.unlink()
-        for folder in reversed(self._made):
-            with suppress(OSError):  # something is in it
-                folder.rmdir()
+        if self._identity in (None, _identity(self._folder)):
+            for folder in reversed(self._made):
+                with suppress(OSError):  # something is in it
+                    folder.rmdir()
         self._made.clear()
         self._identity = None
         self._close()
