@@ -26,10 +26,12 @@ from hf_ddpm.runtime.arguments import (
     whole,
     wholes,
 )
+from hf_ddpm.runtime.ends import orderly_end
 from hf_ddpm.runtime.messages import nearest, redact, shown
 from hf_ddpm.runtime.streams import guard_streams
 
 
+@orderly_end("hf-ddpm")
 def main(argv: Sequence[str] | None = None) -> None:
     """`hf-ddpm COMMAND ...`.
 
@@ -76,8 +78,8 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         prog,
         "Train a DDPM on a stream of images. A value comes from its flag, else from the file, else it is the "
         "default in square brackets; '-' and '_' in a flag's name mean the same. The same command continues "
-        "a run that was stopped, and comes to the same result as if it had not been. SIGTERM, Ctrl-C and "
-        "SIGUSR1 save a checkpoint and end with exit code 75. Use torchrun or `accelerate launch "
+        "a run that was stopped, and comes to the same result as if it had not been. SIGTERM, SIGHUP, "
+        "Ctrl-C and SIGUSR1 save a checkpoint and end with exit code 75. Use torchrun or `accelerate launch "
         "--multi_gpu` for several processes.",
         "example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
         usage="%(prog)s [--config FILE] [--key value ...]",
@@ -108,7 +110,8 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser = Parser(
         prog,
         "Draw images from a model. Image number i depends on the seed and on i only, neither on the batch "
-        "size nor on the number of processes; start it with `accelerate launch` to use several.",
+        "size nor on the number of processes; start it with `accelerate launch` to use several. If it was "
+        "stopped, the same command continues it.",
         "example: %(prog)s runs/photos --num-images 16 --scheduler ddim --steps 50 --out samples",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id")

@@ -5,6 +5,7 @@ saved as a PNG file. An image's noise depends on the seed and its place alone. `
 command `hf-ddpm interpolate`. No formula stands here but the mixture of two images.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.lasting import Lasting
+from hf_ddpm.runtime.lock import file_lock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import REFRESH
@@ -45,6 +48,7 @@ class Sheet:
         Raises:
             OSError: it can't be written.
         """
+        path.parent.mkdir(parents=True, exist_ok=True)
         pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
         return plot_reconstructions(pictures, self.columns, path, self.rows)
 
@@ -236,7 +240,9 @@ def draw_interpolation(
     path = _check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     a, b = (open_image(name, pipeline.image_shape, image_column) for name in (image_a, image_b))
-    pipeline.set_progress_bar_config(desc="interpolate", leave=False, mininterval=REFRESH)
+    pipeline.set_progress_bar_config(
+        desc="interpolate", leave=False, mininterval=REFRESH, file=Lasting(sys.stderr)
+    )
     total = len(pipeline.process)
     chosen = timesteps or list(dict.fromkeys(total * quarter // 4 for quarter in (1, 2, 3)))
     try:
@@ -244,7 +250,10 @@ def draw_interpolation(
     except ValueError as error:
         # The command's name for it
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error
-    return sheet.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path):
+        _check_out(out, (image_a, image_b), overwrite)  # another command may have written it meanwhile
+        return sheet.save(path)
 
 
 def open_image(name: str, shape: tuple[int, int, int], column: str | None = None) -> Tensor:

@@ -31,9 +31,10 @@ from hf_ddpm.evaluation.report import (
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import load_scored_model
 from hf_ddpm.folders.footprint import check_batch
-from hf_ddpm.folders.layout import BITS_PLOT, EVALUATION, LEVELS_PLOT, NEAREST, RATE_PLOT
+from hf_ddpm.folders.layout import BITS_PLOT, EVALUATION, LEVELS_PLOT, MEASURED, NEAREST, RATE_PLOT
+from hf_ddpm.folders.output import check_evaluation_folder, output_folder
 from hf_ddpm.likelihood import rate_distortion, with_variance
-from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.processes import process_state
 
 PREVIEWS = 6  # images in the picture of reconstructions
@@ -55,8 +56,14 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         RuntimeError: the bound is not finite.
         OSError: a file can't be written.
     """
-    plan = prepare(config)
-    return write(plan, measure(plan), command)
+    out, state = _out(config), process_state()
+    with output_folder(out, "out", lambda out: check_evaluation_folder(out, config.overwrite), state) as lock:
+        plan = prepare(config)
+        if state.is_main_process:
+            delete_partials(out, MEASURED.__contains__)
+        results = measure(plan)
+        lock.check()
+        return write(plan, results, command)
 
 
 def prepare(config: EvaluationConfig) -> Plan:
@@ -160,17 +167,26 @@ def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:
     return evaluation.report
 
 
+def _out(config: EvaluationConfig) -> Path:
+    """The folder that the config names for the results.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if config.out is None and not Path(config.model).expanduser().is_dir():
+        raise ValueError(
+            f"out is not given, and {config.model!r} is no folder for the results; allowed: a folder as out"
+        )
+    return Path(config.out if config.out is not None else config.model).expanduser()
+
+
 def _folder(config: EvaluationConfig) -> Path:
     """Where the results go.
 
     Raises:
         ValueError: it is not said, can't be written, or holds an evaluation that is not to be replaced.
     """
-    if config.out is None and not Path(config.model).expanduser().is_dir():
-        raise ValueError(
-            f"out is not given, and {config.model!r} is no folder for the results; allowed: a folder as out"
-        )
-    out = Path(config.out if config.out is not None else config.model).expanduser()
+    out = _out(config)
     if reason := why_not_writable(out):
         raise ValueError(f"out {str(out)!r} can't be written: {reason}")
     if (out / EVALUATION).exists() and not config.overwrite:

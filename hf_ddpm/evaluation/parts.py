@@ -3,13 +3,15 @@
     OUT/.parts-<key>/00000.safetensors, 00001.safetensors, ...
 
 The key is a hash of everything that a part's content depends on, so that only the same work finds a part
-again. Processes on several machines need a folder that all of them see. This file knows options, files and
-tensors, not what the tensors mean.
+again. A part holds a sum of its content beside the key and its own number; one that is damaged or of another
+place is named and made anew. Processes on several machines need a folder that all of them see. This file
+knows options, files and tensors, not what the tensors mean.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -17,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.folders.layout import PARTS
-from hf_ddpm.runtime.disk import save_tensors
-from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.processes import process_state
+
+logger = logging.getLogger(__name__)
 
 # The options that are not in the key; all others are, so that a new option can't be forgotten there. No part
 # depends on these, but for the model, of which `facts` has digests of the weights and the process instead of
@@ -53,11 +54,20 @@ class Parts:
     def __init__(self, folder: Path, config: EvaluationConfig, facts: Mapping[str, Any]):
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_KEY}
         text = json.dumps({"options": options, "facts": dict(facts)}, sort_keys=True, default=str)
-        self._folder = folder / f"{PARTS}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._folder = folder / f"{PARTS}{self._key}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, number: int) -> bool:
-        return self._path(number).exists()
+        """Whether a part is there and whole; one that is damaged is named in a warning."""
+        if not self._path(number).exists():
+            return False
+        try:
+            self._load(number)
+        except ValueError as error:
+            logger.warning("%s; this part of the work is done anew", error)
+            return False
+        return True
 
     def complete(self, count: int, work: Work) -> dict[str, Tensor]:
         """Make the parts 0..count−1 that are missing, shared among the processes, and load all of them.
@@ -88,7 +98,7 @@ class Parts:
 
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a part, whole or not at all."""
-        save_tensors(self._path(number), tensors)
+        save_tensors(self._path(number), tensors, self._place(number))
 
     def load(self, count: int) -> dict[str, Tensor]:
         """The parts 0..count−1, each tensor concatenated over them.
@@ -96,15 +106,10 @@ class Parts:
         Raises:
             RuntimeError: a part is missing or damaged.
         """
-        found: list[dict[str, Tensor]] = []
-        for path in map(self._path, range(count)):
-            try:
-                found.append(load_file(path))
-            except (OSError, SafetensorError) as error:
-                raise RuntimeError(
-                    f"{path} is missing or damaged ({one_line(error)}): delete it and start again, in a "
-                    "folder that every process sees"
-                ) from error
+        try:
+            found = [self._load(number) for number in range(count)]
+        except ValueError as error:
+            raise RuntimeError(f"{error}; start again, in a folder that every process sees") from error
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     @staticmethod
@@ -112,6 +117,17 @@ class Parts:
         """Delete the parts of finished work in this folder, and of work that was killed and never resumed."""
         for parts in folder.glob(f"{PARTS}*"):
             shutil.rmtree(parts, ignore_errors=True)
+
+    def _load(self, number: int) -> dict[str, Tensor]:
+        """A part that is whole; ValueError for any other, with its path."""
+        tensors, place = load_tensors(self._path(number))
+        if place != self._place(number):
+            raise ValueError(f"{str(self._path(number))!r} is another part, {place.get('part')!r}")
+        return tensors
+
+    def _place(self, number: int) -> dict[str, str]:
+        """What a part says of itself."""
+        return {"part": f"{number} of {self._key}"}
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.safetensors"

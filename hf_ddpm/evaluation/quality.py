@@ -112,6 +112,7 @@ class SampleQuality:
         samples, seed = Features(self.extractor.name, **features), self._config.seed
         reference = self._reference or self._real(self._reference_rows)
         if self._file is not None and self._reference is None and self._state.is_main_process:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             save_reference(self._file, reference, self._facts)
         floor = self._real(self._floor_rows)
         return QualityFound(

@@ -4,6 +4,7 @@ The keys of both files are known here, where they are made and compared, and in 
 makes words and tables of them. No number is computed here but means, errors and shares.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -27,10 +26,10 @@ from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.folders.layout import EVALUATION, EVALUATION_TENSORS
 from hf_ddpm.folders.numbers import check_report
 from hf_ddpm.likelihood import Bound, Estimate, decoder_evals, mean_and_stderr
-from hf_ddpm.runtime.disk import save_tensors, whole_file
+from hf_ddpm.runtime.disk import load_tensors, save_tensors, whole_file
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
-from hf_ddpm.runtime.untrusted import read_json, tensor_headers
+from hf_ddpm.runtime.untrusted import parse_json, read_bytes, tensor_headers
 
 # The tensors that a comparison looks at: (N,), and (T,) for the last; with their dtypes in safetensors' words
 COMPARED = {"bpd": "F64", "image_indices": "I64", "digests": "I64", "proposal": "F64"}
@@ -204,10 +203,15 @@ def versions() -> dict[str, str]:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write both files, each whole or not at all, evaluation.json last."""
-    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors)
+    """Write both files, each whole or not at all, evaluation.json last, whose sum the other one holds."""
+    text = json.dumps(evaluation.report, indent=2) + "\n"
+    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors, {EVALUATION: _sum(text)})
     with whole_file(folder / EVALUATION) as file:
-        file.write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -217,7 +221,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         ValueError: a file is missing, damaged, or lacks what a comparison looks at.
     """
     try:
-        check_report(report := read_json(folder / EVALUATION))
+        text = read_bytes(folder / EVALUATION)
+        check_report(report := parse_json(text, EVALUATION))
         headers = tensor_headers(folder / EVALUATION_TENSORS)
         if lacks := sorted(COMPARED.keys() - headers.keys()):
             raise ValueError(f"it has no {', '.join(lacks)}")
@@ -226,11 +231,13 @@ def read_evaluation(folder: Path) -> Evaluation:
                 raise ValueError(f"{name} is of {headers[name][0]} {headers[name][1]}; allowed: {dtype} (N,)")
         if len({headers[name][1] for name in COMPARED if name != "proposal"}) != 1:
             raise ValueError("its bpd, image_indices and digests are of several lengths")
-        tensors = load_file(folder / EVALUATION_TENSORS)
+        tensors, sums = load_tensors(folder / EVALUATION_TENSORS, need_sum=False)
         if not tensors["bpd"].isfinite().all():
             raise ValueError("its bpd holds NaN or infinite numbers")
+        if sums.get(EVALUATION, _sum(text)) != _sum(text):
+            raise ValueError(f"{EVALUATION} is not the one that {EVALUATION_TENSORS} was written with")
         return Evaluation(report, tensors)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{str(folder)!r} holds no evaluation that can be read: {one_line(error)}"
         ) from error

@@ -16,11 +16,12 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
 
       train_config.json                 how the run was started
       log.jsonl                         its numbers, one JSON object a line
+      log-odd.jsonl                     lines of it that were found to be damaged
       training.png                      a picture of the log
       samples/step-00000500.png         a grid of images drawn at that step
       heldout/step-00000500.safetensors the bound of the held-out images at that step
       checkpoints/step-00000500/        what the run goes on from (training/checkpoint.py describes it)
-      .lock                             held by the training that works here
+      .lock                             held by the command that works here, where folders can't be locked
       .push/                            snapshots on their way to the Hub
 
       evaluation.json                   what was measured (numbers.py describes it)
@@ -58,10 +59,14 @@ CUSTOM_PIPELINE = "pipeline.py"  # in a repository: what diffusers' `custom_pipe
 
 # A run's folder
 RECORD, LOG, CURVE = "train_config.json", "log.jsonl", "training.png"
+ODD_LINES = "log-odd.jsonl"
 GRIDS, HELDOUT, CHECKPOINTS = "samples", "heldout", "checkpoints"  # folders
 LOCK, SNAPSHOTS = ".lock", ".push"
 STEP = re.compile(r"step-(\d{8,})")  # what `step_name` makes
 STEPS = "step-*"  # the pattern by which a folder lists them
+RUN = frozenset(
+    {INDEX, SCHEDULER, UNET, RECORD, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
+)  # what a training writes
 
 # An evaluation's folder
 EVALUATION, EVALUATION_TENSORS = "evaluation.json", "evaluation.safetensors"
@@ -72,6 +77,7 @@ PLOTS = {
     LEVELS_PLOT: "Reconstructions from each noise level",
 }
 NEAREST = "nearest.png"
+MEASURED = frozenset({EVALUATION, EVALUATION_TENSORS, *PLOTS, NEAREST})  # what an evaluation writes
 PARTS = ".parts-"  # how the names of the folders of parts begin
 
 # A folder of samples

@@ -23,7 +23,9 @@ folder. A log is described in training/log.py.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,52 @@ def _metrics(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 # A run's log
 
 
+@dataclass(frozen=True)
+class Log:
+    """The lines of a run's log.
+
+    Attributes:
+        lines: the numbers of each line that is one, in the file's order.
+        odd: the others by their number, counted from 1: half a line, which a killed run may leave, bytes that
+            are no text, JSON of something else, or a number of a step that an earlier line has.
+        cut: the number of a last line that has no end; None if there is none.
+    """
+
+    lines: list[dict[str, Any]]
+    odd: dict[int, bytes]
+    cut: int | None
+
+
+def read_log(log: Path) -> Log:
+    """Read a run's log; nothing is found in a file that is not there."""
+    lines, odd, seen = [], {}, set()
+    if log.exists():
+        check_regular(log, LOG)
+    data = log.read_bytes() if log.is_file() else b""
+    whole = data.split(b"\n")
+    for number, line in enumerate(whole, 1):
+        numbers = _numbers_in(line)
+        keys = set() if numbers is None else {(numbers["step"], key) for key in numbers if key != "step"}
+        if numbers is not None and not keys & seen:
+            seen |= keys
+            lines.append(numbers)
+        elif line or number < len(whole):
+            odd[number] = line
+    return Log(lines, odd, len(whole) if len(whole) in odd else None)
+
+
+def _numbers_in(line: bytes) -> dict[str, Any] | None:
+    """The numbers of a log's line by name, "step" among them; None if it is no such line."""
+    try:
+        found = json.loads(line.decode("utf-8"))
+        step = found["step"]
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in found.values())
+    # Bytes that are no text or no JSON, JSON of something else, numbers that no float holds
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    return found if finite and type(step) is int and step >= 0 else None
+
+
 def last_numbers(log: Path) -> dict[str, Any] | None:
     """The last value of each number of a run's log that a card tells; None if the log has none.
 
@@ -270,20 +318,10 @@ def last_numbers(log: Path) -> dict[str, Any] | None:
         heldout_images and heldout_step, of the last time that held-out images were scored.
     """
     found: dict[str, Any] = {}
-    if not log.exists():
-        return None
-    check_regular(log, LOG)
-    with log.open("rb") as lines:
-        while line := lines.readline(MAX_LINE):
-            try:
-                numbers = json.loads(line)
-            except (ValueError, RecursionError):  # a killed run may leave half a line
-                continue
-            if not isinstance(numbers, dict):
-                continue
-            found |= {key: numbers[key] for key in LOGGED if fits(numbers.get(key), float)}
-            if fits(numbers.get("heldout_bpd"), float):
-                found["heldout_step"] = numbers.get("step")
+    for numbers in read_log(log).lines:
+        found |= {key: numbers[key] for key in LOGGED if key in numbers}
+        if "heldout_bpd" in numbers:
+            found["heldout_step"] = numbers["step"]
     return found if "images" in found else None
 
 

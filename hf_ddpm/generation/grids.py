@@ -6,12 +6,14 @@ from pathlib import Path
 # Never pyplot: no window is opened, and no global state is kept
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from hf_ddpm.runtime.disk import whole_file
 
 TARGET = 96  # pixels that an image's longer side should have at least in a grid
 GAP = 4  # pixels between images
+NOTE = "hf_ddpm"  # key of the note in a PNG file
 LETTER = 10  # pixels of a grid that a letter of a label takes
 
 
@@ -53,15 +55,46 @@ def to_pil(image_uint8: Tensor) -> Image.Image:
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
+def save_image(image: Image.Image, path: Path, note: str | None = None) -> Path:
     """Write a PNG file, whole or not at all, making its folder; returns the path.
+
+    Args:
+        image: the picture.
+        path: the file.
+        note: text that is kept in the file, for `read_note`; None for none.
 
     Raises:
         OSError: it can't be written.
     """
+    texts = PngInfo()
+    if note is not None:
+        texts.add_text(NOTE, note)
     with whole_file(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=texts)
     return path
+
+
+def read_note(path: Path) -> str | None:
+    """The note that `save_image` put into a file; None for any other file. Pixels are not looked at."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            note = image.info.get(NOTE)
+    # What PIL raises on foreign bytes has no common class
+    except Exception:
+        return None
+    return note if isinstance(note, str) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all sums in a PNG file, which has one for each of its parts, are those of its content."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+        return True
+    except Exception:  # as above
+        return False
 
 
 def plot_reconstructions(

@@ -2,24 +2,38 @@
 
 Image i depends on the seed and i alone. This module knows folders and processes; pipeline.py makes the
 images.
+
+Each file has a note, "sample <key> <name>", whose key is a hash of all that an image depends on.
 """
 
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from PIL import Image
 
 from hf_ddpm.folders.footprint import check_batch
-from hf_ddpm.folders.layout import GRID, SAMPLE, sample_name
-from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
+from hf_ddpm.folders.output import check_strangers, output_folder
+from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.generation.samplers import sampler_class, swap_scheduler
-from hf_ddpm.runtime.disk import why_not_writable
-from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.generation.samplers import sampler_class, swap_scheduler, whole_config
+from hf_ddpm.models import weights_digest
+from hf_ddpm.runtime.disk import delete_partials
+from hf_ddpm.runtime.lasting import Lasting
+from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import REFRESH
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.variances import FIXED, LEARNED
+
+logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 100  # the grid shows at most so many of the samples
 
@@ -37,7 +51,9 @@ def sample(
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
 
-    Everything is checked before the folder is touched. Old samples are deleted when the new ones are there.
+    Everything is checked before the folder is touched. Each file says which drawing it is of, so that the
+    same call goes on with a drawing that was stopped, and no file that this function did not write is
+    replaced or deleted. Old samples are deleted when the new ones are there.
 
     Args:
         model: a pipeline's folder or Hub id.
@@ -54,8 +70,9 @@ def sample(
         The grid's path.
 
     Raises:
-        ValueError: a number out of range, a folder that can't be written or holds samples already, a bad
-            model, a sampler that is unknown or can't do this.
+        ValueError: a number out of range, a folder that can't be written, is in use, or holds samples already
+            or other things, a bad model, a sampler that is unknown or can't do this.
+        OSError: a file can't be written, or the folder was moved or deleted meanwhile.
     """
     least_values = (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
     for name, value, least in least_values:
@@ -65,8 +82,37 @@ def sample(
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
     if scheduler is not None:
         sampler_class(scheduler)  # an unknown one is refused before a model is loaded
-    state, folder = process_state(), Path(out)
-    pipeline = DDPMPipeline.from_pretrained(model).to(state.device)
+    state, folder = process_state(), Path(out).expanduser()
+    with output_folder(folder, "out", lambda folder: _check_folder(folder, overwrite), state) as lock:
+        pipeline = _load(model, scheduler, variance_type, steps)
+        if state.device is None or state.device.type == "cpu":
+            check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
+        key = _key(pipeline, seed, steps)
+        on_main_process(state, lambda: _check_samples(folder, key, num_images, overwrite))
+        mine = range(num_images)[state.process_index :: state.num_processes]
+        for start in range(0, len(mine), batch_size):
+            _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check)
+        state.wait_for_everyone()
+
+        grid = folder / GRID
+        if state.is_main_process:
+            lock.check()
+            names = [sample_name(i) for i in range(num_images)]
+            pictures = [Image.open(folder / name) for name in names[:GRID_IMAGES]]
+            save_image(image_grid(pictures), grid, _note(key, GRID))
+            for name in _samples_in(folder) - {*names, GRID}:
+                (folder / name).unlink()
+            print(f"{num_images} images and {GRID} in {folder}")
+    return grid
+
+
+def _load(model: str, scheduler: str | None, variance_type: str | None, steps: int | None) -> DDPMPipeline:
+    """The model with its sampler.
+
+    Raises:
+        ValueError: they can't do what is asked.
+    """
+    pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     if scheduler is not None:
         swap_scheduler(pipeline, scheduler)
     if variance_type is not None:
@@ -83,36 +129,87 @@ def sample(
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
-    if state.device is None or state.device.type == "cpu":
-        check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
-    _check_folder(folder, overwrite)
-    state.wait_for_everyone()  # every process has looked before any of them writes
-
     pipeline.set_progress_bar_config(
-        desc="sample", leave=False, disable=not state.is_main_process, mininterval=REFRESH
+        desc="sample",
+        leave=False,
+        disable=not process_state().is_main_process,
+        mininterval=REFRESH,
+        file=Lasting(sys.stderr),
     )
-    mine = range(state.process_index, num_images, state.num_processes)
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
-        for i, image in zip(indices, images, strict=True):
-            save_image(image, folder / sample_name(i))
-    state.wait_for_everyone()
+    return pipeline
 
-    grid = folder / GRID
-    if state.is_main_process:
-        names = [sample_name(i) for i in range(num_images)]
-        save_image(image_grid([Image.open(folder / name) for name in names[:GRID_IMAGES]]), grid)
-        for name in _samples_in(folder) - {*names, grid.name}:
-            (folder / name).unlink()
-        print(f"{num_images} images and {GRID} in {folder}")
-    return grid
+
+def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
+    """Sixteen hex digits of all that an image depends on, besides its number."""
+    network, scheduler = pipeline.unet, pipeline.scheduler
+    weights: Any = network.state_dict()  # type: ignore[union-attr]
+    facts = {
+        "weights": weights_digest(getattr(network, "config", {}), weights),
+        "scheduler": [type(scheduler).__name__, whole_config(scheduler)],
+        "variance_type": scheduler.variance_type if isinstance(scheduler, DDPMScheduler) else None,
+        "seed": seed,
+        "steps": steps,
+        "versions": [torch.__version__, diffusers.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _draw(
+    pipeline: DDPMPipeline,
+    folder: Path,
+    key: str,
+    indices: range,
+    seed: int,
+    steps: int | None,
+    check: Callable[[], None],
+) -> None:
+    """Write a batch of images, if they are not all there already; `check` looks at the folder before."""
+    names = [sample_name(i) for i in indices]
+    there = [name for name in names if read_note(folder / name) == _note(key, name)]
+    damaged = [name for name in there if not is_whole(folder / name)]
+    for name in damaged:
+        logger.warning("%r is damaged and drawn anew", str(folder / name))
+    if there == names and not damaged:
+        return
+    images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
+    for name, image in zip(names, images, strict=True):
+        check()
+        save_image(image, folder / name, _note(key, name))
+
+
+def _note(key: str, name: str) -> str:
+    return f"sample {key} {name}"
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if reason := why_not_writable(folder):
-        raise ValueError(f"out {str(folder)!r} can't be written: {reason}")
-    if not overwrite and _samples_in(folder):
+    """Refuse a folder of other things, before the model is loaded.
+
+    Raises:
+        ValueError: the message names one of them.
+    """
+    own = any((folder / name).is_file() for name in (INDEX, RECORD)) or bool(_samples_in(folder))
+    check_strangers(folder, "out", (), own, overwrite)
+
+
+def _check_samples(folder: Path, key: str, num_images: int, overwrite: bool) -> None:
+    """Refuse to replace what is there already, but for a drawing of this key that has not come to its end.
+
+    Raises:
+        ValueError: there are finished samples or those of another drawing, or files that `sample` did not
+            write in their place.
+    """
+    delete_partials(folder, lambda name: bool(SAMPLE.fullmatch(name)) or name == GRID)
+    ours = _samples_in(folder)
+    for name in (*map(sample_name, range(num_images)), GRID):
+        if (folder / name).exists() and name not in ours:
+            raise ValueError(
+                f"out {str(folder)!r} holds {name!r}, which is damaged or not of `hf-ddpm sample`; allowed: "
+                "another folder, or that file deleted"
+            )
+    if overwrite or not ours:
+        return
+    others = any(read_note(folder / name) != _note(key, name) for name in ours)
+    if others or GRID in ours:
         raise ValueError(
             f"out {str(folder)!r} holds samples already; allowed: another folder, or --overwrite"
         )
@@ -120,4 +217,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 def _samples_in(folder: Path) -> set[str]:
     """The names of the files that `sample` wrote into a folder, and may replace."""
-    return {path.name for path in folder.glob("*") if SAMPLE.fullmatch(path.name) or path.name == GRID}
+    names = (path.name for path in folder.glob("*.png"))
+    return {
+        name
+        for name in names
+        if (SAMPLE.fullmatch(name) or name == GRID) and (read_note(folder / name) or "").startswith("sample ")
+    }

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from hf_ddpm import variances
 from hf_ddpm.checks import described
-from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.folders.values import NEEDED
+from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
 

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
-from hf_ddpm.runtime.disk import save_tensors
+from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 
@@ -70,12 +69,10 @@ def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Map
         ValueError: no such file, a damaged one, or another one; the message names what differs.
     """
     try:
-        with safe_open(os.fspath(path), "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors, metadata = load_tensors(Path(path))
         found = {**json.loads(metadata["facts"]), "extractor": metadata["extractor"]}
         features = Features(metadata["extractor"], **tensors)
-    # What safetensors raises on foreign bytes has no common class
+    # What a file of something else lacks has no common class
     except Exception as error:
         raise ValueError(f"reference {str(path)!r} is missing or damaged: {one_line(error)}") from error
     wanted = {**json.loads(json.dumps(dict(facts))), "extractor": extractor_name}

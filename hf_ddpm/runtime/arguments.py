@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from hf_ddpm.runtime.ends import orderly
 from hf_ddpm.runtime.environment import check_environment
 from hf_ddpm.runtime.messages import LIMIT, nearest, one_line, redact, shown
 from hf_ddpm.runtime.options import MOST, listed, read_number, read_path, read_whole
@@ -97,13 +98,14 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if _is_flag(word) else word
 
 
+@orderly
 def run(
     command: Callable[[Sequence[str], str], None], argv: Sequence[str] | None = None, prog: str = ""
 ) -> None:
     """Call a command, and turn how it ends into an exit code and one line on stderr.
 
     Exit codes: 0, done; 2, bad input (a ValueError, or a path that can't be one); 1, a run that failed; 75, a
-    training run that a signal stopped and that the same command continues; 130, Ctrl-C. Python's traceback is
+    command that a signal stopped and that the same command continues; 130, Ctrl-C. Python's traceback is
     printed before the line where HF_DDPM_TRACEBACK is set.
 
     Args:

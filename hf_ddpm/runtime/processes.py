@@ -20,7 +20,7 @@ T = TypeVar("T")
 KINDS = {kind.__name__: kind for kind in (ValueError, OSError, RuntimeError)}
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_main_process(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:
     """Call `work` on process 0 alone, and return what it returns, or raise what it raises, on all processes.
 
     All processes call this function, and wait in it until the work is done.

@@ -1,12 +1,17 @@
-"""The progress bar of long work, which is redrawn rarely where it goes to a log file."""
+"""The progress bar of long work, which is redrawn rarely where it goes to a log file.
+
+A terminal that is closed takes neither the bar nor the work with it.
+"""
 
 import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_ddpm.runtime.lasting import Lasting
+
 # Seconds between two drawings: a terminal is redrawn often, and a log file gets a line now and then.
-REFRESH = 0.5 if sys.stderr.isatty() else 15.0
+REFRESH = 0.5 if sys.stderr is not None and sys.stderr.isatty() else 15.0
 
 
 def progress(what: str, total: int, unit: str, show: bool, leave: bool = True, initial: int = 0) -> Any:
@@ -21,6 +26,7 @@ def progress(what: str, total: int, unit: str, show: bool, leave: bool = True, i
         initial: how many units are done already.
     """
     return tqdm(
+        file=Lasting(sys.stderr),
         total=total,
         initial=initial,
         desc=what,

@@ -1,19 +1,73 @@
-"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 become a flag that all processes read at the same step.
+"""Asking a program to stop: an error where nothing has to be saved, and else a flag that is looked at.
 
-SIGUSR1 is what SLURM's `--signal=USR1@60` sends before it pre-empts a job or its time is over. torch is
-imported only where several processes have to agree, so that the command line loads without it.
+In the loop of a training, SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a flag that all processes read at the
+same step. Anywhere else they end the work at once, by an error that cleans up. SIGHUP is what a terminal
+sends that is closed, SIGUSR1 what SLURM's `--signal=USR1@60` sends before it pre-empts a job or its time is
+over. torch is imported only where several processes have to agree, so that the command line loads without it.
 """
 
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
 class TrainingStopped(Exception):
-    """A signal ended the run after its checkpoint was saved; the same command continues it."""
+    """A signal ended the run; what it had done is saved, and the same command continues it."""
+
+
+class Interrupted(BaseException):
+    """A signal came while nothing had to be saved. Like KeyboardInterrupt, it is no `Exception`."""
+
+
+@contextmanager
+def interruptible(numbers: Sequence[int] = SIGNALS) -> Iterator[list[str]]:
+    """While in this context, the signals raise `Interrupted` wherever the program is.
+
+    Python catches signals in a process's main thread only; in any other thread this does nothing. A signal
+    that is ignored, as `nohup` lets a program ignore SIGHUP, stays so.
+
+    Args:
+        numbers: the signals.
+
+    Returns:
+        The names of those that came. Where Python drops an error, as in a destructor, this still tells of it.
+    """
+    came: list[str] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number).name)
+        raise Interrupted(f"stopped by {came[0]}")
+
+    before = _handle(numbers, interrupt)
+    try:
+        yield came
+    finally:
+        _restore(before)
+
+
+def _handle(numbers: Sequence[int], handler: Any) -> dict[int, Any]:
+    """Set a handler for signals that are not ignored; what each of them had before."""
+    before: dict[int, Any] = {}
+    try:
+        for number in numbers:
+            # A shell lets its background jobs ignore Ctrl-C, and it should stay so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    except ValueError:  # not in the main thread
+        pass
+    return before
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        # None stands for the handler of a C library, which Python can't set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopSignals:
@@ -36,19 +90,11 @@ class StopSignals:
             self._group = distributed.new_group(backend="gloo")
 
     def __enter__(self) -> "StopSignals":
-        try:
-            for number in SIGNALS:
-                # A shell lets its background jobs ignore Ctrl-C, and it should stay so.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread
-            pass
+        self._before = _handle(SIGNALS, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            # None stands for the handler of a C library, which Python can't set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _restore(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name

@@ -11,11 +11,11 @@ too). Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 
 import hashlib
 import json
-import logging
+import math
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,40 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.folders.layout import CHECKPOINTS, LOCK, STEP, STEPS, step_name
+from hf_ddpm.folders.layout import CHECKPOINTS, STEP, STEPS, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
 from hf_ddpm.runtime.messages import one_line
-
-try:
-    import fcntl
-except ModuleNotFoundError:
-    # Windows has no such locks: there a second training is not kept out
-    fcntl = None
-
-logger = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 EMA = re.compile(r"ema_(.+)\.safetensors")
+
+
+def _count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a finite number, or a list of such lists."""
+    if isinstance(value, list):
+        return all(map(_numbers, value))
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# What the entries of a state must be, those that say how a run goes on
+STATE: Mapping[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "num_processes": lambda value: _count(value, 1),
+    "images_per_step": lambda value: _count(value, 1),
+    "skipped": _count,
+    "pending": lambda value: isinstance(value, list) and _numbers(value),
+    "row_counts": lambda value: isinstance(value, list) and all(map(_count, value)),
+    "config": lambda value: isinstance(value, dict),
+    "log": lambda value: (
+        isinstance(value, dict) and _count(value.get("lines")) and isinstance(value.get("sha256"), str)
+    ),
+    "own_objective": lambda value: isinstance(value, str),
+}
 
 
 @dataclass(frozen=True)
@@ -58,39 +77,6 @@ class Checkpoint:
     averages: Mapping[str, Mapping[str, Tensor]]
     optimizer: Mapping[str, Any]
     state: Mapping[str, Any]
-
-
-class RunLock:
-    """Keeps a second training out of a run's folder, from `acquire` to `release` or the process's end."""
-
-    def __init__(self, run: Path):
-        self.run, self._file = run, None
-
-    def acquire(self) -> None:
-        """Make the folder and lock it.
-
-        Raises:
-            ValueError: the folder can't be written, or another training has locked it.
-        """
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self._file = (self.run / LOCK).open("a")
-        except OSError as error:
-            raise ValueError(f"output_dir {str(self.run)!r} can't be written: {error.strerror}") from None
-        if fcntl is None:
-            return
-        try:
-            # Of the kinds of locks, the one that the processes of data loaders don't inherit
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"output_dir {str(self.run)!r} is in use by another training") from None
-        except OSError as error:
-            logger.warning("%s has no locks (%s): start no second training there", self.run, error.strerror)
-
-    def release(self) -> None:
-        """Let another training have the folder."""
-        if self._file is not None:
-            self._file.close()
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -157,8 +143,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             if _sha256(path := folder / name) != sums[name]:
                 raise ValueError(f"its content is not what {SUMS} says")
         state = json.loads((path := folder / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        if not isinstance(state, dict) or "step" not in state:
             raise ValueError("it has no step")
+        for key, allowed in STATE.items():
+            if key in state and not allowed(state[key]):
+                raise ValueError(f"its {key} is {str(state[key])[:60]!r}")
+        if (name := STEP.fullmatch(folder.name)) and int(name[1]) != state["step"]:
+            raise ValueError(f"its step is {state['step']}, which is not the folder's")
         model = load_file(path := folder / "model.safetensors")
         averages = {m[1]: load_file(path := folder / m[0]) for m in map(EMA.fullmatch, sums) if m}
         optimizer = torch.load(path := folder / "optimizer.pt", map_location="cpu", weights_only=True)

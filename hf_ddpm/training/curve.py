@@ -1,12 +1,12 @@
 """A run's log.jsonl as a picture: the loss, and the bits/dim of held-out images, over the optimizer steps."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure  # never pyplot: no window, no global state
 
 from hf_ddpm.folders.layout import CURVE, LOG
+from hf_ddpm.folders.numbers import read_log
 from hf_ddpm.generation.grids import save_figure
 from hf_ddpm.runtime.disk import named
 
@@ -17,7 +17,7 @@ def draw_curve(run: Path) -> None:
     Raises:
         OSError: the picture can't be written.
     """
-    lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    lines = read_log(run / LOG).lines
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     # A single image has no standard error
     heldout = [

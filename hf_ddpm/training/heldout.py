@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
@@ -25,7 +24,7 @@ from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import HELDOUT, STEP, step_name
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.runtime.disk import save_tensors
+from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
@@ -162,4 +161,11 @@ class HeldOut:
         files = self._folder.glob(f"*{ENDING}")
         steps = [(int(m[1]), path) for path in files if (m := STEP.fullmatch(path.stem))]
         earlier = [path for at, path in sorted(steps) if at < step]
-        return load_file(earlier[-1]) if earlier else None
+        if not earlier:
+            return None
+        try:
+            return load_tensors(earlier[-1])[0]
+        except ValueError as error:
+            if self._accelerator.is_main_process:
+                logger.warning("%s; there is nothing to compare step %d with", error, step)
+            return None

@@ -5,7 +5,9 @@ The file knows numbers and where they are shown. It reads them back from the dev
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -17,13 +19,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_ddpm.config import TrainConfig
-from hf_ddpm.folders.layout import LOG, RECORD
+from hf_ddpm.folders.layout import LOG, ODD_LINES, RECORD
+from hf_ddpm.folders.numbers import read_log
 from hf_ddpm.runtime.disk import named, to_disk, whole_file
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress
 
+logger = logging.getLogger(__name__)
+
 QUARTILES = 4  # of t, of each of which the mean loss is logged
 SUMS = ("loss", "images", "weight", "cost of answering zero")  # what is summed up for each quartile
+TIMES = frozenset({"images_per_second", "seconds"})  # what of a line tells the time
 
 
 class RunLog:
@@ -43,6 +49,7 @@ class RunLog:
         state: what `state` gave at that step; empty for a new run.
 
     Raises:
+        ValueError: `state` is none of a log's.
         OSError: the folder can't be written.
 
     Attributes:
@@ -74,17 +81,32 @@ class RunLog:
         self._sums = torch.zeros(len(SUMS), QUARTILES, device=accelerator.device)
         self._steps: list[Tensor] = []
         # The sums over all processes of each step since the last log
-        pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
-        self._table = pending.reshape(-1, len(SUMS), QUARTILES)
+        try:
+            pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
+            self._table = pending.reshape(-1, len(SUMS), QUARTILES)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint at step {first} has other sums in 'pending' than a log's"
+            ) from error
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
         self._logged_step = first
         self._file = folder / LOG
 
+        # How many lines the log has, and a sum of them, by which a checkpoint knows them
+        self._count, self._sum = 0, hashlib.sha256()
+
         def begin() -> float:
             """Make the files those of the step that the run starts at; the seconds that it had taken then."""
-            _keep_lines(self._file, first)
             _replace(folder / RECORD, config.to_json())
-            lines = [json.loads(line) for line in _lines(self._file)]
+            lines = _keep_lines(self._file, first)
+            sums = [self._sum.hexdigest()] + [self._add(line) for line in lines]
+            known = state.get("log")
+            if known is not None and sums[known["lines"] :][:1] != [known["sha256"]]:
+                logger.warning(
+                    "%s is not as the run wrote it up to step %d: a line was changed, lost or added",
+                    self._file,
+                    first,
+                )
             return max((line["seconds"] for line in lines if "seconds" in line), default=0.0)
 
         # When the run would have begun, had it never been stopped. What was done after the last line that
@@ -179,7 +201,15 @@ class RunLog:
         self._settle()
         if self._file.exists() and self.accelerator.is_main_process:
             to_disk(self._file)  # a checkpoint must not survive a power cut that its log doesn't
-        return {"pending": self._table.tolist(), "skipped": self.skipped}
+        log = {"lines": self._count, "sha256": self._sum.hexdigest()}
+        return {"pending": self._table.tolist(), "skipped": self.skipped, "log": log}
+
+    def _add(self, line: Mapping[str, float]) -> str:
+        """Count a line of the log; the sum of all lines so far, of all that doesn't tell the time."""
+        numbers = {key: value for key, value in line.items() if key not in TIMES}
+        self._sum.update(json.dumps(numbers, sort_keys=True).encode())
+        self._count += 1
+        return self._sum.hexdigest()
 
     def _settle(self) -> None:
         """Read the steps back from the device, sum them over all processes, and check the losses."""
@@ -214,15 +244,17 @@ class RunLog:
 
     def has(self, step: int, key: str) -> bool:
         """Whether log.jsonl has a number of that name for the step."""
-        return any(_step_of(line) == step and key in json.loads(line) for line in _lines(self._file))
+        return any(line["step"] == step and key in line for line in read_log(self._file).lines)
 
     def note(self, line: Mapping[str, float]) -> None:
         """Write numbers of this step to log.jsonl and the trackers."""
         numbers = {key: value for key, value in line.items() if key != "step"}
+        whole = {"step": self._step, **numbers}
 
         def write() -> None:
             with named(self._file), self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self._step, **numbers}) + "\n")
+                file.write(json.dumps(whole) + "\n")
+            self._add(whole)
 
         on_main_process(self.accelerator, write)
         self.accelerator.log(numbers, step=self._step)
@@ -237,24 +269,29 @@ class RunLog:
             self._since = time.perf_counter()
 
 
-def _keep_lines(file: Path, step: int) -> None:
-    """Drop the log's lines past the step that the run goes on from: they will be written again."""
-    _replace(file, "".join(line + "\n" for line in _lines(file) if _step_of(line) <= step))
+def _keep_lines(file: Path, step: int) -> list[dict[str, float]]:
+    """Drop the log's lines past the step that the run goes on from: they will be written again.
 
+    Lines that are none are moved to another file, but for the last one, which a kill may have cut.
 
-def _lines(file: Path) -> list[str]:
-    """A log's lines; bytes that are no text, which a power cut may leave, become question marks."""
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    Returns:
+        The lines that stay.
+    """
+    log = read_log(file)
+    moved = {number: line for number, line in log.odd.items() if number != log.cut}
+    if moved:
+        with named(file.with_name(ODD_LINES)) as place, place.open("ab") as odd:
+            odd.writelines(line + b"\n" for line in moved.values())
+    for number in list(log.odd)[:5]:
+        where = f"moved to {ODD_LINES}" if number in moved else "left out, as a kill may have cut it"
+        logger.warning("line %d of %s is damaged or no line of a run's log: %s", number, file, where)
+    if len(log.odd) > 5:
+        logger.warning("%d more lines of %s are so", len(log.odd) - 5, file)
+    kept = [line for line in log.lines if line["step"] <= step]
+    _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def _replace(file: Path, text: str) -> None:
     with whole_file(file) as place:
         place.write_text(text, encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """The step that a log's line is of; infinity for half a line, as a killed run may leave."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -26,16 +26,18 @@ from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import as_denoiser
-from hf_ddpm.folders.layout import CURVE, GRIDS, HELDOUT, INDEX, LOG, RECORD, STEPS, UNET, variant_name
+from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, UNET, variant_name
+from hf_ddpm.folders.output import check_run_folder, output_folder
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.objectives import Objective, make_objective, per_example
 from hf_ddpm.process import PRIOR_WARNING
-from hf_ddpm.runtime.disk import update_folder
+from hf_ddpm.runtime.disk import delete_partials, update_folder
+from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, keep_rest, rest_of
 from hf_ddpm.training.batches import make_batches, open_stream, share_steps
-from hf_ddpm.training.checkpoint import Checkpoint, RunLock, save_checkpoint
+from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint
 from hf_ddpm.training.heldout import HeldOut
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
 from hf_ddpm.training.launch import make_accelerator
@@ -44,6 +46,8 @@ from hf_ddpm.training.resume import check_objective, check_rows, find_checkpoint
 from hf_ddpm.training.sample_grids import SampleGrids
 from hf_ddpm.training.sharding import (
     all_finite,
+    check_moments,
+    check_weights,
     gather_model,
     gather_optimizer,
     restore_model,
@@ -59,7 +63,7 @@ OwnObjective = Objective | Callable[..., Tensor]  # what a caller may hand over 
 def open_run(
     config: TrainConfig, model: nn.Module | None = None, objective: str | OwnObjective | None = None
 ) -> Iterator["Run"]:
-    """A run whose folder no other training can use in this context.
+    """A run whose folder no other command can write into in this context.
 
     Args:
         config: the run.
@@ -74,12 +78,9 @@ def open_run(
     if isinstance(objective, str):
         config, objective = dataclasses.replace(config, objective=objective), None
     accelerator = make_accelerator(config)
-    lock = RunLock(Path(config.output_dir))
-    try:
-        on_main_process(accelerator, lock.acquire)
-        yield Run(config, accelerator, model, objective)
-    finally:
-        lock.release()
+    folder = Path(config.output_dir)
+    with output_folder(folder, "output_dir", check_run_folder, accelerator) as lock:
+        yield Run(config, accelerator, lock, model, objective)
 
 
 class Run:
@@ -88,6 +89,7 @@ class Run:
     Args:
         config: the run, whose `mixed_precision` is resolved.
         accelerator: the processes.
+        lock: of the run's folder, which process 0 holds.
         model: the network; None for the one that the config names.
         objective: what is minimised; None for what the config names.
 
@@ -126,10 +128,12 @@ class Run:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
+        lock: FolderLock,
         model: nn.Module | None = None,
         objective: OwnObjective | None = None,
     ):
         self.config, self.folder, self.accelerator = config, Path(config.output_dir), accelerator
+        self._lock = lock
         # The checkpoint to go on from, and this process's share of a step
         on_main_process(accelerator, self._tidy)
         start = find_checkpoint(config, self.folder, accelerator)
@@ -237,22 +241,30 @@ class Run:
         """Put a checkpoint's weights, averages and states into the run; all processes call it together.
 
         Raises:
-            ValueError: it is of another network, or has other losses to draw t by.
+            ValueError: it is of another network, has other losses to draw t by, or values that no run saves.
         """
-        self.steps.load_state_dict(start.optimizer.get("t_sampler", {}))
+        for key in ("images_per_step", "row_counts", "pending", "skipped", "config"):
+            if key not in start.state:
+                raise ValueError(f"the checkpoint at step {start.step} lacks {key!r} in its state")
         try:
+            self.steps.load_state_dict(start.optimizer.get("t_sampler", {}))
+            check_weights(start.model, self.model)
             restore_model(self.model, start.model)
             for name, average in self.averages.items():
+                if name not in start.averages:
+                    raise ValueError(f"it has no average with decay {name}")
+                check_weights(start.averages[name], average)
                 restore_model(average, start.averages[name])
                 restore_model(rest_of(average), start.averages[name + REST])
+            check_moments(start.optimizer["optimizer"], self.model)
             restore_optimizer(self.model, self.optimizer, start.optimizer["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(start.optimizer["scaler"])
-        # torch lists every tensor that differs, on a line each
-        except (RuntimeError, ValueError, KeyError) as error:
+        # torch lists every tensor that differs, on a line each; what it raises on odd states has no class
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = one_line(error)[:200]
             raise ValueError(
-                f"the checkpoint at step {start.step} is of another network: {reason}"
+                f"the checkpoint at step {start.step} is of another network or damaged: {reason}"
             ) from error
 
     def save(self, noted: Mapping[str, Any]) -> None:
@@ -267,13 +279,26 @@ class Run:
         """
         checkpoint = self.gather(noted)
         keep = self.config.keep_checkpoints
-        on_main_process(self.accelerator, lambda: save_checkpoint(self.folder, checkpoint, keep))
-        on_main_process(self.accelerator, lambda: self._write_pipeline(checkpoint.averages))
+        self.write(lambda: save_checkpoint(self.folder, checkpoint, keep))
+        self.write(lambda: self._write_pipeline(checkpoint.averages))
 
     def save_pipeline(self) -> None:
         """Save the pipeline without a checkpoint; all processes call it together."""
         averages = self._gather_averages()
-        on_main_process(self.accelerator, lambda: self._write_pipeline(averages))
+        self.write(lambda: self._write_pipeline(averages))
+
+    def write(self, work: Callable[[], object] = lambda: None) -> None:
+        """Call `work` on process 0, which writes into the run's folder; all processes call it together.
+
+        Raises:
+            OSError: the folder was moved or deleted; or what `work` raises.
+        """
+
+        def in_place() -> None:
+            self._lock.check()
+            work()
+
+        on_main_process(self.accelerator, in_place)
 
     def close(self) -> None:
         """Let go of what the launch made of the network, and of the images; no step can follow.
@@ -317,10 +342,9 @@ class Run:
 
     def _tidy(self) -> None:
         """Delete what a training left of a file that it was writing when it was killed."""
-        for name in (LOG, RECORD, CURVE, f"{HELDOUT}/{STEPS}", f"{GRIDS}/{STEPS}"):
-            file = self.folder / name
-            for left in file.parent.glob(f".{file.name}.*tmp"):
-                left.unlink(missing_ok=True)
+        delete_partials(self.folder, RUN.__contains__)
+        for name in (HELDOUT, GRIDS):
+            delete_partials(self.folder / name, lambda name: STEP.match(name) is not None)
 
 
 def _name_of(objective: OwnObjective) -> str:

@@ -4,6 +4,7 @@ RUN/samples/step-00000500.png     or .npy, (B, H, W, C) in [0, 1], for images th
 """
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_ddpm.folders.layout import GRIDS, step_name
 from hf_ddpm.generation.grids import image_grid, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.runtime.disk import named, whole_file
+from hf_ddpm.runtime.lasting import Lasting
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import REFRESH
@@ -74,7 +76,11 @@ class SampleGrids:
         mine = range(accelerator.process_index, each * world, world)
         pipeline = DDPMPipeline(model, self._scheduler)
         pipeline.set_progress_bar_config(
-            desc="sample", leave=False, mininterval=REFRESH, disable=not accelerator.is_main_process
+            desc="sample",
+            leave=False,
+            mininterval=REFRESH,
+            disable=not accelerator.is_main_process,
+            file=Lasting(sys.stderr),
         )
         with accelerator.autocast():
             images: Any = pipeline(

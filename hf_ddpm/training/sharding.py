@@ -71,6 +71,47 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str
             moments["step"] = moments["step"].cpu()
 
 
+def check_weights(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse weights that are none of the network's; torch would cast them, and load what is not finite.
+
+    Raises:
+        ValueError: the message names the first one.
+    """
+    wanted = model.state_dict()
+    for name in sorted(state.keys() ^ wanted.keys()):
+        raise ValueError(f"{name!r} is {'missing' if name in wanted else 'not of the network'}")
+    for name, weight in state.items():
+        if weight.shape != wanted[name].shape or weight.dtype != wanted[name].dtype:
+            raise ValueError(
+                f"{name!r} is {weight.dtype} {tuple(weight.shape)}; the network's is "
+                f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(f"{name!r} is not finite")
+
+
+def check_moments(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse an optimizer's state that is none of AdamW's for the network.
+
+    Args:
+        state: what `gather_optimizer` gave; empty before the first step.
+        model: the network.
+
+    Raises:
+        ValueError: the message names the first weight of which it is not.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, moments in state["state"].items() if state else ():
+        if name not in weights:
+            raise ValueError(f"the network has no {name!r}")
+        shapes = {"step": torch.Size(), "exp_avg": weights[name].shape, "exp_avg_sq": weights[name].shape}
+        found = {key: torch.as_tensor(moments[key]) for key in shapes}
+        if any(found[key].shape != shape or not found[key].isfinite().all() for key, shape in shapes.items()):
+            raise ValueError(f"the optimizer's state of {name!r} has another shape or is not finite")
+        if found["step"] < 0 or (found["exp_avg_sq"] < 0).any():
+            raise ValueError(f"the optimizer's state of {name!r} is negative where it can't be")
+
+
 def reshard(model: nn.Module) -> None:
     """Give up what a process holds of the others' shares: FSDP keeps the outermost ones after a forward."""
     for module in model.modules():

@@ -11,7 +11,8 @@ loses nothing: when it goes on it makes what is missing.
 
 import contextlib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_ddpm.config import TrainConfig
 from hf_ddpm.publishing.background import BackgroundPush
 from hf_ddpm.publishing.upload import PublishError
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.runtime.signals import StopSignals, TrainingStopped
+from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
 from hf_ddpm.training.launch import start_pushing
@@ -32,6 +33,8 @@ from hf_ddpm.training.step import optimizer_step
 
 logger = logging.getLogger(__name__)
 
+# How torch says that a process of a data loader died
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?:.*killed by signal: ([\w ]+))?")
 STOPPED_PUSH_SECONDS = 10  # that a run which was told to stop waits for an upload
 
 
@@ -63,8 +66,8 @@ def train(
 ) -> TrainResult:
     """Train, and leave a pipeline in `config.output_dir`.
 
-    SIGTERM, SIGINT and SIGUSR1 end the run after a checkpoint (main thread only). With several processes
-    their group ends with the run, so nothing that they do together can follow in the same program.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the run after a checkpoint (main thread only). With several
+    processes their group ends with the run, so nothing that they do together can follow in the same program.
 
     Args:
         config: the run.
@@ -91,12 +94,14 @@ def train(
             there.
         TrainingStopped: a signal came, and everything is saved.
     """
-    with open_run(config, model, objective) as run:
+    with _told(), interruptible() as came, open_run(config, model, objective) as run:
         push = start_pushing(run.config, run.model, run.accelerator)
         log = RunLog(
             run.folder, run.accelerator, run.config, run.first, run.share.per_step, run.rows, run.state
         )
         stop = StopSignals(run.accelerator.num_processes)
+        if came:
+            raise Interrupted(f"stopped by {came[0]}")
         with stop, log:
             with log.paused():
                 stopped = _show(run, log, stop)
@@ -108,7 +113,28 @@ def train(
             if run.step == run.first and not stopped:
                 _keep_again(run, push)
         _close(run, log, stopped)
-    return _finish(run, log, stop, push, stopped)
+        return _finish(run, log, stop, push, stopped)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Put what other libraries know of a run's end in words for the user.
+
+    Raises:
+        TrainingStopped: a signal came when there was nothing to save.
+        RuntimeError: a process that reads images is gone.
+    """
+    try:
+        yield
+    except Interrupted as asked:
+        raise TrainingStopped(f"{asked} with nothing left to save; the same command goes on") from None
+    except RuntimeError as error:
+        if not (found := DEAD_WORKER.match(str(error))):
+            raise
+        raise RuntimeError(
+            f"the process {found[1]} that reads images was ended ({found[2] or 'unexpectedly'}), as systems "
+            "do where memory is short; checkpoints from before stand; allowed: fewer num_workers, or 0"
+        ) from error
 
 
 def _show(run: Run, log: RunLog, stop: StopSignals) -> bool:
@@ -150,6 +176,7 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
     """
     config, stopped = run.config, stop.agreed()
     if run.due(config.log_every):
+        run.write()  # sees whether the folder is still there
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
         shows = run.due(config.sample_every) or run.due(config.evaluate_every)
@@ -159,7 +186,7 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
         if stopped or (shows and _show(run, log, stop)):
             return True
         if shows or pushes or run.step == config.max_steps:
-            on_main_process(run.accelerator, lambda: draw_curve(run.folder))
+            run.write(lambda: draw_curve(run.folder))
         if push is not None and pushes:
             push.push(run.step)
     return False
@@ -168,7 +195,7 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
 def _keep_again(run: Run, push: BackgroundPush | None) -> None:
     """What a run that has no step left may lack, if it was killed right after its last checkpoint."""
     run.save_pipeline()
-    on_main_process(run.accelerator, lambda: draw_curve(run.folder))
+    run.write(lambda: draw_curve(run.folder))
     if push is not None:
         push.push(run.step)
 

@@ -2,6 +2,7 @@
 
 import diffusers
 import numpy as np
+from safetensors.torch import save_file
 
 from tests.evaluation.commands import FEW, TENSORS, grey, refused, run, save_plain, write_images
 
@@ -44,10 +45,18 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
     exact = ["--exact", "--num-images", 2]
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "x", *exact, *compare)
     assert "with name 'stratified estimate', this one has 'every step once'; allowed: equal" in line
-    for content, words in (("{}", "has no bits_per_dim"), ("7", "holds int; allowed: keys and values")):
-        (tmp_path / "a" / "evaluation.json").write_text(content)
+    report = tmp_path / "a" / "evaluation.json"
+    whole = report.read_text()
+    for content, words in (
+        ("{}", "evaluation.json is not the one that evaluation.safetensors was written with"),
+        (whole.replace("1", "2", 1), "evaluation.json is not the one that"),
+        (whole[:-9], "line "),
+        ("7", "evaluation.json is not the one that"),
+    ):
+        report.write_text(content)
         line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "y", *two, *compare)
         assert f"'{tmp_path / 'a'}' holds no evaluation that can be read: " in line and words in line
+    report.write_text(whole)
     (tmp_path / "a" / TENSORS).write_bytes(b"cut")
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "y", *two, *compare)
     assert f"'{tmp_path / 'a'}' holds no evaluation that can be read: " in line
@@ -67,3 +76,25 @@ def test_comparing_one_image(tiny_folder, tmp_path):
     report, _ = run(tiny_folder, tmp_path / "b", *flags, "--compare-with", tmp_path / "a")
     assert report["comparison"]["difference_bpd"] == 0
     assert report["comparison"]["stderr"] is None
+
+
+def test_a_flipped_bit_in_the_tensors_of_the_other_is_refused(tiny_folder, tmp_path, capfd):
+    two = ["--num-images", 2, "--num-evals-per-image", 4]
+    run(tiny_folder, tmp_path / "a", *two)
+    file = tmp_path / "a" / TENSORS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x40  # the exponent of the last number
+    file.write_bytes(data)
+    line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "b", *two, "--compare-with", file.parent)
+    assert (
+        "is missing or damaged: its content is not what its sum says" in line
+        and not (tmp_path / "b").exists()
+    )
+
+
+def test_an_evaluation_of_an_earlier_version_has_no_sums(tiny_folder, tmp_path):
+    two = ["--num-images", 2, "--num-evals-per-image", 4]
+    _, tensors = run(tiny_folder, tmp_path / "a", *two)
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    report, _ = run(tiny_folder, tmp_path / "b", *two, "--compare-with", tmp_path / "a")
+    assert report["comparison"]["difference_bpd"] == 0

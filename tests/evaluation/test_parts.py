@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_ddpm.runtime.disk
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -121,18 +121,48 @@ def test_a_part_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert 0 in made
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_a_missing_or_damaged_part_is_named(damage, tmp_path):
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "of another number", "no sum"])
+def test_a_missing_or_damaged_part_is_named_and_made_anew(damage, tmp_path, caplog):
     made = parts(tmp_path)
     for number in range(3):
         made.save(number, part(number))
     (file,) = tmp_path.rglob("00001.safetensors")
-    file.write_bytes({"cut": file.read_bytes()[:-1], "empty": b"", "missing": b""}[damage])
+    file.write_bytes({"cut": file.read_bytes()[:-1]}.get(damage, b""))
     if damage == "missing":
         file.unlink()
+    elif damage == "of another number":
+        file.write_bytes(file.with_name("00002.safetensors").read_bytes())
+    elif damage == "no sum":
+        save_file(part(1), file)
     with pytest.raises(RuntimeError) as error:
         made.load(3)
-    assert str(error.value).startswith(f"{file} is missing or damaged (") and "\n" not in str(error.value)
+    words = "is another part, '2 of " if damage == "of another number" else "is missing or damaged: "
+    assert str(error.value).startswith(f"'{file}' {words}") and "\n" not in str(error.value)
+    asked = []
+
+    def work(numbers):
+        asked.extend(numbers)
+        yield from map(part, numbers)
+
+    assert parts(tmp_path).complete(3, work)["row"].tolist() == [0, 0, 1, 0, 1, 2] and asked == [1]
+    assert (f"'{file}' {words}" in caplog.text) == (damage != "missing")
+
+
+def test_any_flipped_bit_of_a_part_is_noticed_or_changes_nothing(tmp_path):
+    """Of its length, its header, its padding, its sum, and its numbers."""
+    made = parts(tmp_path)
+    made.save(0, part(1))
+    (file,) = tmp_path.rglob("00000.safetensors")
+    whole, harmless = file.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        if 0 in made:
+            harmless += 1
+            found = made.load(1)
+            assert all(torch.equal(found[name], tensor) for name, tensor in part(1).items()), bit
+    assert harmless < 10
 
 
 def test_clear_takes_all_parts_and_nothing_else(tmp_path):

@@ -185,6 +185,16 @@ class TestReference:
         with pytest.raises(ValueError, match="r' is missing or damaged"):
             load_reference(tmp_path / "r", "net@0", {})
 
+    def test_a_flipped_bit_is_noticed(self, tmp_path):
+        save_reference(tmp_path / "r", features(normal(6)), FACTS)
+        data = bytearray((tmp_path / "r").read_bytes())
+        data[-1] ^= 0x40  # the exponent of the last feature
+        (tmp_path / "r").write_bytes(data)
+        with pytest.raises(
+            ValueError, match=r"r' is missing or damaged: .*its content is not what its sum says"
+        ):
+            load_reference(tmp_path / "r", "net@0", FACTS)
+
     def test_a_failed_write_leaves_the_old_one(self, tmp_path, monkeypatch):
         save_reference(tmp_path / "r", features(normal(6)), {})
         monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hf_ddpm.runtime.disk import (
     free_path,
+    load_tensors,
     named,
     save_tensors,
     update_folder,
@@ -102,7 +103,9 @@ def test_tensors_come_back(tmp_path):
     found = load_file(tmp_path / "deep" / "x.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
     with safe_open(tmp_path / "deep" / "x.safetensors", "pt") as file:
-        assert file.metadata() == {"facts": "ü"}
+        assert file.metadata().keys() == {"facts", "sha256"}
+    again, texts = load_tensors(tmp_path / "deep" / "x.safetensors")
+    assert torch.equal(again["a"], tensors["a"]) and texts == {"facts": "ü"}
 
 
 def test_a_full_disk_leaves_the_old_tensors(tmp_path):

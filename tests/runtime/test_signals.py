@@ -20,10 +20,10 @@ def handlers():
 
 
 def test_the_signals():
-    assert [number.name for number in SIGNALS] == ["SIGTERM", "SIGINT", "SIGUSR1"]
+    assert [number.name for number in SIGNALS] == ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_sets_the_flag_and_the_process_goes_on(name):
     with StopSignals(1) as stop:
         assert not stop.agreed() and stop.name is None

@@ -179,12 +179,13 @@ def test_a_log_on_a_full_disk(tmp_path):
 
 
 def test_what_a_killed_run_left_of_a_file_goes(tmp_path):
+    train(small(tmp_path, max_steps=1), Conv())
     (tmp_path / "samples").mkdir()
-    left = [tmp_path / ".log.jsonl.7.tmp", tmp_path / "samples" / ".step-00000002.png.tmp"]
+    left = [tmp_path / ".log.jsonl.7.tmp", tmp_path / "samples" / ".step-00000002.png.7.tmp"]
     other = tmp_path / ".evaluation.json.7.tmp"  # of a program that may be writing it now
     for file in (*left, other):
         file.write_text("half")
-    train(small(tmp_path, max_steps=1), Conv())
+    train(small(tmp_path, max_steps=2), Conv())
     assert [file.exists() for file in (*left, other)] == [False, False, True]
 
 
@@ -195,16 +196,17 @@ def test_an_older_checkpoint_does_not_overwrite_a_run(finished):
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
-    hold = "import sys, fcntl; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    hold = "import sys, os, fcntl; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
     script = f"{hold}; print(flush=True); input()"
     with subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / ".lock"],
+        [sys.executable, "-c", script, tmp_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
         assert other.stdout is not None and other.stdin is not None
         other.stdout.readline()
-        assert refused(small(tmp_path)) == f"output_dir '{tmp_path}' is in use by another training"
+        words = f"output_dir '{tmp_path}' is in use by process {other.pid}; allowed: another folder, or later"
+        assert refused(small(tmp_path)) == words
         other.stdin.close()
     assert train(small(tmp_path, max_steps=1), Conv()).step == 1
 

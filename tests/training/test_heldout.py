@@ -14,7 +14,7 @@ from hf_ddpm import DDPMPipeline, TrainConfig, load_stream, train
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.likelihood import estimate_bound
 from hf_ddpm.training.heldout import HeldOut
-from tests.training.helpers import kill_at
+from tests.training.helpers import Conv, kill_at
 
 NAMES = ("heldout_bpd", "heldout_stderr", "heldout_rate_bpd", "heldout_distortion_bpd")
 
@@ -209,3 +209,17 @@ def test_trackers_get_them(tmp_path):
         expected = {line["step"]: line[name] for line in lines if name in line}
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_damaged_file_of_the_last_time_is_named_and_not_compared_with(tmp_path, caplog):
+    plan = {"evaluate_every": 2, "evaluate_num_images": 2, "evaluate_num_evals": 2, "checkpoint_every": 2}
+    train(small(tmp_path, max_steps=2, **plan), Conv())
+    file = tmp_path / "heldout" / "step-00000002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x40
+    file.write_bytes(data)
+    train(small(tmp_path, max_steps=4, **plan), Conv())
+    assert f"'{file}' is missing or damaged: its content is not what its sum says" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "heldout_bpd" in line] == [2, 4]
+    assert not any("heldout_change" in line for line in lines)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import hf_ddpm.folders.output
 import hf_ddpm.training.resume
 import hf_ddpm.training.run
 from hf_ddpm import TrainConfig, train
@@ -304,7 +305,7 @@ def read_only_in(folder: Path, work):
 @pytest.mark.parametrize(
     ("owner", "work", "folder", "kind"),
     [
-        (hf_ddpm.training.run.RunLock, "acquire", ".", ValueError),
+        (hf_ddpm.folders.output.FolderLock, "acquire", ".", ValueError),
         (hf_ddpm.training.run, "save_checkpoint", "checkpoints", PermissionError),
     ],
     ids=["at the start", "while it saves"],
@@ -314,7 +315,6 @@ def test_a_read_only_folder_is_one_line_and_leaves_the_last_checkpoint(
 ):
     run = open_folder / "run"
     train(small(run, max_steps=2), Conv())
-    (run / ".lock").unlink()
     with monkeypatch.context() as patch, pytest.raises(kind) as error:
         patch.setattr(owner, work, read_only_in(run / folder, getattr(owner, work)))
         train(small(run), Conv())

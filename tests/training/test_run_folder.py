@@ -28,7 +28,6 @@ def test_a_pipeline_at_every_checkpoint(tmp_path, monkeypatch):
         "step-00000005",
     ]
     top = {
-        ".lock",
         "checkpoints",
         "scheduler",
         "unet",

@@ -5,6 +5,7 @@ not done again, so a killed study goes on with the same command. Whatever fails 
 explodes or its samples are not finite, is a line in the table. `page.py` makes the page.
 """
 
+import argparse
 import json
 import multiprocessing
 import shlex
@@ -21,8 +22,9 @@ from results import gather
 from stages import CLASSIFIER, Study, do_run, write_json
 
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.runtime.arguments import Parser, run
-from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.processes import process_state
 
 # The runs: what each changes in configs/digits.toml.
 CHAIN_OF_50 = {"num_train_timesteps": 50, "beta_schedule": "constant", "beta_start": 0.2}
@@ -57,8 +59,6 @@ def settle(study: Study, names: Sequence[str]) -> None:
     EvaluationConfig(
         extractor=str(CLASSIFIER), num_samples=study.num_samples, sampling_steps=study.sampling_steps
     )
-    if reason := why_not_writable(study.out):
-        raise ValueError(f"out {str(study.out)!r} can't be written: {reason}")
     for name in names:
         file = study.out / "stages" / f"{name}.settings.json"
         wanted = study.settings | {"changes": RUNS[name]}
@@ -125,6 +125,19 @@ def study_command(argv: Sequence[str], prog: str) -> None:
     study = Study(args.out, args.max_steps, args.num_samples, args.sampling_steps, RUNS, time.time())
     if args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}; allowed: whole numbers >= 1")
+    with output_folder(args.out, "out", check_folder, process_state()):
+        do_study(args, study, names, argv, prog)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of other things than a study."""
+    check_strangers(out, "out", ("stages", "sittings", "results.json", *RUNS), (out / "stages").is_dir())
+
+
+def do_study(
+    args: argparse.Namespace, study: Study, names: Sequence[str], argv: Sequence[str], prog: str
+) -> None:
+    """All runs, and the page that tells of them."""
     settle(study, names)
     if args.jobs > 1:
         do_together(study, names, args.jobs)
