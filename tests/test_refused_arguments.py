@@ -1,6 +1,7 @@
 """The mathematics refuses what it can't take in one line: the argument, its type and shape, and the order."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -38,13 +39,14 @@ def line(call) -> str:
     return words
 
 
+def reads(f, a, b, t):
+    return f(LINEAR, "v_prediction", a, b, t)
+
+
 EQUATIONS = {
     **{name: getattr(LINEAR, name) for name in ("q_sample", "q_sample_prev", "q_step", "q_posterior_mean")},
     **{name: getattr(LINEAR, name) for name in ("predict_x0", "predict_eps")},
-    **{
-        f.__name__: (lambda f: lambda a, b, t: f(LINEAR, "v_prediction", a, b, t))(f)
-        for f in (to_x0, to_eps, to_score, from_x0_eps)
-    },
+    **{f.__name__: partial(reads, f) for f in (to_x0, to_eps, to_score, from_x0_eps)},
 }
 
 
