@@ -29,7 +29,7 @@ def described(value: Any) -> str:
 
 
 def check_images(order: str, **images: Any) -> None:
-    """Refuse images that are not floating-point tensors of one shape, which would broadcast without a word.
+    """Refuse images that are not floating-point tensors of one shape; a single number goes with any.
 
     Args:
         order: the call with its arguments in their order, for the message.
@@ -46,7 +46,7 @@ def check_images(order: str, **images: Any) -> None:
             )
         if shape is None:
             shape, first = x.shape, name
-        elif x.shape != shape:
+        elif x.shape != shape and x.ndim and shape:
             raise ValueError(
                 f"{name} has shape {_short(str(tuple(x.shape)))}; allowed: that of {first}, "  # pyright: ignore[reportPossiblyUnboundVariable]
                 f"{_short(str(tuple(shape)))}; the order is {order}"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import as_numbers, check_count, described
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import narrow, wide
 
@@ -44,21 +45,26 @@ class ExactDenoiser:
         weights: Tensor | None = None,
         chunk_size: int = 4096,
     ):
-        if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
+        if not isinstance(process, DiffusionProcess):
             raise ValueError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point, "
-                "(M, C, H, W), at least one"
+                f"process is {described(process)}; allowed: a DiffusionProcess; the order is "
+                "ExactDenoiser(process, images)"
             )
+        real = isinstance(images, Tensor) and images.is_floating_point()
+        if not real or images.ndim != 4 or images.numel() == 0:
+            shown = described(images)
+            if isinstance(images, Tensor):
+                shown = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images are {shown}; allowed: floating point, (M, C, H, W), at least one")
+        allowed = f"{len(images)} positive numbers"
         if weights is None:
             weights = torch.ones(len(images))
-        weights = torch.as_tensor(weights).double()
+        weights = as_numbers("weights", weights, allowed, torch.float64)
         if weights.shape != images.shape[:1] or not ((weights > 0) & weights.isfinite()).all():
             raise ValueError(
-                f"weights have shape {tuple(weights.shape)} or are not all positive; allowed: "
-                f"{len(images)} positive numbers"
+                f"weights have shape {tuple(weights.shape)} or are not all positive; allowed: {allowed}"
             )
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size!r}; allowed: whole numbers >= 1")
+        check_count("chunk_size", chunk_size)
         self.process, self.images, self._chunk_size = process, images, chunk_size
         self._log_weights = (weights / weights.sum()).log().to(images.device)
         pieces = zip(images.flatten(1).split(chunk_size), self._log_weights.split(chunk_size), strict=True)
@@ -130,9 +136,13 @@ class ExactDenoiser:
 
     def _pieces(self, x_t: Tensor, t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each piece of the set log w up to a constant, (B, m), and its centred images, (m, CHW)."""
+        own = ", ".join(map(str, self.images.shape[1:]))
+        if not isinstance(x_t, Tensor) or not x_t.is_floating_point():
+            raise ValueError(f"x_t is {described(x_t)}; allowed: floating point, (B, {own})")
         if x_t.shape[1:] != self.images.shape[1:]:
-            own = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}; allowed: (B, {own})")
+        if not isinstance(t, Tensor) or t.numel() not in (1, len(x_t)):
+            raise ValueError(f"t is {described(t)}; allowed: a tensor of shape ({len(x_t)},)")
         x = x_t.to(self.images.device).flatten(1).double()
         a, one_minus = self.process.at(
             self.process.index_of(t.contiguous().view(-1)).expand(len(x)),  # type: ignore[union-attr]

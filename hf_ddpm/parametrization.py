@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import check_images, described
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import add_scaled, narrow, wide, wide_dtype
 
@@ -142,7 +143,9 @@ def parametrization(prediction_type: str) -> Parametrization:
         ValueError: the name is unknown.
     """
     if not isinstance(prediction_type, str) or prediction_type not in PARAMETRIZATIONS:
-        raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PARAMETRIZATIONS)}")
+        raise ValueError(
+            f"prediction_type is {described(prediction_type)}; allowed: {', '.join(PARAMETRIZATIONS)}"
+        )
     return PARAMETRIZATIONS[prediction_type]
 
 
@@ -181,6 +184,7 @@ def to_x0(
             and "score" do at ᾱ_t = 0 (steps on an accelerator are trusted).
     """
     kind = parametrization(prediction_type)
+    check_images("to_x0(process, prediction_type, output, x_t, t)", output=output, x_t=x_t)
     u, v, w = process.computed_at(t, x_t, kind.x0)
     if not isinstance(w, float) or w == 0:
         _require_x0(process, prediction_type, t)
@@ -200,6 +204,7 @@ def to_eps(
         ValueError: an unknown prediction type.
     """
     kind = parametrization(prediction_type)
+    check_images("to_eps(process, prediction_type, output, x_t, t)", output=output, x_t=x_t)
     u, v, w = process.computed_at(t, x_t, kind.eps)
     eps = _sum(u, wide(x_t), v, wide(output))
     return narrow(eps if _is(1, w) else eps / w, x_t.dtype)
@@ -231,6 +236,7 @@ def to_score(
     Raises:
         ValueError: an unknown prediction type.
     """
+    check_images("to_score(process, prediction_type, output, x_t, t)", output=output, x_t=x_t)
     (s,) = process.at(t, x_t, "sqrt_one_minus_alphas_cumprod")
     return narrow(-to_eps(process, prediction_type, wide(output), wide(x_t), t) / s, x_t.dtype)
 
@@ -254,6 +260,7 @@ def from_x0_eps(
         ValueError: an unknown prediction type.
     """
     kind = parametrization(prediction_type)
+    check_images("from_x0_eps(process, prediction_type, x_0, eps, t)", x_0=x_0, eps=eps)
     p, q = process.computed_at(t, x_0, kind.output)
     return narrow(_sum(p, wide(x_0), q, wide(eps)), x_0.dtype)
 

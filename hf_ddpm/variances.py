@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_ddpm.checks import described
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.tables import wide
 
@@ -96,7 +97,7 @@ def variance(variance_type: str) -> Variance:
         ValueError: the name is unknown.
     """
     if not isinstance(variance_type, str) or variance_type not in VARIANCES:
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(VARIANCES)}")
+        raise ValueError(f"variance_type is {described(variance_type)}; allowed: {', '.join(VARIANCES)}")
     return VARIANCES[variance_type]
 
 
@@ -129,9 +130,10 @@ def log_variance_table(process: DiffusionProcess, variance_type: str) -> Tensor:
     Raises:
         ValueError: the name is not in `FIXED`, or the chain has one step and so no β̃_2.
     """
-    table = VARIANCES[variance_type].log_variance if variance_type in FIXED else None
+    known = isinstance(variance_type, str) and variance_type in FIXED
+    table = VARIANCES[variance_type].log_variance if known else None
     if table is None:
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+        raise ValueError(f"variance_type is {described(variance_type)}; allowed: {', '.join(FIXED)}")
     return table(process)
 
 
@@ -151,9 +153,8 @@ def check_scored(process: DiffusionProcess, variance_type: str | Tensor) -> None
                 f"variance_type is a table of shape {tuple(variance_type.shape)}; allowed: ({len(process)},)"
             )
     elif not isinstance(variance_type, str) or variance_type not in (*FIXED, *LEARNED):
-        shown = repr(variance_type) if isinstance(variance_type, str) else f"a {type(variance_type).__name__}"
         allowed = ", ".join((*FIXED, *LEARNED))
-        raise ValueError(f"variance_type is {shown}; allowed: {allowed}, or a (T,) tensor")
+        raise ValueError(f"variance_type is {described(variance_type)}; allowed: {allowed}, or a (T,) tensor")
 
 
 def log_variance_at(

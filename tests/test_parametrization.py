@@ -217,7 +217,7 @@ def exact_denoiser(points, x, t):
 def test_tweedie_on_a_finite_set(t, x_0, eps):
     mean, score = exact_denoiser(SET, 0.3, t)
     assert mean.item() == pytest.approx(x_0, abs=1e-11)
-    assert LINEAR.predict_eps(pixel(0.3), mean.view(1, 1, 1, 1), t).item() == pytest.approx(eps, abs=1e-12)
+    assert LINEAR.predict_eps(pixel(0.3), mean, t).item() == pytest.approx(eps, abs=1e-12)
     assert to_x0(LINEAR, "score", score, pixel(0.3), t).item() == pytest.approx(x_0, abs=1e-11)
     assert to_eps(LINEAR, "score", score, pixel(0.3), t).item() == pytest.approx(eps, abs=1e-12)
 

@@ -244,7 +244,9 @@ def check_batch(process: Any, x_0: Any, t: Any, order: str, **noises: Any) -> No
     check_images(order, x_0=x_0, **noises)
     if x_0.ndim < 1:
         raise ValueError(f"x_0 is {described(x_0)}; allowed: shape (B, C, H, W); the order is {order}")
-    if isinstance(t, Tensor) and t.shape != x_0.shape[:1]:
+    if not isinstance(t, Tensor):
+        process.at(t, x_0)  # refuses what is no step
+    elif t.shape != x_0.shape[:1]:
         raise ValueError(
             f"t is {described(t)}; allowed: ({x_0.shape[0]},), one step per example; the order is {order}"
         )
