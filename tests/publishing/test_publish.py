@@ -290,7 +290,7 @@ def test_a_folder_that_does_not_load_is_not_sent(run_folder, tmp_path):
             "no file named diffusion",
         ),
         ("config", lambda f: (f / "unet/config.json").unlink(), "there is no file named unet/config.json"),
-        ("scheduler", lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler"),
+        ("scheduler", lambda f: shutil.rmtree(f / "scheduler"), "no file named scheduler_config.json"),
     ):
         folder = tmp_path / name
         shutil.copytree(run_folder, folder)
