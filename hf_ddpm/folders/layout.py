@@ -124,7 +124,7 @@ def step_name(step: int) -> str:
 
 def newest_grid(run: Path) -> Path | None:
     """The last picture of images that a run drew; None if it drew none."""
-    return max((run / GRIDS).glob(f"{STEPS}.png"), default=None)
+    return max((path for path in (run / GRIDS).glob(f"{STEPS}.png") if path.is_file()), default=None)
 
 
 def sample_name(index: int) -> str:

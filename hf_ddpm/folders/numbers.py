@@ -103,7 +103,7 @@ def check_report(report: Mapping[str, Any]) -> None:
     _check_types(report, SECTIONS | {key: FURTHER[key] for key in FURTHER if report.get(key) is not None}, "")
     if report.get("sample_metrics") is not None:
         ours, floor = (report["sample_metrics"][key] for key in ("samples", "floor"))
-        for name, value in (ours | floor).items():
+        for name, value in (*ours.items(), *floor.items()):
             if not isinstance(value, float) and not fits(value, float):
                 raise ValueError(f"{EVALUATION}: {shown(name)} is {shown(value)}; allowed: a number")
         if ours.keys() != floor.keys():

@@ -10,13 +10,14 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 
-from hf_ddpm.folders.guard import make_empty, read_json, weights_files
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.guard import make_empty, weights_files
 from hf_ddpm.folders.index import check_folder, needs_us, part_folder
 from hf_ddpm.folders.layout import (
     CARD,
@@ -45,11 +46,13 @@ from hf_ddpm.folders.layout import (
     weights_name,
 )
 from hf_ddpm.folders.numbers import last_numbers, measured_weights
+from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.models import NETWORKS, weights_digest
 from hf_ddpm.publishing.card import MARK, CardFacts, make_card
 from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
 from hf_ddpm.runtime.hub import check_repo_id
 from hf_ddpm.runtime.messages import one_line, redact
+from hf_ddpm.runtime.untrusted import read_bytes, read_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +292,16 @@ def needed_files(run: Path) -> list[Path]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """How a run was started; {} if the folder is not a run's."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    """How a run was started; {} if the folder is not a run's.
+
+    Raises:
+        ValueError: the file can't be read, or a value has another type than `TrainConfig` gives it.
+    """
+    found = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    for key, kind in get_type_hints(TrainConfig).items():
+        if key in found and not fits(found[key], kind):
+            raise ValueError(f"{RECORD}: {key} is {shown(found[key])}; allowed: {words_of(kind)}")
+    return found
 
 
 def main_decay(config: Mapping[str, Any]) -> float | None:
@@ -362,7 +373,7 @@ def _refuse_links(folder: Path, files: Iterable[Path | bytes]) -> None:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_bytes(path).decode(errors="replace")
 
 
 def _readable_picture(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """extractors.py: features of a module, of a model of transformers, of Inception; missing packages."""
 
 import json
+import os
 import re
 import sys
 
@@ -278,3 +279,48 @@ def test_a_refused_extractor_leaves_progress_bars_as_they_were():
         with pytest.raises(ValueError, match="no folder"):
             load_extractor(source)
         assert are_progress_bars_disabled() == shown
+
+
+class TestStrangers:
+    """A feature network from a stranger's folder: no pipe, no size that is not there, no code."""
+
+    def refused(self, folder, words):
+        with pytest.raises(ValueError, match=r"can't load the .* of ") as error:
+            load_extractor(folder)
+        assert words in str(error.value) and len(str(error.value)) <= 300 and "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+    def test_a_pipe(self, file, dinov2, tmp_path):
+        folder = save_model(tmp_path / "m", dinov2[1])
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        self.refused(folder, "is a pipe; allowed: a regular file")
+
+    @pytest.mark.parametrize(
+        ("file", "changes", "words"),
+        [
+            ("config.json", {"hidden_size": 2**16}, "it has more than"),
+            ("config.json", {"num_hidden_layers": 10**9}, "allowed: at most 1048576"),
+            ("config.json", {"attn_implementation": "kernels-community/any"}, "allowed: eager, sdpa"),
+            ("config.json", {"vision_config": {"_attn_implementation": "a/b"}}, "allowed: eager, sdpa"),
+            ("config.json", {"quantization_config": {"quant_method": "awq"}}, "allowed: none"),
+            ("preprocessor_config.json", {"size": {"height": 10**6, "width": 8}}, "allowed: at most 8192"),
+        ],
+    )
+    def test_a_config(self, file, changes, words, dinov2, tmp_path):
+        folder = save_model(tmp_path / "m", dinov2[1])
+        found = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(found | changes))
+        self.refused(folder, words)
+
+    def test_an_adapter(self, dinov2, tmp_path):
+        folder = save_model(tmp_path / "m", dinov2[1])
+        (folder / "adapter_config.json").write_text("{}")
+        self.refused(folder, "allowed: a network without an adapter")
+
+    def test_a_network_of_the_hub_comes_without_code(self, dinov2, tmp_path, local_hub):
+        folder = save_model(tmp_path / "m", dinov2[1])
+        (folder / "own.py").write_text("")
+        local_hub.put("tester/net", {path.name: path.read_bytes() for path in folder.iterdir()})
+        assert re.fullmatch(r"tester/net@[0-9a-f]{8}", load_extractor("tester/net").name)
+        assert not any("own.py" in line for line in local_hub.requests)
