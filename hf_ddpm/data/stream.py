@@ -92,10 +92,9 @@ def load_stream(
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
-    dataset, files = open_source(source, split)
-    names = files if len(files) == dataset.num_shards else [f"split {split!r}"] * dataset.num_shards
+    found = open_source(source, split)
     return ImageStream(
-        _shards=Shards(dataset.decode(False), find_column(dataset, column), names),
+        _shards=Shards(found, find_column(found.features, column)),
         _size=size,
         _channels=channels,
         _fit=fit,
@@ -145,7 +144,7 @@ class ImageStream:
     def __post_init__(self) -> None:
         for row in self._shards.rows():
             try:
-                *size, channels = decode_pixels(row.value, self._channels).shape
+                *size, channels = decode_pixels(self._shards.encoded(row), self._channels).shape
             except ValueError as error:
                 if not self._skip_corrupt:
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
@@ -302,7 +301,7 @@ class ImageStream:
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:
         channels, height, width = self.shape
-        pixels = decode_pixels(row.value, self._channels)
+        pixels = decode_pixels(self._shards.encoded(row), self._channels)
         if pixels.shape[2] != channels:
             raise ValueError(f"{pixels.shape[2]} channels, wanted {channels}; channels=1 or 3 would convert")
         draws = np.zeros(3)
