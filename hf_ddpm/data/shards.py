@@ -32,6 +32,7 @@ from datasets.table import table_cast
 
 from hf_ddpm.data.files import MOST_BYTES, inside, read_regular, shown
 from hf_ddpm.data.order import Order, Stretch
+from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
 
@@ -92,8 +93,9 @@ class Shards:
             return list(threads.map(self._count_in_footer, range(len(self.names))))
 
     def _count_in_footer(self, shard: int) -> int:
-        with self._named_errors(shard), self._open_parquet(shard) as parquet:
-            return parquet.metadata.num_rows
+        with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
+            groups = range(parquet.num_row_groups)
+            return sum(parquet.metadata.row_group(group).num_rows for group in groups)
 
     def read(self, shard: int, start: int = 0) -> Generator[Any, None, None]:
         """The column's values from row `start` of a shard on.
@@ -116,29 +118,32 @@ class Shards:
             yield batch[self._column]
 
     def _read_parquet(self, shard: int, start: int) -> Iterator[list[Any]]:
-        with self._open_parquet(shard) as parquet:
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            ends = list(itertools.accumulate(sizes))
-            groups = [i for i, end in enumerate(ends) if end > start]
-            passed = start - sum(sizes[: groups[0]]) if groups else 0
-            for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
-                if passed < len(batch):
-                    table = pa.Table.from_batches([batch.slice(passed)])
-                    yield table_cast(table, self._schema)[self._column].to_pylist()
-                passed = max(0, passed - len(batch))
+        with self._open_parquet(shard) as (parquet, file):
+            for group in range(parquet.num_row_groups):
+                count = parquet.metadata.row_group(group).num_rows
+                if start >= count:
+                    start -= count
+                    continue
+                local = self._source.root is not None
+                most = rows_per_read(parquet, file, group, self._column, _ROWS_PER_READ, local)
+                for batch in parquet.iter_batches(most, [group], [self._column], use_threads=False):
+                    if start < len(batch):
+                        table = pa.Table.from_batches([batch.slice(start)])
+                        yield table_cast(table, self._schema)[self._column].to_pylist()
+                    start = max(0, start - len(batch))
 
     @contextmanager
-    def _open_parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
+    def _open_parquet(self, shard: int) -> Iterator[tuple[pq.ParquetFile, Any]]:
         name = self.names[shard]
         # A local path is no address, whatever characters are in it
         with open(name, "rb") if self._source.root else fsspec.open(name, "rb") as file:
-            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ), file
 
     @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, DatasetsError, OSError) as error:
+        except (pa.ArrowException, DatasetsError, OSError, ValueError) as error:
             raise ValueError(f"can't read {shown(self.names[shard])}: {one_line(error, 150)}") from error
 
     def encoded(self, row: Row) -> Any:
