@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import datasets
 from datasets import Array2D, Array3D, LargeList, List, Value
@@ -15,7 +16,29 @@ from datasets import Array2D, Array3D, LargeList, List, Value
 from hf_ddpm.runtime.messages import one_line
 
 
-def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.IterableDataset, list[str]]:
+@dataclass(frozen=True)
+class Source:
+    """For now; the helper `files` has the real one."""
+
+    name: str
+    split: str
+    kind: Literal["images", "parquet", "stream"]
+    files: list[str]
+    features: datasets.Features
+    dataset: datasets.IterableDataset | None = None
+    root: str | None = None
+
+
+def open_source(source: str | os.PathLike[str], split: str) -> Source:
+    dataset, files = _open_source(source, split)
+    parquet = bool(files) and all(file.endswith(".parquet") for file in files)
+    images = bool(files) and all(file.endswith((".png", ".jpg")) for file in files)
+    kind = "parquet" if parquet else "images" if images else "stream"
+    root = os.path.abspath(source) if os.path.isdir(source) else None
+    return Source(os.fspath(source), split, kind, files, dataset.features or datasets.Features(), dataset.decode(False) if kind == "stream" else None, root)
+
+
+def _open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.IterableDataset, list[str]]:
     """The split's stream and its data files.
 
     Args:
@@ -52,7 +75,7 @@ def open_source(source: str | os.PathLike[str], split: str) -> tuple[datasets.It
     return splits[split], [str(file) for file in (builder.config.data_files or {}).get(split, [])]
 
 
-def find_column(dataset: datasets.IterableDataset, column: str | None) -> str:
+def find_column(features: datasets.Features, column: str | None) -> str:
     """The column of the images: the given one, or the only one that holds images.
 
     Args:
@@ -62,7 +85,6 @@ def find_column(dataset: datasets.IterableDataset, column: str | None) -> str:
     Raises:
         ValueError: no such column, or not exactly one that holds images.
     """
-    features = dataset.features or {}
     columns = ", ".join(features) or "no known columns"
     if column is not None:
         if column not in features:
