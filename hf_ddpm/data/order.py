@@ -46,7 +46,7 @@ EMPTY = -1
 # Rows that are read at once when nothing is permuted; the order does not depend on it
 _PLAIN_WINDOW = 64
 # Units of a window that are enough to mix it, and into how many a group is cut at most to come near that
-_UNITS, _PARTS = 2048, 4
+_UNITS, _PARTS = 512, 4
 # With fewer than twelve rounds, counting finds a bias in permutations of five or six things
 _ROUNDS = 12
 

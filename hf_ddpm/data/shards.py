@@ -16,11 +16,12 @@ This file doesn't know pixels, crops, or which places anyone wants.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import logging
 import math
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -170,35 +171,53 @@ class Shards:
         Raises:
             ValueError: the shard can't be read.
         """
-        with self._named_errors(shard):
-            if self.addressable:
-                for first in range(start, len(self._source.files), _ROWS_PER_READ):
-                    paths = self._source.files[first : first + _ROWS_PER_READ]
-                    values = [{"bytes": None, "path": path} for path in paths]
-                    yield pa.array(values, self._schema.field(0).type)
-            elif self._source.kind == "parquet":
-                yield from self._read_parquet(shard, start)
-            else:
-                yield from self._read_stream(shard, start)
+        with self.opened(shard) as chunks_from:
+            yield from chunks_from(start)
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[Callable[[int], Generator[pa.Array, None, None]]]:
+        """A shard's `chunks`, any number of times, while its file is open.
+
+        Raises:
+            ValueError: the shard can't be read.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._named_errors(shard):
+                parquet = self._source.kind == "parquet"
+                file = stack.enter_context(_open_parquet(self.names[shard])) if parquet else None
+
+            def chunks_from(start: int) -> Generator[pa.Array, None, None]:
+                with self._named_errors(shard):
+                    if file is not None:
+                        yield from self._read_parquet(file, start)
+                    elif self.addressable:
+                        yield from self._list_files(start)
+                    else:
+                        yield from self._read_stream(shard, start)
+
+            yield chunks_from
+
+    def _list_files(self, start: int) -> Iterator[pa.Array]:
+        for first in range(start, len(self._source.files), _ROWS_PER_READ):
+            paths = self._source.files[first : first + _ROWS_PER_READ]
+            yield pa.array([{"bytes": None, "path": path} for path in paths], self._schema.field(0).type)
 
     def _read_stream(self, shard: int, start: int) -> Iterator[pa.Array]:
         assert self._stream is not None
         part = self._stream.shard(len(self.names), shard)
         for batch in part.skip(start).iter(_ROWS_PER_READ):
-            table = pa.Table.from_pydict(batch, schema=self._schema)
-            yield from table[self._column].chunks
+            yield from pa.Table.from_pydict(batch, schema=self._schema)[self._column].chunks
 
-    def _read_parquet(self, shard: int, start: int) -> Iterator[pa.Array]:
-        with _open_parquet(self.names[shard]) as parquet:
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            ends = list(itertools.accumulate(sizes))
-            groups = list(range(bisect.bisect_right(ends, start), len(ends)))
-            passed = start - sum(sizes[: groups[0]]) if groups else 0
-            for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
-                if passed < len(batch):
-                    table = pa.Table.from_batches([batch.slice(passed)])
-                    yield from table_cast(table, self._schema)[self._column].chunks
-                passed = max(0, passed - len(batch))
+    def _read_parquet(self, parquet: pq.ParquetFile, start: int) -> Iterator[pa.Array]:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        groups = list(range(bisect.bisect_right(ends, start), len(ends)))
+        passed = start - sum(sizes[: groups[0]]) if groups else 0
+        for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
+            if passed < len(batch):
+                table = pa.Table.from_batches([batch.slice(passed)])
+                yield from table_cast(table, self._schema)[self._column].chunks
+            passed = max(0, passed - len(batch))
 
     @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
@@ -329,6 +348,8 @@ class _Reader:
     def __init__(self, shards: Shards):
         self._shards = shards
         self._shard, self._at = -1, 0
+        self._file = contextlib.ExitStack()
+        self._chunks_from: Callable[[int], Generator[pa.Array, None, None]] | None = None
         # The shard's values from row `_at` on: those that were read already, and the others
         self._rest: pa.Array | None = None
         self._chunks: Generator[pa.Array, None, None] | None = None
@@ -344,16 +365,21 @@ class _Reader:
     def close(self) -> None:
         if self._chunks is not None:
             self._chunks.close()
-        self._chunks = self._rest = None
+        self._chunks = self._rest = self._chunks_from = None
+        self._file.close()
 
     def take(self, start: int, stop: int) -> list[_Run]:
         """Rows `start` to `stop` − 1 of the source, which are in one group."""
         shard = bisect.bisect_right(self._ends, start)
         before = self._ends[shard] - self._shards.counts[shard]
         first, last = start - before, stop - before
-        if self._chunks is None or shard != self._shard or not self._on_the_way(before, first):
+        if self._chunks_from is None or shard != self._shard:
             self.close()
-            self._shard, self._at, self._chunks = shard, first, self._shards.chunks(shard, first)
+            self._shard, self._chunks_from = shard, self._file.enter_context(self._shards.opened(shard))
+        if self._chunks is None or not self._on_the_way(before, first):
+            if self._chunks is not None:
+                self._chunks.close()
+            self._at, self._rest, self._chunks = first, None, self._chunks_from(first)
         runs: list[_Run] = []
         while self._at < last:
             rest = self._rest if self._rest is not None else next(self._chunks, None)
