@@ -9,18 +9,18 @@ alone, such as the row groups of parquet files.
                  part of the source ─► cut into windows of rows ─► each window dealt out to 8 lanes
                  place q of a window  =  lane q mod 8, index q div 8 in it; inside a lane, rows are permuted
 
-The order is a pure function of (rows of the groups, rows of a window, seed, epoch): the same for any number of
-processes, and any place of it is found without those before it, so that resuming is a seek. Each epoch has
+The order is a pure function of (rows of the groups, rows of a window, seed, epoch): the same for any number
+of processes, and any place of it is found without those before it, so that resuming is a seek. Each epoch has
 each row once. A permutation of rows is computed where it is asked for (`permuted`), so that the order of a
-billion rows takes no memory; of the units, one number each is kept for an epoch.
+billion rows takes no memory; of the units, two numbers each are kept for an epoch.
 
 Whoever reads all places of the order holds a window of rows. A process that takes every W-th place needs only
 the lanes that these places lie in, which are 8 / gcd(8, W) of the 8: all if W is odd, one if 8 divides W.
 
 A window takes its units from all over the source, about one from each of as many equal parts. So where the
 source is sorted by class, a window has the classes in their right proportions as far as its number of units
-allows. A group that is large against the window is cut no finer than in 4, as whoever reads a unit passes over
-what comes before it in its group: on average a unit and a half.
+allows. A group that is large against the window is cut no finer than in 4, as whoever reads a unit passes
+over what comes before it in its group: on average a unit and a half.
 
 With a window of 0 rows nothing is permuted: the order is the source's, each epoch.
 
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     window: int
     lane: int
-    index: int
+    offset: int
 
 
 class Stretch(NamedTuple):

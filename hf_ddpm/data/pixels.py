@@ -6,13 +6,10 @@ Images stay uint8 until `to_float`, which is best called on the device.
 
 import hashlib
 import io
-import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from PIL import ExifTags, ImageOps
@@ -71,8 +68,8 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
     """The image in a row of a data set.
 
     Args:
-        value: an encoded image (bytes, or a dict of "bytes" or "path"), or an array or lists, (h, w) or
-            (h, w, C).
+        value: an encoded image (bytes, or a dict with "bytes"), or an array or lists, (h, w) or (h, w, C).
+            No path in it is opened.
         channels: 1 (grey) and 3 (RGB) convert the image; None and others leave it as it is.
 
     Returns:
@@ -80,17 +77,8 @@ def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
 
     Raises:
         ValueError: not an image, or values that are not grey levels of 8 bits.
-        OSError: the file at "path" can't be read; a lost connection is not a corrupt image.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
-    if isinstance(value, dict) and data is None and value.get("path"):
-        path = value["path"]
-        # fsspec takes longer to open a local file than PIL to decode a small image
-        if os.path.isabs(path):
-            data = Path(path).read_bytes()
-        else:
-            with fsspec.open(path, "rb") as file:
-                data = file.read()  # pyright: ignore[reportAttributeAccessIssue]
     mode = MODES.get(channels or 0)
     try:
         pixels = _open_image(data, mode) if isinstance(data, bytes) else np.asarray(data)

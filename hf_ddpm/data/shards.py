@@ -1,16 +1,13 @@
-"""Rows: where the rows of a data set are, and how they are read in an `Order`.
+"""Rows: where the rows of a source are, which of them can be read alone, and how the others are read.
 
-Images stay encoded until someone decodes them. A row of a folder of images is a file, which is read when it
-is asked for, in any order. Rows of parquet files and of streams come in groups that can only be read from
-their beginning: a window of the order is read in one pass over the files, and held as Arrow arrays, which are
-as large as the encoded images.
+Images stay encoded until someone decodes them.
 
 Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
 over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends. Here a
 seek goes to the row group, one column is read, a page of the file and a megabyte are held beside the rows,
 and no thread of pyarrow is left that would abort the interpreter at its exit.
 
-This file doesn't know pixels, crops, or which places anyone wants.
+This file doesn't know pixels, crops, orders, or which places anyone wants.
 """
 
 from __future__ import annotations
@@ -18,35 +15,28 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-import logging
-import math
-import weakref
+import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import datasets
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
-from hf_ddpm.data.order import Order
+from hf_ddpm.data.files import MOST_BYTES, inside, read_regular, shown
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
-
-logger = logging.getLogger(__name__)
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
 # What a row in memory takes beside its image: offsets, and its place in the order
 _BYTES_PER_ROW = 64
-# Places of an order without windows that are looked up together, as one alone costs as much
-_PLACES_PER_LOOK = 1024
 
 
 class Row(NamedTuple):
@@ -78,23 +68,27 @@ class Layout(NamedTuple):
 
 
 class Shards:
-    """The rows of a source, by shard and number. A folder of images is one shard.
+    """The shards of a source, by number.
+
+    Images that are files are one shard; each parquet file is one.
 
     Args:
-        source: where the rows are.
+        source: the rows.
         column: the column to read.
     """
 
     def __init__(self, source: Source, column: str):
         self._source, self._column = source, column
-        self._schema = Features({column: source.features[column]}).arrow_schema
-        self._stream = None if source.dataset is None else source.dataset.select_columns([column])
-        if source.kind == "images":
-            self.names = [source.name]
-        elif source.kind == "parquet" or (self._stream and len(source.files) == self._stream.num_shards):
+        self._schema = datasets.Features({column: source.features[column]}).arrow_schema
+        if source.kind == "parquet":
             self.names = source.files
+        elif source.dataset is None:
+            self.names = [source.name]
         else:
-            self.names = [f"split {source.split!r}"] * (self._stream.num_shards if self._stream else 0)
+            self._dataset = source.dataset.select_columns([column])
+            count = source.dataset.num_shards
+            whole = len(source.files) == count
+            self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
 
     @property
     def addressable(self) -> bool:
@@ -127,35 +121,14 @@ class Shards:
         groups = list(itertools.chain.from_iterable(groups for groups, _ in found))
         return Layout(counts, groups, num_bytes + _BYTES_PER_ROW * sum(counts))
 
-    def order(self, memory: float, seed: int) -> Order:
-        """The order of these rows.
-
-        Args:
-            memory: MB (2^20 bytes) that the undecoded rows of a window may take; 0 for the source's order.
-            seed: of the order, at least 0.
-        """
-        counts, groups, num_bytes = self.layout
-        rows = sum(counts)
-        window = int(memory * 2**20 * rows / max(num_bytes, 1)) or int(memory > 0)
-        if self.addressable and memory:
-            window = rows
-        # Where passing over rows costs as much as reading them, a shard is read from its beginning to its end
-        order = Order(groups, window, seed, **({"parts": 1} if self.passes_over else {}))
-        if self.passes_over and order.lanes > 1:
-            logger.warning(
-                "the %d rows of %s can only be read one after the other, and %d of them fit in shuffle_memory "
-                "(%g MB): what is sorted by class stays so in part; save it as parquet files, or raise "
-                "shuffle_memory to %d",
-                *(rows, one_line(str(self))[:80], window, memory, math.ceil(num_bytes / 2**20)),
-            )
-        return order
-
     def _lay_out(self, shard: int) -> tuple[list[int], int]:
         """Rows of each group of a shard, and the bytes of all."""
         if self._source.kind == "stream":
             sizes = [(len(chunk), chunk.nbytes) for chunk in self.chunks(shard)]
             return [sum(rows for rows, _ in sizes)], sum(size for _, size in sizes)
-        with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
+        with self._named_errors(shard), self._open_parquet(shard) as parquet:
+            if self._column not in parquet.schema_arrow.names:
+                raise ValueError(f"{shown(self.names[shard])} has no column {shown(self._column)!r}")
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             width = _leaf_width(parquet.schema_arrow.field(self._column).type)
             return [group.num_rows for group in groups], sum(
@@ -184,7 +157,7 @@ class Shards:
         with contextlib.ExitStack() as stack:
             with self._named_errors(shard):
                 parquet = self._source.kind == "parquet"
-                file = stack.enter_context(_open_parquet(self.names[shard])) if parquet else None
+                file = stack.enter_context(self._open_parquet(shard)) if parquet else None
 
             def chunks_from(start: int) -> Generator[pa.Array, None, None]:
                 with self._named_errors(shard):
@@ -203,8 +176,7 @@ class Shards:
             yield pa.array([{"bytes": None, "path": path} for path in paths], self._schema.field(0).type)
 
     def _read_stream(self, shard: int, start: int) -> Iterator[pa.Array]:
-        assert self._stream is not None
-        part = self._stream.shard(len(self.names), shard)
+        part = self._dataset.shard(len(self.names), shard)
         for batch in part.skip(start).iter(_ROWS_PER_READ):
             yield from pa.Table.from_pydict(batch, schema=self._schema)[self._column].chunks
 
@@ -220,11 +192,54 @@ class Shards:
             passed = max(0, passed - len(batch))
 
     @contextmanager
+    def _open_parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
+        name = self.names[shard]
+        # A local path is no address, whatever characters are in it
+        with open(name, "rb") if self._source.root else fsspec.open(name, "rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+
+    @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, DatasetsError, OSError) as error:
-            raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
+            raise ValueError(f"can't read {shown(self.names[shard])}: {one_line(error, 150)}") from error
+
+    def encoded(self, row: Row) -> Any:
+        """A row's value with the bytes of its image, which are read where the row names a file.
+
+        Args:
+            row: one of these shards'.
+
+        Returns:
+            Bytes, nested lists of grey levels, or None if the row holds nothing.
+
+        Raises:
+            ValueError: the row names a file outside of the data set, or no regular file.
+            OSError: the file can't be opened: a lost disk or connection is not a corrupt image.
+        """
+        value = row.value
+        if not isinstance(value, dict):
+            return value
+        if value.get("bytes") is not None or not value.get("path"):
+            return value.get("bytes")
+        return self._read_file(str(value["path"]))
+
+    def _read_file(self, path: str) -> bytes:
+        source = self._source
+        if source.kind == "images":
+            return read_regular(path)
+        if source.kind == "stream" and (found := _in_archive(path, source)):
+            with fsspec.open(found, "rb") as file:
+                data = file.read(MOST_BYTES + 1)  # pyright: ignore[reportAttributeAccessIssue]
+            if len(data) > MOST_BYTES:
+                raise ValueError(
+                    f"{shown(path)} has more than {MOST_BYTES:,} bytes, which is what is allowed"
+                )
+            return data
+        if source.root is None:
+            raise ValueError(f"the row holds no image but the path {shown(path)!r}, which is not opened")
+        return read_regular(inside(path, source.root))
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
@@ -237,13 +252,27 @@ class Shards:
             yield from (Row(shard, number, value) for number, value in enumerate(values))
 
     def __str__(self) -> str:
-        return ", ".join(sorted(set(self.names)))
+        names = sorted(set(self.names))
+        return shown(names[0]) if len(names) == 1 else f"{shown(names[0])} and {len(names) - 1:,} more files"
 
     def name(self, row: Row) -> str:
         """What messages call a row."""
         path = row.value.get("path") if isinstance(row.value, dict) else None
-        own = f" ({path})" if path and path != self.names[row.shard] else ""
-        return f"row {row.number} of {self.names[row.shard]}{own}"
+        if path and self._source.kind == "images":
+            return shown(path)
+        own = f" ({shown(path)})" if path and path != self.names[row.shard] else ""
+        return f"row {row.number} of {shown(self.names[row.shard])}{own}"
+
+
+def _in_archive(path: str, source: Source) -> str | None:
+    """The address of an image that `datasets` found in the files of a stream; None if it lies elsewhere."""
+    *archives, last = path.split("::")
+    if not all(re.match(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://", part) for part in archives):
+        return None
+    home = f"hf://datasets/{source.name}"
+    if source.root is None:
+        return path if last.startswith((f"{home}@", f"{home}/")) and "/../" not in last else None
+    return path if archives and last in source.files else None
 
 
 def _leaf_width(kind: pa.DataType) -> int:
@@ -251,160 +280,3 @@ def _leaf_width(kind: pa.DataType) -> int:
     while isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ExtensionType)):
         kind = kind.storage_type if isinstance(kind, pa.ExtensionType) else kind.value_type
     return -(-kind.bit_width // 8) if pa.types.is_primitive(kind) else 0
-
-
-@contextmanager
-def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
-    with fsspec.open(name, "rb") as file:
-        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
-
-
-class OrderedRows:
-    """The rows at places of an order, a context that closes its file at its end.
-
-    Ascending places are read in one pass over each window; any other place costs a seek.
-
-    Args:
-        shards: where the rows are.
-        order: which row is at which place.
-    """
-
-    def __init__(self, shards: Shards, order: Order):
-        self._shards, self._order = shards, order
-        self._reader = _Reader(shards)
-        # A generator may still be open when the interpreter exits: this closes its file before modules go.
-        self._close = weakref.finalize(self, self._reader.close)
-        self._parts: list[_Part | None] = [None] * order.lanes
-        self._looked: tuple[tuple[int, int], list[int]] = (-1, -1), []
-
-    def row(self, epoch: int, place: int) -> Row:
-        """The row at a place of an epoch.
-
-        Raises:
-            ValueError: no such place, a shard that can't be read, or one that ends before its count of rows.
-        """
-        window, lane, index = self._order.find(place)
-        if self._shards.addressable:
-            return self._shards.image_file(self._look_up(epoch, place))
-        part = self._parts[lane]
-        if part is None or part.key != (epoch, window):
-            # The old part goes before the new one comes, so that one is held and not two
-            part = self._parts[lane] = None
-            stretches, order = self._order.part(epoch, window, lane)
-            runs = [run for stretch in stretches for run in self._reader.take(*stretch)]
-            part = self._parts[lane] = _Part((epoch, window), order, runs)
-        return part.row(index)
-
-    def _look_up(self, epoch: int, place: int) -> int:
-        block, index = divmod(place, _PLACES_PER_LOOK)
-        if self._looked[0] != (epoch, block):
-            first = place - index
-            last = min(first + _PLACES_PER_LOOK, self._order.num_rows)
-            self._looked = (epoch, block), self._order.rows(epoch, first, last).tolist()
-        return self._looked[1][index]
-
-    def __enter__(self) -> OrderedRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-
-class _Run(NamedTuple):
-    """Rows of a shard that follow each other, from number `first` on."""
-
-    shard: int
-    first: int
-    values: pa.Array
-
-
-class _Part:
-    """A lane's part of a window, held in memory: the row at index i is the `order[i]`-th of the runs' rows."""
-
-    def __init__(self, key: tuple[int, int], order: np.ndarray, runs: list[_Run]):
-        self.key, self._order, self._runs = key, order, runs
-        self._ends = list(itertools.accumulate(len(run.values) for run in runs))
-        # Field by field, as pyarrow takes 5 µs to make a dict of one row of a struct
-        self._fields = [
-            {field.name: run.values.field(i) for i, field in enumerate(run.values.type)}
-            if isinstance(run.values, pa.StructArray)
-            else None
-            for run in runs
-        ]
-
-    def row(self, index: int) -> Row:
-        number = int(self._order[index])
-        k = bisect.bisect_right(self._ends, number)
-        shard, first, values = self._runs[k]
-        i, fields = number - self._ends[k] + len(values), self._fields[k]
-        if fields is None:
-            return Row(shard, first + i, values.slice(i, 1).to_pylist()[0])
-        return Row(shard, first + i, {name: column[i].as_py() for name, column in fields.items()})
-
-
-class _Reader:
-    """Reads stretches of the source: one shard is open at a time, and is read forwards."""
-
-    def __init__(self, shards: Shards):
-        self._shards = shards
-        self._shard, self._at = -1, 0
-        self._file = contextlib.ExitStack()
-        self._chunks_from: Callable[[int], Generator[pa.Array, None, None]] | None = None
-        # The shard's values from row `_at` on: those that were read already, and the others
-        self._rest: pa.Array | None = None
-        self._chunks: Generator[pa.Array, None, None] | None = None
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(self._shards.counts))
-
-    @cached_property
-    def _group_ends(self) -> list[int]:
-        return list(itertools.accumulate(self._shards.layout.groups))
-
-    def close(self) -> None:
-        if self._chunks is not None:
-            self._chunks.close()
-        self._chunks = self._rest = self._chunks_from = None
-        self._file.close()
-
-    def take(self, start: int, stop: int) -> list[_Run]:
-        """Rows `start` to `stop` − 1 of the source, which are in one group."""
-        shard = bisect.bisect_right(self._ends, start)
-        before = self._ends[shard] - self._shards.counts[shard]
-        first, last = start - before, stop - before
-        if self._chunks_from is None or shard != self._shard:
-            self.close()
-            self._shard, self._chunks_from = shard, self._file.enter_context(self._shards.opened(shard))
-        if self._chunks is None or not self._on_the_way(before, first):
-            if self._chunks is not None:
-                self._chunks.close()
-            self._at, self._rest, self._chunks = first, None, self._chunks_from(first)
-        runs: list[_Run] = []
-        while self._at < last:
-            rest = self._rest if self._rest is not None else next(self._chunks, None)
-            if rest is None:
-                self.close()
-                raise ValueError(f"{self._shards.names[shard]} has lost rows since they were counted")
-            passed = min(max(0, first - self._at), len(rest))
-            taken = min(last - self._at, len(rest)) - passed
-            if taken > 0:
-                # A copy, as a slice would keep in memory all that was read with it
-                values = pa.concat_arrays([rest.slice(passed, taken)])
-                runs.append(_Run(shard, self._at + passed, values))
-            self._at += passed + max(0, taken)
-            left = rest.slice(passed + max(0, taken))
-            self._rest = left if len(left) else None
-        if last == self._shards.counts[shard]:
-            self.close()
-        return runs
-
-    def _on_the_way(self, before: int, first: int) -> bool:
-        """Whether reading on comes to row `first` of the open shard no later than a seek would."""
-        if first < self._at:
-            return False
-        if self._shards.passes_over:
-            return True
-        group = bisect.bisect_right(self._group_ends, before + self._at)
-        # A seek goes to the beginning of the group
-        return before + first < self._group_ends[group] or before + first == before + self._at

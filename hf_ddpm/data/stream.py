@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.order import Order
+from hf_ddpm.data.ordered import OrderedRows, make_order
 from hf_ddpm.data.pixels import FITS, decode_pixels, fit_pixels
-from hf_ddpm.data.shards import OrderedRows, Row, Shards
+from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import find_column, open_source
 from hf_ddpm.seeds import Use
 
@@ -89,7 +90,11 @@ def load_stream(
     if channels is not None:
         _checked("channels", channels, 1)
     _checked("seed", seed, 0)
-    if isinstance(shuffle_memory, bool) or not isinstance(shuffle_memory, Real) or not 0 <= shuffle_memory < inf:
+    if (
+        isinstance(shuffle_memory, bool)
+        or not isinstance(shuffle_memory, Real)
+        or not 0 <= shuffle_memory < inf
+    ):
         raise ValueError(f"shuffle_memory must be a number of MB, at least 0, got {shuffle_memory!r}")
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
@@ -146,7 +151,7 @@ class ImageStream:
     def __post_init__(self) -> None:
         for row in self._shards.rows():
             try:
-                *size, channels = decode_pixels(row.value, self._channels).shape
+                *size, channels = decode_pixels(self._shards.encoded(row), self._channels).shape
             except ValueError as error:
                 if not self._skip_corrupt:
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
@@ -158,7 +163,7 @@ class ImageStream:
 
     @functools.cached_property
     def _order(self) -> Order:
-        return self._shards.order(self._memory, self._seed)
+        return make_order(self._shards, self._memory, self._seed)
 
     @property
     def row_counts(self) -> list[int]:
@@ -303,7 +308,7 @@ class ImageStream:
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:
         channels, height, width = self.shape
-        pixels = decode_pixels(row.value, self._channels)
+        pixels = decode_pixels(self._shards.encoded(row), self._channels)
         if pixels.shape[2] != channels:
             raise ValueError(f"{pixels.shape[2]} channels, wanted {channels}; channels=1 or 3 would convert")
         draws = np.zeros(3)
