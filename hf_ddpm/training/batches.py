@@ -114,7 +114,7 @@ def open_stream(config: TrainConfig) -> ImageStream:
         column=config.image_column,
         fit=config.fit,  # type: ignore[arg-type]
         horizontal_flip=config.horizontal_flip,
-        shuffle_buffer=config.shuffle_buffer,
+        shuffle_memory=config.shuffle_memory,
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )
