@@ -34,7 +34,8 @@ from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, make_order
 from hf_ddpm.data.pixels import FITS, decode_pixels, fit_pixels
 from hf_ddpm.data.shards import Row, Shards
-from hf_ddpm.data.sources import find_column, open_source
+from hf_ddpm.data.sources import open_source
+from hf_ddpm.data.survey import tell
 from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
@@ -99,9 +100,10 @@ def load_stream(
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
-    found = open_source(source, split)
+    found, column = open_source(source, split).select_column(column)
+    tell(found, skip_corrupt)
     return ImageStream(
-        _shards=Shards(found, find_column(found.features, column)),
+        _shards=Shards(found, column),
         _size=size,
         _channels=channels,
         _fit=fit,
