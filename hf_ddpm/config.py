@@ -100,11 +100,19 @@ class TrainConfig:
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
     )
-    channels: int | None = option(None, "1 for grey or 3 for RGB, by default the first image's", least=1)
+    channels: int | None = option(
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default 1 or 3, as the first image", least=1
+    )
+    background: str = option(
+        "white", "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'"
+    )
     fit: str = option(
         "exact",
         "what to do with images of another size: refuse them, or a way of fitting them",
         choices=_fits,
+    )
+    to_8_bit: bool = option(
+        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, instead of refusing them"
     )
     horizontal_flip: bool = option(False, "mirror images at random")
     shuffle_buffer: int = option(
@@ -226,9 +234,11 @@ class TrainConfig:
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
         # Importing these takes seconds, which a value that is refused above need not wait for.
+        from hf_ddpm.data.pixels import parse_background
         from hf_ddpm.objectives import make_objective
         from hf_ddpm.parametrization import works_from_pure_noise
 
+        parse_background(self.background)
         if self.rescale_betas_zero_snr and not works_from_pure_noise(self.prediction_type):
             allowed = ", ".join(filter(works_from_pure_noise, _prediction_types()))
             raise ValueError(

@@ -98,7 +98,7 @@ def run(
             raise
         bad_input = isinstance(error, ValueError)
         words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
-        print(f"{prog}: {words} {redact(one_line(error, limit=None))}", file=sys.stderr)
+        print(f"{prog}: {words} {redact(_with_flags(one_line(error, limit=None)))}", file=sys.stderr)
         sys.exit(2 if bad_input else 1)
     except TrainingStopped as stopped:
         from hf_ddpm.runtime.processes import process_state
@@ -109,6 +109,16 @@ def run(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_flags(text: str) -> str:
+    """The words of an error with its advice, such as "add to_8_bit=True", in the spelling of flags."""
+
+    def flag(match: re.Match) -> str:
+        name, value = match[1].replace("_", "-"), match[2]
+        return f"--{name}" if value == "True" else f"--{name} {value}"
+
+    return re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", flag, text)
 
 
 def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:
