@@ -217,7 +217,7 @@ def test_every_flag_reaches_its_key(configs, capsys):
     ("argv", "words"),
     [
         (["--bacth-size", "3"], "unknown argument '--bacth-size'; did you mean --batch-size?"),
-        (["--bacth_size=3"], "unknown argument '--bacth-size=3'; did you mean --batch-size?"),
+        (["--bacth_size=3"], "unknown argument '--bacth-size'; did you mean --batch-size?"),
         (["stray"], "unknown argument 'stray'; see --help"),
         (["--batch-size"], "argument --batch-size: expected one argument"),
         (["--batch-size", "-1"], "batch_size is -1; allowed: >= 1"),
