@@ -260,7 +260,7 @@ def test_train_refuses_files(tmp_path, capfd, monkeypatch):
         ("--config", "typo.toml"): "config file 'typo.toml': unknown key 'bacth_size'; did you mean 'batch",
         ("--config", "cut.toml"): "config file 'cut.toml' is not TOML: ",
         ("--config", "cut.json"): "config file 'cut.json' is not JSON: ",
-        ("--dataset", "empty"): "can't read 'empty' as a data set: ",
+        ("--dataset", "empty"): "no images in empty: it is empty",
         ("--dataset", "damaged"): "damaged",
         ("--output-dir", "file/run"): "output_dir 'file/run' can't be written: Not a directory",
         ("--output-dir", "file"): "output_dir 'file' can't be written: ",

@@ -7,13 +7,10 @@ which is best called on the device.
 
 import hashlib
 import logging
-import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from datasets import Image, LargeList, List
@@ -145,8 +142,8 @@ class Decoder:
         """The image in a row of a data set.
 
         Args:
-            value: an encoded image (bytes, or a dict of "bytes" or "path"), or an array or lists, (h, w) or
-                (h, w, C).
+            value: an encoded image (bytes, or a dict with "bytes"), or an array or lists, (h, w) or (h, w, C).
+                No path in it is opened.
 
         Returns:
             Shape (h, w, C), uint8.
@@ -154,9 +151,8 @@ class Decoder:
         Raises:
             StorageError: numbers that are not levels of 8 bits, or an array that has no such shape.
             ValueError: not an image, or one that is not read.
-            OSError: the file at "path" can't be read; a lost connection is not a corrupt image.
         """
-        data = _read_bytes(value)
+        data = value.get("bytes") if isinstance(value, dict) else value
         try:
             raster = read_image(data) if isinstance(data, bytes) else self._read_array(data)
         except (StorageError, ImageRefused):
@@ -233,20 +229,6 @@ class Decoder:
         # At most 255 · 255 + 127, so that 16 bits hold it
         weight, ground = alpha.astype(np.uint16), ground[: colours.shape[2]]
         return ((colours * weight + ground * (255 - weight) + 127) // 255).astype(np.uint8)
-
-
-def _read_bytes(value: Any) -> Any:
-    """The bytes of an encoded image; an array or lists as they are."""
-    if not isinstance(value, dict):
-        return value
-    data, path = value.get("bytes"), value.get("path")
-    if data is not None or not path:
-        return data
-    # fsspec takes longer to open a local file than PIL to decode a small image
-    if os.path.isabs(path):
-        return Path(path).read_bytes()
-    with fsspec.open(path, "rb") as file:
-        return file.read()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _convert(colours: np.ndarray, channels: int) -> np.ndarray:

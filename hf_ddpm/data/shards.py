@@ -15,6 +15,7 @@ This file doesn't know pixels, crops, or which places anyone wants.
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,9 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
+from hf_ddpm.data.files import MOST_BYTES, inside, read_regular, shown
 from hf_ddpm.data.order import Order, Stretch
+from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
 
 _ROWS_PER_READ = 64
@@ -51,35 +54,45 @@ class Row(NamedTuple):
 
 
 class Shards:
-    """The shards of a stream, by number.
+    """The shards of a source, by number.
+
+    Images that are files are one shard; each parquet file is one.
 
     Args:
-        dataset: a stream of undecoded rows.
+        source: the rows.
         column: the column to read.
-        names: what messages call the shards: the paths of its files if each is a shard.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, column: str, names: list[str]):
-        self._dataset = dataset.select_columns([column])
-        self._column, self.names = column, names
-        self._schema = datasets.Features({column: (dataset.features or {})[column]}).arrow_schema
-        self._parquet = all(name.endswith(".parquet") for name in names)
+    def __init__(self, source: Source, column: str):
+        self._source, self._column = source, column
+        self._schema = datasets.Features({column: source.features[column]}).arrow_schema
+        if source.kind == "parquet":
+            self.names = source.files
+        elif source.dataset is None:
+            self.names = [source.name]
+        else:
+            self._dataset = source.dataset.select_columns([column])
+            count = source.dataset.num_shards
+            whole = len(source.files) == count
+            self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each shard: from the footers of parquet files, else by reading all of them once.
+        """Rows of each shard: from the footers of parquet files, or of a stream by reading all of it once.
 
         Raises:
             ValueError: a shard that can't be read.
         """
-        if not self._parquet:
+        if self._source.kind == "images":
+            return [len(self._source.files)]
+        if self._source.kind == "stream":
             return [sum(1 for _ in self.read(shard)) for shard in range(len(self.names))]
         # In threads, as reading a remote footer is mostly waiting
         with ThreadPoolExecutor(8) as threads:
             return list(threads.map(self._count_in_footer, range(len(self.names))))
 
     def _count_in_footer(self, shard: int) -> int:
-        with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
+        with self._named_errors(shard), self._open_parquet(shard) as parquet:
             return parquet.metadata.num_rows
 
     def read(self, shard: int, start: int = 0) -> Generator[Any, None, None]:
@@ -88,8 +101,13 @@ class Shards:
         Raises:
             ValueError: the shard can't be read.
         """
+        if self._source.kind == "images":
+            yield from (
+                {"bytes": None, "path": file} for file in itertools.islice(self._source.files, start, None)
+            )
+            return
         with self._named_errors(shard):
-            for values in (self._read_parquet if self._parquet else self._read_stream)(shard, start):
+            for values in (self._read_stream if self._source.dataset else self._read_parquet)(shard, start):
                 yield from values
 
     def _read_stream(self, shard: int, start: int) -> Iterator[list[Any]]:
@@ -98,7 +116,7 @@ class Shards:
             yield batch[self._column]
 
     def _read_parquet(self, shard: int, start: int) -> Iterator[list[Any]]:
-        with _open_parquet(self.names[shard]) as parquet:
+        with self._open_parquet(shard) as parquet:
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             ends = list(itertools.accumulate(sizes))
             groups = [i for i, end in enumerate(ends) if end > start]
@@ -110,11 +128,54 @@ class Shards:
                 passed = max(0, passed - len(batch))
 
     @contextmanager
+    def _open_parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
+        name = self.names[shard]
+        # A local path is no address, whatever characters are in it
+        with open(name, "rb") if self._source.root else fsspec.open(name, "rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+
+    @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, DatasetsError, OSError) as error:
-            raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
+            raise ValueError(f"can't read {shown(self.names[shard])}: {one_line(error, 150)}") from error
+
+    def encoded(self, row: Row) -> Any:
+        """A row's value with the bytes of its image, which are read where the row names a file.
+
+        Args:
+            row: one of these shards'.
+
+        Returns:
+            Bytes, nested lists of grey levels, or None if the row holds nothing.
+
+        Raises:
+            ValueError: the row names a file outside of the data set, or no regular file.
+            OSError: the file can't be opened: a lost disk or connection is not a corrupt image.
+        """
+        value = row.value
+        if not isinstance(value, dict):
+            return value
+        if value.get("bytes") is not None or not value.get("path"):
+            return value.get("bytes")
+        return self._read_file(str(value["path"]))
+
+    def _read_file(self, path: str) -> bytes:
+        source = self._source
+        if source.kind == "images":
+            return read_regular(path)
+        if source.kind == "stream" and (found := _in_archive(path, source)):
+            with fsspec.open(found, "rb") as file:
+                data = file.read(MOST_BYTES + 1)  # pyright: ignore[reportAttributeAccessIssue]
+            if len(data) > MOST_BYTES:
+                raise ValueError(
+                    f"{shown(path)} has more than {MOST_BYTES:,} bytes, which is what is allowed"
+                )
+            return data
+        if source.root is None:
+            raise ValueError(f"the row holds no image but the path {shown(path)!r}, which is not opened")
+        return read_regular(inside(path, source.root))
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
@@ -122,19 +183,27 @@ class Shards:
             yield from (Row(shard, number, value) for number, value in enumerate(self.read(shard)))
 
     def __str__(self) -> str:
-        return ", ".join(sorted(set(self.names)))
+        names = sorted(set(self.names))
+        return shown(names[0]) if len(names) == 1 else f"{shown(names[0])} and {len(names) - 1:,} more files"
 
     def name(self, row: Row) -> str:
         """What messages call a row."""
         path = row.value.get("path") if isinstance(row.value, dict) else None
-        own = f" ({path})" if path and path != self.names[row.shard] else ""
-        return f"row {row.number} of {self.names[row.shard]}{own}"
+        if path and self._source.kind == "images":
+            return shown(path)
+        own = f" ({shown(path)})" if path and path != self.names[row.shard] else ""
+        return f"row {row.number} of {shown(self.names[row.shard])}{own}"
 
 
-@contextmanager
-def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
-    with fsspec.open(name, "rb") as file:
-        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+def _in_archive(path: str, source: Source) -> str | None:
+    """The address of an image that `datasets` found in the files of a stream; None if it lies elsewhere."""
+    *archives, last = path.split("::")
+    if not all(re.match(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://", part) for part in archives):
+        return None
+    home = f"hf://datasets/{source.name}"
+    if source.root is None:
+        return path if last.startswith((f"{home}@", f"{home}/")) and "/../" not in last else None
+    return path if archives and last in source.files else None
 
 
 class OrderedRows:
@@ -204,7 +273,7 @@ class _Reader:
         self._at = stop
         if len(values) < stop - start:
             self.close()
-            raise ValueError(f"{self._shards.names[shard]} has lost rows since they were counted")
+            raise ValueError(f"{shown(self._shards.names[shard])} has lost rows since they were counted")
         if stop == self._shards.counts[shard]:
             self.close()
         return list(map(Row, itertools.repeat(shard), range(start, stop), values))

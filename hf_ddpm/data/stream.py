@@ -104,12 +104,11 @@ def load_stream(
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
     decoder = Decoder(channels, background, to_8_bit or fit != "exact")
-    dataset, files = open_source(source, split)
-    names = files if len(files) == dataset.num_shards else [f"split {split!r}"] * dataset.num_shards
-    column = find_column(dataset, column)
-    decoder.storage = array_storage((dataset.features or {})[column])
+    found = open_source(source, split)
+    column = find_column(found.features, column)
+    decoder.storage = array_storage(found.features[column])
     return ImageStream(
-        _shards=Shards(dataset.decode(False), column, names),
+        _shards=Shards(found, column),
         _decoder=decoder,
         _size=size,
         _fit=fit,
@@ -159,7 +158,7 @@ class ImageStream:
     def __post_init__(self) -> None:
         for row in self._shards.rows():
             try:
-                *size, channels = self._decoder(row.value).shape
+                *size, channels = self._decoder(self._shards.encoded(row)).shape
             except ValueError as error:
                 if not self._may_skip(error):
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
@@ -319,11 +318,9 @@ class ImageStream:
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:
         channels, height, width = self.shape
-        pixels = self._decoder(row.value)
+        pixels = self._decoder(self._shards.encoded(row))
         if pixels.shape[2] != channels:
-            hint = (
-                "" if self._decoder.channels else "; add channels=3 to convert to colour, or add channels=1"
-            )
+            hint = "" if self._decoder.channels else "; add channels=3 to convert them, or add channels=1"
             raise ValueError(f"{pixels.shape[2]} channels, wanted {channels}{hint}")
         draws = np.zeros(3)
         if self._flip or self._fit == "random_crop":

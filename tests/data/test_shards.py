@@ -4,13 +4,14 @@ import gc
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Array3D, Features, Image, List, Value
+from datasets import Array3D, Features, Image, List, Value, load_dataset
 
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
@@ -154,9 +155,10 @@ def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": values[0], "path": "a"}]}), tmp_path / "mixed" / "0.parquet")
     pq.write_table(pa.table({"image": [{"path": "b", "bytes": values[1]}]}), tmp_path / "mixed" / "1.parquet")
     for name in ("images", "lists", "arrays", "mixed"):
-        dataset, files = open_source(tmp_path / name, "train")
-        ours = Shards(dataset.decode(False), "image", files)
-        theirs = Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
+        source = open_source(tmp_path / name, "train")
+        dataset = load_dataset("parquet", data_files={"train": source.files}, split="train", streaming=True)
+        ours = Shards(source, "image")
+        theirs = Shards(replace(source, kind="stream", dataset=dataset.decode(False)), "image")
         assert list(ours.counts) == list(theirs.counts)
         for shard, count in enumerate(ours.counts):
             for start in range(count + 1):

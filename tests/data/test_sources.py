@@ -131,9 +131,9 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
             "somebody/no-such-set",
             "can't read 'somebody/no-such-set' as a data set: no such folder, and from the Hub: ",
         ),
-        (tmp_path / "empty", "can't read .*empty' as a data set: "),
+        (tmp_path / "empty", "no images in .*empty: it is empty"),
         (tmp_path / "notes.txt", "notes.txt is a file, but not a .parquet file"),
-        (tmp_path / "broken", "can't read .*broken' as a data set: "),
+        (tmp_path / "broken", "can't read .*broken/train.parquet: "),
         ("", "the data set must be 'digits', a path or a Hub id, got ''"),
         (3, "the data set must be 'digits', a path or a Hub id, got 3"),
     ]:
