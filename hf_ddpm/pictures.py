@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.files import read_regular
 from hf_ddpm.data.pixels import WHITE, Decoder, to_float, to_uint8
 from hf_ddpm.data.stream import load_stream
 from hf_ddpm.folders.layout import RECORD
@@ -285,7 +286,7 @@ def open_image(
     if _is_file(name):
         path = _path("image", name)
         try:
-            pixels = Decoder(channels, background, to_8_bit)(path.read_bytes())
+            pixels = Decoder(channels, background, to_8_bit)(read_regular(str(path)))
             image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

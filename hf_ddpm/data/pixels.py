@@ -142,8 +142,8 @@ class Decoder:
         """The image in a row of a data set.
 
         Args:
-            value: an encoded image (bytes, or a dict with "bytes"), or an array or lists, (h, w) or (h, w, C).
-                No path in it is opened.
+            value: an encoded image (bytes, or a dict with "bytes"), or an array or lists, (h, w) or
+                (h, w, C). No path in it is opened.
 
         Returns:
             Shape (h, w, C), uint8.
