@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
+)
 
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -120,9 +125,14 @@ def _bits(image: Any, data: bytes) -> int:
         numbers = max(tags.get(SAMPLEFORMAT, (1,)))
         if numbers == 2 or (bits > 16 and numbers != 3):
             raise ImageRefused("its numbers are signed or of 32 bits; allowed: 1 to 16 bits, and floats")
-        # 0 says that white is 0, which Pillow minds up to 8 bits only
-        if bits > 8 and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        # Pillow minds this up to 8 bits only
+        white_is_0 = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+        if bits > 8 and white_is_0:
             raise ImageRefused(f"white is 0 in it, which is not read at {bits} bits")
+        # Pillow mixes up the planes of other images
+        plain = bits == 8 and image.mode in ("L", "RGB", "RGBA") and not white_is_0
+        if tags.get(PLANAR_CONFIGURATION, 1) != 1 and not plain:
+            raise ImageRefused("its channels lie in planes; allowed: in pixels, or planes of 8 bits of RGB")
         return bits
     if image.format == "PPM":
         # A header's largest value stands where Pillow hands it to its decoder, but for 65535 in grey
@@ -183,9 +193,7 @@ def _read_deep_colours(data: bytes) -> np.ndarray:
     for tile in upper.tile:
         rawmode, *others = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if rawmode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16"):
-            raise ImageRefused(
-                f"its colours of 16 bits lie as {rawmode}; allowed: RGB or RGBA, not in planes"
-            )
+            raise ImageRefused(f"its colours of 16 bits lie as {rawmode}; allowed: RGB or RGBA")
         rawmode = rawmode[:-1] + order[rawmode[-1]]
         swapped.append(tile._replace(args=(rawmode, *others) if others else rawmode))
     lower.tile = swapped
