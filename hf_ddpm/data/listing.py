@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 
 from PIL import features
 
-from hf_ddpm.data.files import shown
+from hf_ddpm.data.files import open_regular, shown
 
 # What the suffix says of a file: the format by PIL's name
 SUFFIXES = {
@@ -151,11 +151,10 @@ def _is_image(path: str) -> bool:
 
 def _kind_by_content(path: str) -> str | None:
     try:
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError:
+        with open_regular(path) as file:
+            start = file.read(_LOOKED_AT)
+    except (OSError, ValueError):
         return None
-    with open(opened, "rb") as file:
-        start = file.read(_LOOKED_AT) or b""
     return next((kind for kind, form in _FIRST_BYTES if form.match(start)), None)
 
 

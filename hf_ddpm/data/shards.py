@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import io
 import itertools
 import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import fsspec
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
-from hf_ddpm.data.files import MOST_BYTES, inside, read_regular, shown
+from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, shown
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
@@ -79,7 +80,7 @@ class Shards:
     """
 
     def __init__(self, source: Source, column: str):
-        self._source, self._column = source, column
+        self.source, self._column = source, column
         # Rows of each row group that may be read at once, where its headers have been looked at
         self._checked: dict[tuple[int, int], int] = {}
         self._schema = datasets.Features({column: source.features[column]}).arrow_schema
@@ -96,12 +97,12 @@ class Shards:
     @property
     def addressable(self) -> bool:
         """Whether any row can be read alone."""
-        return self._source.kind == "images"
+        return self.source.kind == "images"
 
     @property
     def passes_over(self) -> bool:
         """Whether rows can be passed over only by reading them."""
-        return self._source.kind == "stream"
+        return self.source.kind == "stream"
 
     @property
     def counts(self) -> list[int]:
@@ -116,9 +117,9 @@ class Shards:
             ValueError: a shard that can't be read.
         """
         if self.addressable:
-            return Layout([len(self._source.files)], [len(self._source.files)], 0)
+            return Layout([len(self.source.files)], [len(self.source.files)], 0)
         # In threads, as reading a remote footer is mostly waiting
-        with ThreadPoolExecutor(8 if self._source.kind == "parquet" else 1) as threads:
+        with ThreadPoolExecutor(8 if self.source.kind == "parquet" else 1) as threads:
             found = list(threads.map(self._lay_out, range(len(self.names))))
         counts, num_bytes = [sum(groups) for groups, _ in found], sum(size for _, size in found)
         groups = list(itertools.chain.from_iterable(groups for groups, _ in found))
@@ -126,7 +127,7 @@ class Shards:
 
     def _lay_out(self, shard: int) -> tuple[list[int], int]:
         """Rows of each group of a shard, and the bytes of all."""
-        if self._source.kind == "stream":
+        if self.source.kind == "stream":
             sizes = [(len(chunk), chunk.nbytes) for chunk in self.chunks(shard)]
             return [sum(rows for rows, _ in sizes)], sum(size for _, size in sizes)
         with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
@@ -159,7 +160,7 @@ class Shards:
         """
         with contextlib.ExitStack() as stack:
             with self._named_errors(shard):
-                parquet = self._source.kind == "parquet"
+                parquet = self.source.kind == "parquet"
                 file = stack.enter_context(self._open_parquet(shard)) if parquet else None
 
             def chunks_from(start: int) -> Generator[pa.Array, None, None]:
@@ -192,7 +193,7 @@ class Shards:
 
     def _rows_per_read(self, shard: int, opened: tuple[pq.ParquetFile, Any], group: int) -> int:
         if (shard, group) not in self._checked:
-            local = self._source.root is not None
+            local = self.source.root is not None
             rows = rows_per_read(*opened, group, self._column, _ROWS_PER_READ, local)
             self._checked[shard, group] = rows
         return self._checked[shard, group]
@@ -201,7 +202,7 @@ class Shards:
     def _open_parquet(self, shard: int) -> Iterator[tuple[pq.ParquetFile, Any]]:
         name = self.names[shard]
         # A local path is no address, whatever characters are in it
-        with open(name, "rb") if self._source.root else fsspec.open(name, "rb") as file:
+        with open(name, "rb") if self.source.root else fsspec.open(name, "rb") as file:
             yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ), file
 
     @contextmanager
@@ -231,8 +232,19 @@ class Shards:
             return value.get("bytes")
         return self._read_file(str(value["path"]))
 
+    def head(self, row: Row) -> BinaryIO | None:
+        """A file of a row's image, of which little is read for its head; None if the row holds an array.
+
+        Raises:
+            ValueError, OSError: as `encoded`.
+        """
+        if self.addressable:
+            return open_regular(row.value["path"])
+        data = self.encoded(row)
+        return io.BytesIO(data or b"") if isinstance(row.value, (dict, bytes)) else None
+
     def _read_file(self, path: str) -> bytes:
-        source = self._source
+        source = self.source
         if source.kind == "images":
             return read_regular(path)
         if source.kind == "stream" and (found := _in_archive(path, source)):
@@ -249,12 +261,12 @@ class Shards:
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
-        return Row(0, number, {"bytes": None, "path": self._source.files[number]})
+        return Row(0, number, {"bytes": None, "path": self.source.files[number]})
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
         if self.addressable:
-            yield from map(self.image_file, range(len(self._source.files)))
+            yield from map(self.image_file, range(len(self.source.files)))
             return
         for shard in range(len(self.names)):
             values = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self.chunks(shard))
@@ -267,7 +279,7 @@ class Shards:
     def name(self, row: Row) -> str:
         """What messages call a row."""
         path = row.value.get("path") if isinstance(row.value, dict) else None
-        if path and self._source.kind == "images":
+        if path and self.source.kind == "images":
             return shown(path)
         own = f" ({shown(path)})" if path and path != self.names[row.shard] else ""
         return f"row {row.number} of {shown(self.names[row.shard])}{own}"

@@ -85,6 +85,11 @@ class Source:
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """What messages call this split."""
+        return f"{shown(self.name)} ({self.split})"
+
     def select_column(self, column: str | None) -> tuple[Source, str]:
         """The source, read for the images of one column, and that column's name; see `find_column`."""
         column = find_column(self.features, column)

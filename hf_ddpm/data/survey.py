@@ -1,4 +1,4 @@
-"""What a data set holds, told before a run begins: how many images, of which sizes and modes, what is left out.
+"""What a data set holds, told before a run begins: its images, their sizes and modes, and what is left out.
 
 The survey reads the heads of some images, evenly spaced over all rows where rows can be read alone and else
 the first ones; it decodes none.
@@ -7,7 +7,6 @@ the first ones; it decodes none.
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import logging
 import os
@@ -15,11 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
+from hf_ddpm.data.encoded import FORMATS
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import Source, describe_left_out
 from hf_ddpm.runtime.progress import progress
@@ -137,10 +136,9 @@ def _some_rows(shards: Shards, most: int) -> Iterator[Row]:
 
 def _head(shards: Shards, row: Row) -> tuple[tuple[int, int], str]:
     """An image's (H, W), and its mode."""
-    value: Any = row.value
-    if not isinstance(value, (dict, bytes)):
-        shape = np.asarray(value).shape
+    file = shards.head(row)
+    if file is None:
+        shape = np.asarray(row.value).shape
         return (shape[0], shape[1]), f"{shape[2] if len(shape) == 3 else 1} channels"
-    with shards.opened_image(row) as file:
-        image = PILImage.open(file, formats=FORMATS)
+    with file, PILImage.open(file, formats=FORMATS) as image:
         return (image.height, image.width), image.mode
