@@ -185,6 +185,11 @@ class ImageStream:
         """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
         return list(self._shards.layout.counts)
 
+    @property
+    def folder(self) -> str | None:
+        """The folder whose image files are the rows; None for any other source."""
+        return self._shards.source.root if self._shards.addressable else None
+
     def survey(self, show: bool = False) -> Survey:
         """What the heads of some images say of all: their sizes and modes.
 
