@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 # The most bytes of one encoded image, and of any file that is read whole
 MOST_BYTES = 512 << 20
-_LONGEST = 160
+_LONGEST = 140
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -70,11 +70,12 @@ def inside(path: str, root: str) -> str:
     # A NUL in the path, or another drive
     except ValueError:
         pass
-    raise ValueError(f"the path {shown(path)!r} leads out of the data set's folder {shown(root)}")
+    raise ValueError("its path leads out of the folder of the data set, which is not followed")
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as messages show it: in one line, printable and not too long."""
+def shown(path: str | os.PathLike[str], longest: int = _LONGEST) -> str:
+    """A path as messages show it: in one line, printable and not longer than so many characters."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[1 - half :]}"

@@ -159,6 +159,8 @@ def _value(kind: int, data: bytes, at: int) -> tuple[Any, int]:
         for _ in range(length):
             # In a list a truth value takes a byte
             _, at = _value(3 if of in (1, 2) else of, data, at)
+            if at > len(data):
+                raise IndexError(at)
         return None, at
     if kind == 12:
         return _struct(data, at)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import io
 import itertools
 import re
@@ -256,11 +257,13 @@ class Shards:
                 )
             return data
         if source.root is None:
-            raise ValueError(f"the row holds no image but the path {shown(path)!r}, which is not opened")
+            raise ValueError("it holds no image but a path, which is not opened")
         try:
             return read_regular(inside(path, source.root))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"there is no file {shown(path)!r} in {shown(source.root)}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            raise ValueError("its path names no file in the folder of the data set") from None
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
@@ -284,7 +287,7 @@ class Shards:
         path = row.value.get("path") if isinstance(row.value, dict) else None
         if path and self.source.kind == "images":
             return shown(path)
-        own = f" ({shown(path)})" if path and path != self.names[row.shard] else ""
+        own = f" ({shown(path, 60)})" if path and path != self.names[row.shard] else ""
         return f"row {row.number} of {shown(self.names[row.shard])}{own}"
 
 
