@@ -83,6 +83,9 @@ NEEDS = {
     "hybrid_weight": ("objective", "hybrid"),
 }
 
+# Keys that are gone, and what to write instead.
+GONE = {"shuffle_buffer": "shuffle_memory, in MB of undecoded images"}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -296,6 +299,8 @@ class TrainConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for source, names in ((where, values), ("", changes)):
             for name in names:
+                if name in GONE:
+                    raise ValueError(f"{source}there is no key {name!r} any more; allowed: {GONE[name]}")
                 if name not in known:
                     near = nearest(name, known, cutoff=0)
                     raise ValueError(f"{source}unknown key {name!r}; did you mean {near!r}?")
@@ -306,6 +311,22 @@ class TrainConfig:
             raise ValueError(
                 f"{where if culprit in values and culprit not in changes else ''}{error}"
             ) from None
+
+    @classmethod
+    def of_run(cls, path: str | os.PathLike) -> "TrainConfig":
+        """What a run was trained with, by its train_config.json; as `load`, but leaves out keys that are gone.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        values = {name: value for name, value in _read(Path(path)).items() if name not in GONE}
+        try:
+            return cls.load(None, **values)
+        except ValueError as error:
+            raise ValueError(f"config file {os.fspath(path)!r}: {error}") from None
 
     def to_json(self) -> str:
         """Every key with its value as indented JSON, which `load` reads."""

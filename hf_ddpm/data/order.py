@@ -136,6 +136,11 @@ class Order:
             order = permuted(order, size, (Use.ROWS, self._seed, epoch, window, lane))
         return self._stretches(epoch, begin, begin + size), order
 
+    def places(self, window: int, lane: int) -> np.ndarray:
+        """The places of a lane's part of a window, ascending, int64."""
+        begin = window * self._window
+        return np.arange(begin + lane, min(begin + self._window, self.num_rows), self.lanes)
+
     def rows(self, epoch: int, first: int, last: int) -> np.ndarray:
         """The rows at places `first` to `last` − 1 where nothing or everything is permuted, int64.
 

@@ -28,6 +28,8 @@ from hf_ddpm.data.shards import Row, Shards
 
 logger = logging.getLogger(__name__)
 
+Wanted = Callable[[np.ndarray], np.ndarray]  # see `OrderedRows`
+
 # Places of an order without windows that are looked up together, as one alone costs as much
 _PLACES_PER_LOOK = 1024
 
@@ -65,10 +67,12 @@ class OrderedRows:
     Args:
         shards: where the rows are.
         order: which row is at which place.
+        wanted: which positions of the run, epoch · rows + place, are going to be asked for, (n,) int64 → (n,)
+            bool; the rows at others are read, but not held. None: all of them.
     """
 
-    def __init__(self, shards: Shards, order: Order):
-        self._shards, self._order = shards, order
+    def __init__(self, shards: Shards, order: Order, wanted: Wanted | None = None):
+        self._shards, self._order, self._wanted = shards, order, wanted
         self._reader = _Reader(shards)
         # A generator may still be open when the interpreter exits: this closes its file before modules go.
         self._close = weakref.finalize(self, self._reader.close)
@@ -79,19 +83,30 @@ class OrderedRows:
         """The row at a place of an epoch.
 
         Raises:
-            ValueError: no such place, a shard that can't be read, or one that ends before its count of rows.
+            ValueError: no such place, one that isn't `wanted`, a shard that can't be read, or one that ends
+                before its count of rows.
         """
-        window, lane, index = self._order.find(place)
+        window, lane, offset = self._order.find(place)
         if self._shards.addressable:
             return self._shards.image_file(self._look_up(epoch, place))
         part = self._parts[lane]
         if part is None or part.key != (epoch, window):
             # The old part goes before the new one comes, so that one is held and not two
             part = self._parts[lane] = None
-            stretches, order = self._order.part(epoch, window, lane)
-            runs = [run for stretch in stretches for run in self._reader.take(*stretch)]
-            part = self._parts[lane] = _Part((epoch, window), order, runs)
-        return part.row(index)
+            part = self._parts[lane] = self._read(epoch, window, lane)
+        return part.row(offset)
+
+    def _read(self, epoch: int, window: int, lane: int) -> _Part:
+        stretches, order = self._order.part(epoch, window, lane)
+        wanted = np.ones(len(order), np.bool_)
+        if self._wanted is not None:
+            wanted = self._wanted(epoch * self._order.num_rows + self._order.places(window, lane))
+        held = np.zeros(len(order), np.bool_)
+        held[order[wanted]] = True
+        runs, at = [], 0
+        for start, stop in stretches:
+            runs += self._reader.take(start, stop, held[at : (at := at + stop - start)])
+        return _Part((epoch, window), np.where(wanted, (np.cumsum(held) - 1)[order], -1), runs)
 
     def _look_up(self, epoch: int, place: int) -> int:
         block, index = divmod(place, _PLACES_PER_LOOK)
@@ -109,15 +124,21 @@ class OrderedRows:
 
 
 class _Run(NamedTuple):
-    """Rows of a shard that follow each other, from number `first` on."""
+    """Some rows of a shard, by their numbers in it, ascending."""
 
     shard: int
-    first: int
+    numbers: np.ndarray
     values: pa.Array
 
 
 class _Part:
-    """A lane's part of a window, in memory: the row at index i is the `order[i]`-th of the runs' rows."""
+    """A lane's part of a window, in memory.
+
+    Args:
+        key: epoch and window.
+        order: `order[i]` is the number in `runs`, end to end, of the row at offset i; -1 if it is not held.
+        runs: the rows that are held.
+    """
 
     def __init__(self, key: tuple[int, int], order: np.ndarray, runs: list[_Run]):
         self.key, self._order, self._runs = key, order, runs
@@ -130,14 +151,18 @@ class _Part:
             for run in runs
         ]
 
-    def row(self, index: int) -> Row:
-        number = int(self._order[index])
-        k = bisect.bisect_right(self._ends, number)
-        shard, first, values = self._runs[k]
-        i, fields = number - self._ends[k] + len(values), self._fields[k]
+    def row(self, offset: int) -> Row:
+        at = int(self._order[offset])
+        if at < 0:
+            raise ValueError("a row is asked for that was not wanted; allowed: positions that are")
+        k = bisect.bisect_right(self._ends, at)
+        shard, numbers, values = self._runs[k]
+        i, fields = at - self._ends[k] + len(values), self._fields[k]
         if fields is None:
-            return Row(shard, first + i, values.slice(i, 1).to_pylist()[0])
-        return Row(shard, first + i, {name: column[i].as_py() for name, column in fields.items()})
+            value = values.slice(i, 1).to_pylist()[0]
+        else:
+            value = {name: column[i].as_py() for name, column in fields.items()}
+        return Row(shard, int(numbers[i]), value)
 
 
 class _Reader:
@@ -166,8 +191,8 @@ class _Reader:
         self._chunks = self._rest = self._chunks_from = None
         self._file.close()
 
-    def take(self, start: int, stop: int) -> list[_Run]:
-        """Rows `start` to `stop` − 1 of the source, which are in one group."""
+    def take(self, start: int, stop: int, held: np.ndarray) -> list[_Run]:
+        """Those of rows `start` to `stop` − 1 of the source, all in one group, for which `held` is true."""
         shard = bisect.bisect_right(self._ends, start)
         before = self._ends[shard] - self._shards.counts[shard]
         first, last = start - before, stop - before
@@ -185,14 +210,16 @@ class _Reader:
                 self.close()
                 raise ValueError(f"{shown(self._shards.names[shard])} has lost rows since they were counted")
             passed = min(max(0, first - self._at), len(rest))
-            taken = min(last - self._at, len(rest)) - passed
-            if taken > 0:
+            taken = max(0, min(last - self._at, len(rest)) - passed)
+            begin = self._at + passed
+            chosen = np.flatnonzero(held[begin - first : begin - first + taken])
+            if len(chosen):
                 # A copy, as a slice would keep in memory all that was read with it
-                values = pa.concat_arrays([rest.slice(passed, taken)])
-                runs.append(_Run(shard, self._at + passed, values))
-            self._at += passed + max(0, taken)
-            left = rest.slice(passed + max(0, taken))
-            self._rest = left if len(left) else None
+                values = rest.take(pa.array(passed + chosen))
+                runs.append(_Run(shard, begin + chosen, values))
+            self._at = begin + taken
+            rest = rest.slice(passed + taken)
+            self._rest = rest if len(rest) else None
         if last == self._shards.counts[shard]:
             self.close()
         return runs
