@@ -314,7 +314,7 @@ class TrainConfig:
 
     @classmethod
     def of_run(cls, path: str | os.PathLike) -> "TrainConfig":
-        """What a run was trained with, by its train_config.json; as `load`, but leaves out keys that are gone.
+        """What a run was trained with, by its train_config.json: `load`, but keys that are gone are left out.
 
         Args:
             path: the file.

@@ -96,6 +96,11 @@ class Shards:
         return self._source.kind == "images"
 
     @property
+    def local(self) -> bool:
+        """Whether the rows are files of this machine."""
+        return self._source.root is not None
+
+    @property
     def passes_over(self) -> bool:
         """Whether rows can be passed over only by reading them."""
         return self._source.kind == "stream"
@@ -195,7 +200,7 @@ class Shards:
     def _open_parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
         name = self.names[shard]
         # A local path is no address, whatever characters are in it
-        with open(name, "rb") if self._source.root else fsspec.open(name, "rb") as file:
+        with pa.OSFile(name) if self.local else fsspec.open(name, "rb") as file:
             yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
 
     @contextmanager
