@@ -48,7 +48,7 @@ EMPTY = -1
 _PLAIN_WINDOW = 64
 # Units of a window that are enough to mix it, and into how many a group may be cut to come near that, if an
 # epoch has more than so many windows
-_UNITS, _PARTS, _FEW = 512, 8, 8
+_UNITS, _PARTS, _FEW = 512, 4, 4
 # With fewer than twelve rounds, counting finds a bias in permutations of five or six things
 _ROUNDS = 12
 
@@ -106,6 +106,11 @@ class Order:
         self.units = len(rows) if not len(rows) else len(first) * min(1.0, self._window / self.num_rows)
         # The last epoch's units in their order and where each ends, drawn once for its many windows
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a window, and units: orders of the same groups and seed that agree in them are the same."""
+        return self._window, len(self._starts)
 
     def find(self, place: int) -> Place:
         """Where a place lies, which is the same in each epoch.

@@ -53,7 +53,7 @@ def make_order(shards: Shards, memory: float, seed: int) -> Order:
     if order.lanes > 1 and order.units < _FEW_UNITS:
         logger.warning(
             "shuffle_memory (%g MB) holds rows from about %d places of %s at once, as they are stored in "
-            "pieces of %.3g MB: what is sorted by class stays so in part; save it as local parquet files with "
+            "pieces of %.3g MB: what is sorted by class stays so in part; save it as local parquet files of "
             "smaller row groups, or raise shuffle_memory to %d",
             *(memory, max(1, round(order.units)), shards, num_bytes / 2**20 / len(groups)),
             math.ceil(num_bytes / 2**20),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,17 @@ class Shards:
     def addressable(self) -> bool:
         """Whether any row can be read alone."""
         return self._source.kind == "images"
+
+    @property
+    def files(self) -> list[str]:
+        """Image files, parquet files, or the files of a stream as far as they are known."""
+        return self._source.files
+
+    def relative(self, file: str) -> str:
+        """The name of a file in the data set's folder, or in its repository at any revision."""
+        if self._source.root is not None:
+            return os.path.relpath(file, self._source.root).replace(os.sep, "/")
+        return re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", file)
 
     @property
     def local(self) -> bool:

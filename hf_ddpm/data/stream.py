@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.data.fingerprint import take_fingerprint
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
 from hf_ddpm.data.pixels import FITS, decode_pixels, fit_pixels
@@ -169,6 +170,14 @@ class ImageStream:
     def row_counts(self) -> list[int]:
         """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
         return list(self._shards.layout.counts)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set, and the order in which it is read, from another; see fingerprint.py.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        return take_fingerprint(self._shards, self._order)
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""
