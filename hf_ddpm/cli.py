@@ -12,10 +12,22 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hf_ddpm import __version__
-from hf_ddpm.config import TrainConfig
+from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.runtime.arguments import Parser, add_options, count, run, whole, wholes
-from hf_ddpm.runtime.messages import nearest, redact
+from hf_ddpm.runtime.arguments import (
+    Parser,
+    add_options,
+    at_most,
+    count,
+    end,
+    number,
+    path,
+    run,
+    whole,
+    wholes,
+)
+from hf_ddpm.runtime.messages import nearest, redact, shown
+from hf_ddpm.runtime.streams import guard_streams
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,9 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the words after `hf-ddpm`, by default those of the command line.
     """
+    guard_streams()
     first, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
-    if first == "help" and rest:
-        first, rest = rest[0], ["--help"]
+    helps = first in ("help", "-h", "--help")
+    if helps and rest:
+        first, rest = rest[0], ["--help", *rest[1:]]
+    if (helps and len(rest) > 1) or (rest and first in ("help", "--version") and not helps):
+        end("hf-ddpm", f"error: unknown argument {shown(rest[-1])}; allowed: hf-ddpm help COMMAND", 2)
     if first in ("help", "-h", "--help"):
         print(_usage(), end="")
     elif first == "--version":
@@ -36,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         near = nearest(first, [*COMMANDS, "help", "--version"])
         hint = f"allowed: {', '.join(COMMANDS)}" if near is None else f"did you mean {near!r}?"
-        print(f"hf-ddpm: error: unknown command {first!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        end("hf-ddpm", f"error: unknown command {shown(first)}; {hint}", 2)
 
 
 def _usage() -> str:
@@ -68,7 +83,10 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         usage="%(prog)s [--config FILE] [--key value ...]",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file of the keys below, or the train_config.json of a run"
+        "--config",
+        type=path,
+        metavar="FILE",
+        help="TOML file of the keys below, or the train_config.json of a run",
     )
     add_options(parser, TrainConfig)
     values = vars(parser.parse(argv))
@@ -93,9 +111,13 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         "size nor on the number of processes; start it with `accelerate launch` to use several.",
         "example: %(prog)s runs/photos --num-images 16 --scheduler ddim --steps 50 --out samples",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline, or its Hub id")
-    parser.add_argument("--num-images", type=count, default=64, metavar="N", help="number of images [64]")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for 00000.png, ..., grid.png")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id")
+    parser.add_argument(
+        "--num-images", type=at_most(10_000_000), default=64, metavar="N", help="number of images [64]"
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, metavar="DIR", help="folder for 00000.png, ..., grid.png"
+    )
     parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
     scheduler = parser.add_argument("--scheduler", metavar="NAME")
     parser.late_help[scheduler] = lambda: f"sampler, by default the model's ({', '.join(_samplers())})"
@@ -105,7 +127,11 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="images at once in each process [64]"
+        "--batch-size",
+        type=at_most(LARGEST_BATCH),
+        default=64,
+        metavar="N",
+        help="images at once in each process [64]",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the samples in DIR, and nothing else there"
@@ -140,10 +166,13 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         "example: %(prog)s runs/photos photos/ --split test --num-images 1000",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
+        "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
     )
     parser.add_argument(
-        "dataset", metavar="DATASET", help="Hub id, folder of images or of parquet files, or 'digits'"
+        "dataset",
+        type=path,
+        metavar="DATASET",
+        help="Hub id, folder of images or of parquet files, or 'digits'",
     )
     add_options(parser, EvaluationConfig, but=("model", "dataset"))
     config = EvaluationConfig(**vars(parser.parse(argv)))
@@ -169,16 +198,18 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         "example: %(prog)s runs/digits digits:test:17 digits:test:4 --t 100,200,300 --out mixed.png",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
+        "model", type=path, metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
     )
     image = "image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels"
-    parser.add_argument("image_a", metavar="A", help=image)
-    parser.add_argument("image_b", metavar="B", help=image)
+    parser.add_argument("image_a", type=path, metavar="A", help=image)
+    parser.add_argument("image_b", type=path, metavar="B", help=image)
     parser.add_argument(
         "--t", type=wholes, dest="timesteps", metavar="T,T", help="steps, a row each [T/4,T/2,3T/4]"
     )
-    parser.add_argument("--num-images", type=count, default=9, metavar="N", help="mixtures in a row [9]")
-    parser.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")
+    parser.add_argument(
+        "--num-images", type=at_most(100), default=9, metavar="N", help="mixtures in a row [9]"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="PNG file to write")
     parser.add_argument(
         "--steps", type=count, metavar="K", help="sampling steps of the whole chain; only those below t run"
     )
@@ -223,13 +254,15 @@ def _publish_parser(prog: str) -> Parser:
         "is that of `hf auth login` or of HF_TOKEN.",
         "example: %(prog)s runs/photos me/photos-ddpm --private --license apache-2.0",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a pipeline, such as that of a run")
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline, such as that of a run"
+    )
     parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, created if it does not exist [main]")
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
     parser.add_argument(
-        "--ema-decay", type=float, metavar="X", help="send the weights averaged with this decay instead"
+        "--ema-decay", type=number, metavar="X", help="send the weights averaged with this decay instead"
     )
     parser.add_argument(
         "--license", metavar="ID", help="licence of the weights, such as apache-2.0 or cc-by-4.0"
@@ -239,7 +272,10 @@ def _publish_parser(prog: str) -> Parser:
         "--dataset-id", metavar="ID", help="Hub id of the training images, by default as the config says"
     )
     parser.add_argument(
-        "--picture", metavar="FILE", help="PNG for the card, by default samples.png, else the newest grid"
+        "--picture",
+        type=path,
+        metavar="FILE",
+        help="PNG for the card, by default samples.png, else the newest grid",
     )
     parser.add_argument(
         "--custom-pipeline",

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
-from hf_ddpm.runtime.messages import nearest
-from hf_ddpm.runtime.options import check_options, option
+from hf_ddpm.runtime.hub import check_license, check_repo_id
+from hf_ddpm.runtime.messages import nearest, shown
+from hf_ddpm.runtime.options import check_options, option, read_path
 
 if TYPE_CHECKING:
     from hf_ddpm.scheduler import DDPMScheduler
@@ -87,6 +89,13 @@ NEEDS = {
 GONE = {"shuffle_buffer": "shuffle_memory, in MB of undecoded images"}
 
 
+LARGEST_FILE = 10**6  # bytes of a config file
+# Far above what is of use, and far below what harms a machine that is asked for it
+LARGEST_BATCH = 2**20
+MOST_STEPS, MOST_TIMESTEPS, MOST_EVALS = 10**12, 10**6, 10**5
+MOST_WORKERS, MOST_IN_GRID, MOST_MICRO_STEPS, MOST_DECAYS = 256, 4096, 10**6, 8
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All choices of a training run, checked when it is constructed.
@@ -97,17 +106,27 @@ class TrainConfig:
     """
 
     # What it learns
-    dataset: str = option("digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
+    dataset: str = option(
+        "digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)", path=True
+    )
     split: str = option("train", "split of the data set to train on")
     image_column: str | None = option(None, "column of the images, by default the only one")
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
     )
-    channels: int | None = option(None, "1 for grey or 3 for RGB, by default the first image's", least=1)
+    channels: int | None = option(
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default 1 or 3, as the first image", least=1
+    )
+    background: str = option(
+        "white", "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'"
+    )
     fit: str = option(
         "exact",
         "what to do with images of another size: refuse them, or a way of fitting them",
         choices=_fits,
+    )
+    to_8_bit: bool = option(
+        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, instead of refusing them"
     )
     horizontal_flip: bool = option(False, "mirror images at random")
     shuffle_memory: float = option(
@@ -119,16 +138,19 @@ class TrainConfig:
     skip_corrupt: bool = option(
         False, "skip and count training images that can't be read, instead of stopping"
     )
-    num_workers: int = option(0, "processes that decode images ahead, for each training process", least=0)
+    num_workers: int = option(
+        0, "processes that decode images ahead, for each training process", least=0, most=MOST_WORKERS
+    )
 
     # The network and the process
     model: str = option(
         "digits",
         "preset, or folder or Hub id of a pipeline to go on from; the autoencoders ...-t are told the step",
         examples=_presets,
+        path=True,
     )
     dropout: float | None = option(None, "dropout probability, by default the preset's", least=0.0, below=1.0)
-    num_train_timesteps: int = option(1000, "number of steps T of the process", least=2)
+    num_train_timesteps: int = option(1000, "number of steps T of the process", least=2, most=MOST_TIMESTEPS)
     beta_schedule: str = option("linear", "noise schedule", choices=_schedules)
     beta_start: float = option(1e-4, "first beta", above=0.0, below=1.0)
     beta_end: float = option(0.02, "last beta", above=0.0, below=1.0)
@@ -154,9 +176,11 @@ class TrainConfig:
     )
 
     # Optimisation
-    max_steps: int = option(10_000, "optimizer steps of the whole run", least=1)
-    batch_size: int = option(64, "images per process and micro-step", least=1)
-    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", least=1)
+    max_steps: int = option(10_000, "optimizer steps of the whole run", least=1, most=MOST_STEPS)
+    batch_size: int = option(64, "images per process and micro-step", least=1, most=LARGEST_BATCH)
+    gradient_accumulation_steps: int = option(
+        1, "micro-steps per optimizer step", least=1, most=MOST_MICRO_STEPS
+    )
     learning_rate: float = option(2e-4, "peak learning rate of AdamW", above=0.0)
     lr_scheduler: str = option(
         "constant_with_warmup",
@@ -192,9 +216,11 @@ class TrainConfig:
     channels_last: bool = option(False, "use the memory format channels_last for convolutions")
 
     # What it leaves behind
-    output_dir: str = option("runs/ddpm", "folder of the run, which is also the pipeline's folder")
+    output_dir: str = option("runs/ddpm", "folder of the run, which is also the pipeline's folder", path=True)
     resume: str = option(
-        "auto", "auto, to continue this run if the output folder holds it; never; or a checkpoint's folder"
+        "auto",
+        "auto, to continue this run if the output folder holds it; never; or a checkpoint's folder",
+        path=True,
     )
     checkpoint_every: int = option(
         1000, "steps between checkpoints; one is also saved before each grid and evaluation", least=1
@@ -207,21 +233,29 @@ class TrainConfig:
         above=0.0,
     )
     sample_every: int = option(1000, "steps between sample grids, 0 for none", least=0)
-    sample_num_images: int = option(64, "images in a grid", least=1)
+    sample_num_images: int = option(64, "images in a grid", least=1, most=MOST_IN_GRID)
     sample_steps: int | None = option(None, "sampling steps of a grid, by default all T", least=1)
     evaluate_every: int = option(
         0, "steps between measurements of held-out images in bits/dim, 0 for never", least=0
     )
     evaluate_split: str = option("test", "split of the held-out images")
     evaluate_num_images: int = option(256, "how many held-out images, at most", least=2)
-    evaluate_num_evals: int = option(20, "network evaluations for each held-out image", least=2)
+    evaluate_num_evals: int = option(
+        20, "network evaluations for each held-out image", least=2, most=MOST_EVALS
+    )
     trackers: str = option("", "comma-separated trackers of accelerate, such as tensorboard,wandb")
-    push_to_hub: str | None = option(None, "Hub repository to push to while training, as user/name")
+    push_to_hub: str | None = option(
+        None, "Hub repository to push to while training, as user/name", check=check_repo_id
+    )
     push_every: int = option(1000, "steps between pushes, in the background", least=1)
     push_private: bool = option(False, "make the repository of --push-to-hub private")
-    license: str | None = option(None, "licence of the weights, for the model card, such as apache-2.0")
-    dataset_license: str | None = option(None, "licence of the images, for the model card")
-    dataset_id: str | None = option(None, "Hub id of the images, for the model card")
+    license: str | None = option(
+        None, "licence of the weights, for the model card, such as apache-2.0", check=check_license
+    )
+    dataset_license: str | None = option(
+        None, "licence of the images, for the model card", check=check_license
+    )
+    dataset_id: str | None = option(None, "Hub id of the images, for the model card", check=check_repo_id)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -232,9 +266,11 @@ class TrainConfig:
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
         # Importing these takes seconds, which a value that is refused above need not wait for.
+        from hf_ddpm.data.pixels import parse_background
         from hf_ddpm.objectives import make_objective
         from hf_ddpm.parametrization import works_from_pure_noise
 
+        parse_background(self.background)
         if self.rescale_betas_zero_snr and not works_from_pure_noise(self.prediction_type):
             allowed = ", ".join(filter(works_from_pure_noise, _prediction_types()))
             raise ValueError(
@@ -263,9 +299,10 @@ class TrainConfig:
         if self.image_size is None:
             return None
         sides = self.image_size.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", side) for side in sides):
             raise ValueError(
-                f"image_size is {self.image_size!r}; allowed: a positive whole number, or two as in '28x32'"
+                f"image_size is {shown(self.image_size)}; allowed: a positive whole number, or two as in "
+                "'28x32'"
             )
         return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
@@ -274,10 +311,10 @@ class TrainConfig:
         """The decays of `ema_decay` as numbers by the text that was given for each, in the order given."""
         decays = {}
         for text in (part.strip() for part in self.ema_decay.split(",")):
-            if not re.fullmatch(r"0(\.\d+)?", text) or text in decays:
+            if not re.fullmatch(r"0(\.[0-9]{1,15})?", text) or text in decays or len(decays) >= MOST_DECAYS:
                 raise ValueError(
-                    f"ema_decay is {self.ema_decay!r}; allowed: a number in [0, 1), or several different "
-                    "ones with commas between"
+                    f"ema_decay is {shown(self.ema_decay)}; allowed: a number in [0, 1), or up to "
+                    f"{MOST_DECAYS} different ones with commas between"
                 )
             decays[text] = float(text)
         return decays
@@ -294,8 +331,8 @@ class TrainConfig:
             ValueError: the file can't be read, a key is unknown (the message names the nearest), or a value
                 has the wrong type or lies out of range.
         """
-        values = {} if path is None else _read(Path(path))
-        where = f"config file {os.fspath(path)!r}: " if path is not None else ""
+        values = {} if path is None else _read(path)
+        where = f"config file {shown(os.fspath(path), 160)}: " if path is not None else ""
         known = [field.name for field in dataclasses.fields(cls)]
         for source, names in ((where, values), ("", changes)):
             for name in names:
@@ -303,7 +340,7 @@ class TrainConfig:
                     raise ValueError(f"{source}there is no key {name!r} any more; allowed: {GONE[name]}")
                 if name not in known:
                     near = nearest(name, known, cutoff=0)
-                    raise ValueError(f"{source}unknown key {name!r}; did you mean {near!r}?")
+                    raise ValueError(f"{source}unknown key {shown(name)}; did you mean {near!r}?")
         try:
             return cls(**{**values, **changes})
         except ValueError as error:
@@ -333,17 +370,35 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(place: str | os.PathLike) -> Mapping[str, Any]:
+    """The keys and values of a TOML or JSON file.
+
+    Raises:
+        ValueError: it can't be read, is no regular file, or holds something else.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        path = Path(read_path(os.fspath(place)))
+    except ValueError as error:
+        raise ValueError(f"config is {error}") from None
+    name, kind = shown(str(path), 160), "JSON" if path.suffix == ".json" else "TOML"
+    try:
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe without a writer
+            raise ValueError(f"can't read config file {name}: allowed: a regular file")
+        if found.st_size > LARGEST_FILE:
+            raise ValueError(f"config file {name} has {found.st_size} bytes; allowed: {LARGEST_FILE}")
+        data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"can't read config file {str(path)!r}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ValueError(f"config file {str(path)!r} is not {kind}: {error}") from None
+        raise ValueError(f"can't read config file {name}: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8-sig")
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"config file {name} is not {kind} of keys and values: it is too deep") from None
+    except ValueError as error:  # what the two readers raise, and what Python says of very long numbers
+        raise ValueError(f"config file {name} is not {kind}: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config file {str(path)!r} holds {type(values).__name__}; allowed: keys and values")
+        raise ValueError(f"config file {name} holds {type(values).__name__}; allowed: keys and values")
     return values
 
 

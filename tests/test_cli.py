@@ -26,8 +26,8 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --image-column --image-size --channels --fit --horizontal-flip
-    --shuffle-memory --skip-corrupt --num-workers --model --dropout --num-train-timesteps
+    --config --dataset --split --image-column --image-size --channels --background --fit
+    --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps
@@ -39,7 +39,8 @@ TRAIN_FLAGS = """
     --push-to-hub --push-every --push-private --license --dataset-license --dataset-id
 """.split()
 EVALUATE_FLAGS = """
-    --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
+    --split --num-images --image-column --channels --background --fit --to-8-bit --exact --num-evals-per-image
+    --pilot-images --variance-type
     --clip-x0 --decoder --steps --first-variance --extractor --nearest-dataset --nearest-split --num-samples
     --sampling-steps --num-reference --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
@@ -217,7 +218,7 @@ def test_every_flag_reaches_its_key(configs, capsys):
     ("argv", "words"),
     [
         (["--bacth-size", "3"], "unknown argument '--bacth-size'; did you mean --batch-size?"),
-        (["--bacth_size=3"], "unknown argument '--bacth-size=3'; did you mean --batch-size?"),
+        (["--bacth_size=3"], "unknown argument '--bacth-size'; did you mean --batch-size?"),
         (["stray"], "unknown argument 'stray'; see --help"),
         (["--batch-size"], "argument --batch-size: expected one argument"),
         (["--batch-size", "-1"], "batch_size is -1; allowed: >= 1"),

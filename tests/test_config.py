@@ -179,7 +179,7 @@ def test_a_value_out_of_range(key, values, words):
 
 
 def test_decays():
-    words = "allowed: a number in [0, 1), or several different ones with commas between"
+    words = "allowed: a number in [0, 1), or up to 8 different ones with commas between"
     for value in ("-0.1", "1.0", "", "0.9,", "0.9,0.9", "fast", "1e-1"):
         assert refused(ema_decay=value) == f"ema_decay is {value!r}; {words}"
     for value in ("0.999, 0.9", [0.999, 0.9]):

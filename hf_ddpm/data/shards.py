@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import io
 import itertools
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import fsspec
@@ -30,7 +31,8 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
-from hf_ddpm.data.files import MOST_BYTES, inside, read_regular, shown
+from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, shown
+from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
 
@@ -79,7 +81,9 @@ class Shards:
     """
 
     def __init__(self, source: Source, column: str):
-        self._source, self._column = source, column
+        self.source, self._column = source, column
+        # Rows of each row group that may be read at once, where its headers have been looked at
+        self._checked: dict[tuple[int, int], int] = {}
         self._schema = datasets.Features({column: source.features[column]}).arrow_schema
         if source.kind == "parquet":
             self.names = source.files
@@ -94,28 +98,28 @@ class Shards:
     @property
     def addressable(self) -> bool:
         """Whether any row can be read alone."""
-        return self._source.kind == "images"
+        return self.source.kind == "images"
 
     @property
     def files(self) -> list[str]:
         """Image files, parquet files, or the files of a stream as far as they are known."""
-        return self._source.files
+        return self.source.files
 
     def relative(self, file: str) -> str:
         """The name of a file in the data set's folder, or in its repository at any revision."""
-        if self._source.root is not None:
-            return os.path.relpath(file, self._source.root).replace(os.sep, "/")
+        if self.source.root is not None:
+            return os.path.relpath(file, self.source.root).replace(os.sep, "/")
         return re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", file)
 
     @property
     def local(self) -> bool:
         """Whether the rows are files of this machine."""
-        return self._source.root is not None
+        return self.source.root is not None
 
     @property
     def passes_over(self) -> bool:
         """Whether rows can be passed over only by reading them."""
-        return self._source.kind == "stream"
+        return self.source.kind == "stream"
 
     @property
     def counts(self) -> list[int]:
@@ -130,9 +134,9 @@ class Shards:
             ValueError: a shard that can't be read.
         """
         if self.addressable:
-            return Layout([len(self._source.files)], [len(self._source.files)], 0)
+            return Layout([len(self.source.files)], [len(self.source.files)], 0)
         # In threads, as reading a remote footer is mostly waiting
-        with ThreadPoolExecutor(8 if self._source.kind == "parquet" else 1) as threads:
+        with ThreadPoolExecutor(8 if self.source.kind == "parquet" else 1) as threads:
             found = list(threads.map(self._lay_out, range(len(self.names))))
         counts, num_bytes = [sum(groups) for groups, _ in found], sum(size for _, size in found)
         groups = list(itertools.chain.from_iterable(groups for groups, _ in found))
@@ -140,10 +144,10 @@ class Shards:
 
     def _lay_out(self, shard: int) -> tuple[list[int], int]:
         """Rows of each group of a shard, and the bytes of all."""
-        if self._source.kind == "stream":
+        if self.source.kind == "stream":
             sizes = [(len(chunk), chunk.nbytes) for chunk in self.chunks(shard)]
             return [sum(rows for rows, _ in sizes)], sum(size for _, size in sizes)
-        with self._named_errors(shard), self._open_parquet(shard) as parquet:
+        with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
             if self._column not in parquet.schema_arrow.names:
                 raise ValueError(f"{shown(self.names[shard])} has no column {shown(self._column)!r}")
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
@@ -156,7 +160,7 @@ class Shards:
             )
 
     def chunks(self, shard: int, start: int = 0) -> Generator[pa.Array, None, None]:
-        """The column's values from row `start` of a shard on, some rows at a time.
+        """The column's values from row `start` of a shard on, some rows at a time; not of image files.
 
         Raises:
             ValueError: the shard can't be read.
@@ -173,53 +177,56 @@ class Shards:
         """
         with contextlib.ExitStack() as stack:
             with self._named_errors(shard):
-                parquet = self._source.kind == "parquet"
+                parquet = self.source.kind == "parquet"
                 file = stack.enter_context(self._open_parquet(shard)) if parquet else None
 
             def chunks_from(start: int) -> Generator[pa.Array, None, None]:
                 with self._named_errors(shard):
                     if file is not None:
-                        yield from self._read_parquet(file, start)
-                    elif self.addressable:
-                        yield from self._list_files(start)
+                        yield from self._read_parquet(shard, file, start)
                     else:
                         yield from self._read_stream(shard, start)
 
             yield chunks_from
-
-    def _list_files(self, start: int) -> Iterator[pa.Array]:
-        for first in range(start, len(self._source.files), _ROWS_PER_READ):
-            paths = self._source.files[first : first + _ROWS_PER_READ]
-            yield pa.array([{"bytes": None, "path": path} for path in paths], self._schema.field(0).type)
 
     def _read_stream(self, shard: int, start: int) -> Iterator[pa.Array]:
         part = self._dataset.shard(len(self.names), shard)
         for batch in part.skip(start).iter(_ROWS_PER_READ):
             yield from pa.Table.from_pydict(batch, schema=self._schema)[self._column].chunks
 
-    def _read_parquet(self, parquet: pq.ParquetFile, start: int) -> Iterator[pa.Array]:
+    def _read_parquet(self, shard: int, opened: tuple[pq.ParquetFile, Any], start: int) -> Iterator[pa.Array]:
+        parquet, _ = opened
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         ends = list(itertools.accumulate(sizes))
-        groups = list(range(bisect.bisect_right(ends, start), len(ends)))
-        passed = start - sum(sizes[: groups[0]]) if groups else 0
-        for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
-            if passed < len(batch):
-                table = pa.Table.from_batches([batch.slice(passed)])
-                yield from table_cast(table, self._schema)[self._column].chunks
-            passed = max(0, passed - len(batch))
+        first = bisect.bisect_right(ends, start)
+        passed = start - sum(sizes[:first])
+        for group in range(first, len(ends)):
+            rows = self._rows_per_read(shard, opened, group)
+            for batch in parquet.iter_batches(rows, [group], [self._column], use_threads=False):
+                if passed < len(batch):
+                    table = pa.Table.from_batches([batch.slice(passed)])
+                    yield from table_cast(table, self._schema)[self._column].chunks
+                passed = max(0, passed - len(batch))
+
+    def _rows_per_read(self, shard: int, opened: tuple[pq.ParquetFile, Any], group: int) -> int:
+        if (shard, group) not in self._checked:
+            local = self.source.root is not None
+            rows = rows_per_read(*opened, group, self._column, _ROWS_PER_READ, local)
+            self._checked[shard, group] = rows
+        return self._checked[shard, group]
 
     @contextmanager
-    def _open_parquet(self, shard: int) -> Iterator[pq.ParquetFile]:
+    def _open_parquet(self, shard: int) -> Iterator[tuple[pq.ParquetFile, Any]]:
         name = self.names[shard]
         # A local path is no address, whatever characters are in it
-        with pa.OSFile(name) if self.local else fsspec.open(name, "rb") as file:
-            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+        with open(name, "rb") if self.source.root else fsspec.open(name, "rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ), file
 
     @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, DatasetsError, OSError) as error:
+        except (pa.ArrowException, DatasetsError, OSError, ValueError) as error:
             raise ValueError(f"can't read {shown(self.names[shard])}: {one_line(error, 150)}") from error
 
     def encoded(self, row: Row) -> Any:
@@ -242,8 +249,19 @@ class Shards:
             return value.get("bytes")
         return self._read_file(str(value["path"]))
 
+    def head(self, row: Row) -> BinaryIO | None:
+        """A file of a row's image, of which little is read for its head; None if the row holds an array.
+
+        Raises:
+            ValueError, OSError: as `encoded`.
+        """
+        if self.addressable:
+            return open_regular(row.value["path"])
+        data = self.encoded(row)
+        return io.BytesIO(data or b"") if isinstance(row.value, (dict, bytes)) else None
+
     def _read_file(self, path: str) -> bytes:
-        source = self._source
+        source = self.source
         if source.kind == "images":
             return read_regular(path)
         if source.kind == "stream" and (found := _in_archive(path, source)):
@@ -260,10 +278,13 @@ class Shards:
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
-        return Row(0, number, {"bytes": None, "path": self._source.files[number]})
+        return Row(0, number, {"bytes": None, "path": self.source.files[number]})
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
+        if self.addressable:
+            yield from map(self.image_file, range(len(self.source.files)))
+            return
         for shard in range(len(self.names)):
             values = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self.chunks(shard))
             yield from (Row(shard, number, value) for number, value in enumerate(values))
@@ -275,7 +296,7 @@ class Shards:
     def name(self, row: Row) -> str:
         """What messages call a row."""
         path = row.value.get("path") if isinstance(row.value, dict) else None
-        if path and self._source.kind == "images":
+        if path and self.source.kind == "images":
             return shown(path)
         own = f" ({shown(path)})" if path and path != self.names[row.shard] else ""
         return f"row {row.number} of {shown(self.names[row.shard])}{own}"

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hf_ddpm.config import LARGEST_BATCH, MOST_EVALS
 from hf_ddpm.runtime.options import check_options, option
 
 
@@ -22,6 +23,8 @@ def _fixed_variances() -> Iterable[str]:
 
     return sorted(FIXED)
 
+
+MOST_SAMPLES = 10**7  # far above what is of use, and far below what harms a machine that is asked for it
 
 # Keys that have an effect only together with another key, or with one of several.
 NEEDS = {
@@ -42,17 +45,32 @@ class EvaluationConfig:
         ValueError: a value has the wrong type or lies out of range.
     """
 
-    model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote")
-    dataset: str = option("", "Hub id, folder of images or of parquet files, or 'digits' (embedded)")
+    model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote", path=True)
+    dataset: str = option(
+        "", "Hub id, folder of images or of parquet files, or 'digits' (embedded)", path=True
+    )
     split: str = option("test", "split of the data set")
     num_images: int | None = option(
         None, "how many images, a random subset; by default all of the split", least=1
     )
     image_column: str | None = option(None, "column of the images, by default the only one")
+    channels: int | None = option(
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default as the model's training had it", least=1
+    )
+    background: str | None = option(
+        None,
+        "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'; by default "
+        "as the model's training had it, else white",
+    )
     fit: str = option("exact", "what to do with images of another size, noted in the result", choices=_fits)
+    to_8_bit: bool = option(
+        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, noted in the result"
+    )
 
     exact: bool = option(False, "evaluate every step once instead of a few per image")
-    num_evals_per_image: int = option(20, "network evaluations per image of the estimate", least=2)
+    num_evals_per_image: int = option(
+        20, "network evaluations per image of the estimate", least=2, most=MOST_EVALS
+    )
     pilot_images: int = option(
         0, "images from which it is learned how often to draw each step; 0 takes a default", least=0
     )
@@ -71,28 +89,35 @@ class EvaluationConfig:
     )
 
     extractor: str | None = option(
-        None, "feature network for sample metrics: inception, or a folder or Hub id of a vision model"
+        None,
+        "feature network for sample metrics: inception, or a folder or Hub id of a vision model",
+        path=True,
     )
     nearest_dataset: str | None = option(
-        None, "look for each sample's nearest image in this data set: Hub id, folder, or 'digits'"
+        None, "look for each sample's nearest image in this data set: Hub id, folder, or 'digits'", path=True
     )
     nearest_split: str = option("train", "split of that data set")
     num_samples: int = option(
-        1000, "samples for the extractor and the nearest images, and as many held-out images", least=2
+        1000,
+        "samples for the extractor and the nearest images, and as many held-out images",
+        least=2,
+        most=MOST_SAMPLES,
     )
     sampling_steps: int | None = option(None, "sampling steps of these samples, by default all T", least=1)
     num_reference: int | None = option(
         None, "real images that the extractor compares the samples with, by default as many", least=2
     )
-    reference: str | None = option(None, "file of the real images' features: read if it exists, else written")
+    reference: str | None = option(
+        None, "file of the real images' features: read if it exists, else written", path=True
+    )
 
     compare_with: str | None = option(
-        None, "folder with the evaluation of another model, for the difference per image"
+        None, "folder with the evaluation of another model, for the difference per image", path=True
     )
-    out: str | None = option(None, "folder for the results, by default MODEL if that is a folder")
+    out: str | None = option(None, "folder for the results, by default MODEL if that is a folder", path=True)
     overwrite: bool = option(False, "replace an evaluation that the folder holds")
     seed: int = option(0, "seed of the chosen images, the noise and the samples", least=0, below=2**63)
-    batch_size: int = option(64, "images at once in each process", least=1)
+    batch_size: int = option(64, "images at once in each process", least=1, most=LARGEST_BATCH)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -103,6 +128,10 @@ class EvaluationConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but has no use without {' or '.join(needed)}"
                 )
+        if self.background is not None:
+            from hf_ddpm.data.pixels import parse_background
+
+            parse_background(self.background)
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")

@@ -25,7 +25,7 @@ from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-PIL_CHANNELS = (1, 3, 4)
+PIL_CHANNELS = (1, 2, 3, 4)
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 

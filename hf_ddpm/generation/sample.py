@@ -75,7 +75,7 @@ def sample(
             )
         pipeline.scheduler.variance_type = variance_type
     if (channels := pipeline.image_shape[0]) not in PIL_CHANNELS:
-        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1, 3, 4")
+        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1 to 4")
     try:
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
@@ -97,7 +97,9 @@ def sample(
     grid = folder / GRID
     if state.is_main_process:
         names = [sample_name(i) for i in range(num_images)]
-        save_image(image_grid([Image.open(folder / name) for name in names[:GRID_IMAGES]]), grid)
+        save_image(
+            image_grid([Image.open(folder / name, formats=["PNG"]) for name in names[:GRID_IMAGES]]), grid
+        )
         for name in _samples_in(folder) - {*names, grid.name}:
             (folder / name).unlink()
         print(f"{num_images} images and {GRID} in {folder}")

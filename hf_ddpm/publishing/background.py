@@ -18,8 +18,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from hf_ddpm.folders.layout import SNAPSHOTS, TENSORS
 from hf_ddpm.publishing.card import CardFacts
-from hf_ddpm.publishing.publish import check_repo_id, collect, command_line, find_dataset_id, needed_files
+from hf_ddpm.publishing.publish import collect, command_line, find_dataset_id, needed_files
 from hf_ddpm.publishing.upload import PublishError, Retry
+from hf_ddpm.runtime.hub import check_repo_id
 from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class BackgroundPush:
         token: str | bool | None = None,
         retry: Retry | None = None,
     ):
-        check_repo_id(repo_id)
+        check_repo_id("repo_id", repo_id)
         self._run, self._repo_id, self._private = Path(run), repo_id, private
         self._token, self._retry = token, retry or Retry(attempts=8)
         facts = {"license": license, "dataset_license": dataset_license, "dataset_id": dataset_id}

@@ -1,7 +1,9 @@
 """Model cards: model_cards/TEMPLATE.md, filled from the files that a model's repository holds.
 
-A card says nothing that these files and `CardFacts` don't say; what is missing is left out. This module does
-not know where the files come from or where they go, and folders/numbers.py reads evaluation.json for it.
+A card says nothing that these files and `CardFacts` don't say; what is missing is left out. Text from them
+stands in the card as text: it can't become a link, a picture, HTML, another row of a table or a line of the
+metadata. Only `notes.md` is Markdown, as a person wrote it. This module does not know where the files come
+from or where they go, and folders/numbers.py reads evaluation.json for it.
 """
 
 import dataclasses
@@ -35,14 +37,25 @@ from hf_ddpm.folders.layout import (
 )
 from hf_ddpm.folders.numbers import TASK, card_words, hub_results, training_words
 from hf_ddpm.models import NETWORKS
-from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.hub import check_branch, check_license, check_repo_id
+from hf_ddpm.runtime.messages import CONTROL, redact
 
 Files = Mapping[str, "Path | bytes"]  # content by path in the repository
 
 # Written into every card. A README.md without it is a person's own, and is published as it is.
 MARK = "<!-- Filled by hf-ddpm from the files beside it, and again. Without this line, it stays as it is. -->"
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# What Markdown or HTML could take for more than text, but for a "_" inside a word, which is a plain one
+ACTIVE = re.compile(r"[&<>\[\]`*|\\~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=/)/|(?<=[wW]{3})\.")
 DIGITS = "the UCI optical digits that hf_ddpm embeds"  # hf_ddpm/data/digits/README.md
+
+
+CHECKS = {
+    "repo_id": check_repo_id,
+    "revision": check_branch,
+    "license": check_license,
+    "dataset_license": check_license,
+    "dataset_id": check_repo_id,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class CardFacts:
         training: the last numbers of the run's log, as `folders.numbers.last_numbers` finds them.
 
     Raises:
-        ValueError: a licence that is not an identifier.
+        ValueError: a licence that the Hub doesn't know, or what can't be a repository or a branch.
     """
 
     repo_id: str
@@ -71,12 +84,9 @@ class CardFacts:
     training: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for key in ("license", "dataset_license"):
-            value = getattr(self, key)
-            if value is not None and not LICENSE.fullmatch(value):
-                raise ValueError(
-                    f"{key} is {value!r}; allowed: as the Hub writes it: apache-2.0, mit, cc-by-4.0, other"
-                )
+        for key, check in CHECKS.items():
+            if (value := getattr(self, key)) is not None:
+                check(key, value)
 
 
 def make_card(files: Files, facts: CardFacts) -> str:
@@ -91,16 +101,20 @@ def make_card(files: Files, facts: CardFacts) -> str:
         KeyError, TypeError, AttributeError: a file doesn't hold what it should.
     """
     index, network_config = read_json_file(files, INDEX), read_json_file(files, NETWORK_FILE)
-    schedule, config = _schedule(files), read_json_file(files, RECORD)
-    evaluation, training = read_json_file(files, EVALUATION), training_words(facts.training)
-    dataset, license = config.get("dataset"), facts.license or config.get("license")
+    config, evaluation = read_json_file(files, RECORD), read_json_file(files, EVALUATION)
+    license = facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
-    if dataset == "digits" and facts.dataset_id is None:
+    if config.get("dataset") == "digits" and facts.dataset_id is None:
         dataset_license = dataset_license or "cc-by-4.0"
+    for key, value in (("license", license), ("dataset_license", dataset_license)):
+        if value is not None:
+            check_license(key, value)
+    said = as_text({"config": config, "schedule": _schedule(files), "evaluation": evaluation})
+    dataset, training = said["config"].get("dataset"), training_words(as_text(facts.training))
 
     def id_of(name: str | None) -> str | None:
         """The Hub's id of a data set; None for others than the training images."""
-        return facts.dataset_id if name in (dataset, facts.dataset_id) else None
+        return facts.dataset_id if name in (dataset, config.get("dataset"), facts.dataset_id) else None
 
     def call(name: str | None) -> str | None:
         return _dataset_words(name, id_of(name))
@@ -115,36 +129,60 @@ def make_card(files: Files, facts: CardFacts) -> str:
         model_name=name,
         eval_results=hub_results(evaluation, id_of),
     )
+    command = _text(files, COMMANDS) or (_command(config) if config else None)
+    measured = CONTROL.sub(" ", evaluation.get("command") or "")
     words = {
         "mark": MARK,
         "name": name,
         "repo_id": facts.repo_id,
         "revision": facts.revision,
-        "shape": _shape(network_config),
+        "shape": as_text(_shape(network_config)),
         "network": index[UNET][1],
         "parameters": f"{_parameters(index, network_config):,}",
-        "ema": f"averaged over the training with decay {facts.ema_decay}" if facts.ema_decay else None,
-        "steps": schedule.get("num_train_timesteps"),
-        "schedule": schedule,
+        "ema": f"averaged over the training with decay {float(facts.ema_decay)}" if facts.ema_decay else None,
+        "steps": int(said["schedule"]["num_train_timesteps"]),
+        "schedule": said["schedule"],
         "portable": portable,
         "picture": SAMPLES_PICTURE if SAMPLES_PICTURE in files else None,
         "shown": [(caption, file) for file, caption in SHOWN.items() if file in files],
         "notes": _text(files, NOTES),
         "curve": CURVE if CURVE in files else None,
-        "commands": _text(files, COMMANDS),
         "plots": [(caption, file) for file, caption in PLOTS.items() if file in files],
-        **card_words(evaluation, call),
+        **card_words(said["evaluation"], call),
+        "evaluation_command": measured,
+        "evaluation_fence": fence(measured, 3),
         "training": training,
-        "seed": config.get("seed"),
+        "seed": said["config"].get("seed"),
         "dataset": call(dataset),
-        "split": config.get("split"),
+        "split": said["config"].get("split"),
         "dataset_license": dataset_license,
         "license": license,
-        "command": _command(config) if config else None,
-        "config": json.dumps(config, indent=2),
+        "command": command,
+        "fence": fence(command, 4),
+        "config": json.dumps(config, indent=2) if config else None,
     }
     text = str(ModelCard.from_template(data, template_str=template(), **words))
-    return redact(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
+    text = redact(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no text
+
+
+def as_text(value: Any) -> Any:
+    """Plain values of a file, whose texts, keys too, are written so that Markdown shows them as they are.
+
+    Entities are used: they are no syntax, whether they stand in prose, in a table or in a link.
+    """
+    if isinstance(value, Mapping):
+        return {as_text(key): as_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_text(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return ACTIVE.sub(lambda found: f"&#{ord(found.group())};", CONTROL.sub(" ", value))
+
+
+def fence(text: str | None, least: int) -> str:
+    """Backticks that the text between two rows of them can't end: `least`, or more than it has in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text or "")), default=0))
 
 
 def template() -> str:

@@ -48,6 +48,7 @@ from hf_ddpm.folders.numbers import last_numbers, measured_weights
 from hf_ddpm.models import NETWORKS, weights_digest
 from hf_ddpm.publishing.card import MARK, CardFacts, make_card
 from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
+from hf_ddpm.runtime.hub import check_repo_id
 from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def collect(
         ValueError: no pipeline's folder, or a bad argument.
     """
     folder, shown = Path(model).expanduser(), redact(os.fspath(model))
-    check_repo_id(repo_id)
+    check_repo_id("repo_id", repo_id)
     if not (folder / INDEX).is_file():
         raise ValueError(f"model {shown!r} is no folder with a {INDEX}; allowed: a pipeline's folder")
     config = _config(folder)
@@ -285,21 +286,6 @@ def needed_files(run: Path) -> list[Path]:
     found += _weights(run).values()
     _refuse_links(run, found)
     return found
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Refuse what can't be a repository's name.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        shown = redact(str(repo_id))
-        raise ValueError(
-            f"repo_id is {shown!r}; allowed: user/name of letters, digits, '-', '_' and '.', 96 at most"
-        ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -381,9 +367,8 @@ def _text(path: Path) -> str:
 
 def _readable_picture(path: Path) -> Path:
     try:
-        with Image.open(path) as image:
-            if image.format != "PNG":
-                raise ValueError(f"it is {image.format}")
+        with Image.open(path, formats=["PNG"]):
+            pass
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"picture {str(path)!r} can't be read: {one_line(error)}; allowed: a PNG file"

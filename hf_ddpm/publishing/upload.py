@@ -93,7 +93,7 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, one_line(error.server_message or "", None)
+        status, said = error.response.status_code, one_line(error.server_message or "", 80)
         words = REASONS.get(status, "the Hub answered with an error")
         return redact(f"{words} (status {status}{': ' * bool(said)}{said})", token)
     if isinstance(error, RuntimeError) and error.__cause__ is not None:

@@ -1,23 +1,32 @@
 """Words on a command line: a parser whose errors are one line, flags of options, and how a command ends.
 
-This file knows no command. It imports neither torch nor accelerate, so that help and mistyped words are
-answered at once.
+Whatever a command raises, one line on stderr says so, which is printed in `end` and nowhere else. This file
+knows no command. It imports neither torch nor accelerate, so that help and mistyped words are answered at
+once.
 """
 
 import argparse
 import dataclasses
+import errno
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from hf_ddpm.runtime.messages import nearest, one_line, redact
-from hf_ddpm.runtime.options import listed
+from hf_ddpm.runtime.environment import check_environment
+from hf_ddpm.runtime.messages import LIMIT, nearest, one_line, redact, shown
+from hf_ddpm.runtime.options import MOST, listed, read_number, read_path, read_whole
 from hf_ddpm.runtime.signals import EXIT_CODE, TrainingStopped
+from hf_ddpm.runtime.streams import TRACEBACK, guard_streams
+
+# What the system says of a path that can't be one, wherever that comes out
+BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTDIR, errno.EISDIR)
+LONGEST_LIST = 100  # numbers of a flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,8 +46,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """Print one line to stderr, and end with exit code 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        end(self.prog, f"error: {message}", 2)
 
     def format_help(self) -> str:
         """The whole help, `late_help` included."""
@@ -49,22 +57,30 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of the arguments; `-` and `_` inside a flag's name mean the same.
 
-        A mistyped flag is named before anything else is complained of.
+        A mistyped flag is named before anything else is complained of, and what follows its "=" is not said:
+        it may be a token. Environment variables that no command could start with are refused here too.
+
+        Raises:
+            ValueError: such a variable is set.
         """
         words = [_dashed(word) for word in argv]
         flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in words[: words.index("--")] if "--" in words else words:
+        for typed, word in zip(argv[: words.index("--")] if "--" in words else argv, words, strict=False):
             if _is_flag(word) and word.partition("=")[0] not in flags:
-                self._refuse(word, flags)
+                self._refuse(typed, flags)
         values, unknown = self.parse_known_args(words)
         if unknown:
             self._refuse(unknown[0], flags)
+        check_environment()
         return values
 
     def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:
-        near = nearest(word.partition("=")[0], [flag for flag in flags if flag.startswith("--")])
+        if _is_flag(word):
+            word = word.partition("=")[0]
+        word = word if redact(word) != word else _dashed(word)
+        near = nearest(word, [flag for flag in flags if flag.startswith("--")])
         hint = "see --help" if near is None else f"did you mean {near}?"
-        self.error(f"unknown argument {word!r}; {hint}")
+        self.error(f"unknown argument {shown(word)}; {hint}")
 
 
 def _is_flag(word: str) -> bool:
@@ -82,33 +98,54 @@ def run(
 ) -> None:
     """Call a command, and turn how it ends into an exit code and one line on stderr.
 
-    Exit codes: 0, done; 2, bad input (a ValueError); 1, a run that failed; 75, a training run that a signal
-    stopped and that the same command continues; 130, Ctrl-C. With HF_DDPM_TRACEBACK set, errors are raised.
+    Exit codes: 0, done; 2, bad input (a ValueError, or a path that can't be one); 1, a run that failed; 75, a
+    training run that a signal stopped and that the same command continues; 130, Ctrl-C. Python's traceback is
+    printed before the line where HF_DDPM_TRACEBACK is set.
 
     Args:
         command: a function of the words after the command, and of the program's name for messages.
         argv: these words, by default those of the command line.
         prog: that name, by default the script's.
     """
+    guard_streams()
     prog = prog or Path(sys.argv[0]).name
     try:
         command(sys.argv[1:] if argv is None else argv, prog)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("HF_DDPM_TRACEBACK"):
-            raise
-        bad_input = isinstance(error, ValueError)
-        words = "error:" if bad_input else "failed (HF_DDPM_TRACEBACK=1 shows where):"
-        print(f"{prog}: {words} {redact(one_line(error, limit=None))}", file=sys.stderr)
-        sys.exit(2 if bad_input else 1)
     except TrainingStopped as stopped:
         from hf_ddpm.runtime.processes import process_state
 
-        if process_state().is_main_process:
-            print(f"{prog}: {stopped}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        if not process_state().is_main_process:
+            sys.exit(EXIT_CODE)
+        end(prog, str(stopped), EXIT_CODE)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end(prog, "interrupted", 130)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        words = one_line(error, limit=None)
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in BAD_PATH):
+            end(prog, f"error: {_with_flags(words)}", 2)
+        # These say what went wrong. An error of another kind is told by its name too
+        words = words if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {words}"
+        hint = f" ({TRACEBACK}=1 shows where)"
+        hint = hint if len(prog + words + hint) < LIMIT - len(": failed: ") else ""
+        end(prog, f"failed{hint}: {words}", 1)
+
+
+def end(prog: str, words: str, code: int) -> typing.NoReturn:
+    """Say why a command ends, in one line on stderr that has no secrets and at most 300 characters."""
+    print(one_line(f"{prog}: {words}", LIMIT), file=sys.stderr)
+    sys.exit(code)
+
+
+def _with_flags(text: str) -> str:
+    """The words of an error with its advice, such as "add to_8_bit=True", in the spelling of flags."""
+
+    def flag(match: re.Match) -> str:
+        name, value = match[1].replace("_", "-"), match[2]
+        return f"--{name}" if value == "True" else f"--{name} {value}"
+
+    return re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", flag, text)
 
 
 def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:
@@ -152,21 +189,46 @@ def _help(option: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def count(word: str) -> int:
+def count(word: str, most: int = MOST) -> int:
     """A flag's value as a positive whole number."""
-    return whole(word, 1)
+    return whole(word, 1, most)
 
 
-def whole(word: str, least: int = 0) -> int:
+def at_most(most: int) -> Callable[[str], int]:
+    """`count` of numbers up to `most`."""
+    return partial(count, most=most)
+
+
+def whole(word: str, least: int = 0, most: int = MOST) -> int:
     """A flag's value as a whole number."""
-    if not word.isdecimal() or int(word) < least:
-        raise argparse.ArgumentTypeError(f"{word!r}; allowed: whole numbers >= {least}")
-    return int(word)
+    number = read_whole(word)
+    if number is None or not least <= number <= most:
+        limit = f" and <= {most}" if number is not None and number > most else ""
+        raise argparse.ArgumentTypeError(f"{shown(word)}; allowed: whole numbers >= {least}{limit}")
+    return number
 
 
 def wholes(word: str) -> list[int]:
-    """A flag's value as whole numbers between commas."""
-    parts = [part.strip() for part in word.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{word!r}; allowed: whole numbers >= 0 between commas")
-    return [int(part) for part in parts]
+    """A flag's value as at most a hundred whole numbers between commas."""
+    numbers = [read_whole(part.strip()) for part in word.split(",")]
+    if len(numbers) > LONGEST_LIST:
+        raise argparse.ArgumentTypeError(f"{len(numbers)} numbers; allowed: at most {LONGEST_LIST}")
+    if any(number is None or not 0 <= number <= MOST for number in numbers):
+        raise argparse.ArgumentTypeError(f"{shown(word)}; allowed: whole numbers >= 0 between commas")
+    return [number for number in numbers if number is not None]
+
+
+def number(word: str) -> float:
+    """A flag's value as a finite number."""
+    value = read_number(word)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{shown(word)}; allowed: a number")
+    return value
+
+
+def path(word: str) -> str:
+    """A flag's value as a path, or as a name on the Hub; "~" is expanded."""
+    try:
+        return read_path(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

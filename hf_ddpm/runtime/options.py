@@ -8,14 +8,23 @@ import dataclasses
 import math
 import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_ddpm.runtime.messages import did_you_mean, redact
+from hf_ddpm.runtime.messages import CONTROL, did_you_mean, redact, shown
 
-BOUNDS = {"above": (operator.gt, ">"), "least": (operator.ge, ">="), "below": (operator.lt, "<")}
+BOUNDS = {
+    "above": (operator.gt, ">"),
+    "least": (operator.ge, ">="),
+    "below": (operator.lt, "<"),
+    "most": (operator.le, "<="),
+}
+MOST = 2**63 - 1  # of a whole number without a bound of its own: what a tensor holds
+LONGEST_NUMBER = 100  # characters
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a part of a path, and of a whole one, on common systems
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
@@ -24,7 +33,9 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     Args:
         default: the value where none is given.
         help: what `--help` says of it.
-        **rules: `above`, `least` and `below` are bounds of a number. `choices` are the allowed values.
+        **rules: `above`, `least`, `below` and `most` are bounds of a number. `choices` are the allowed
+            values. `path` marks text that may name a file or a folder, in which "~" is expanded. `check` is a
+            function of the option's name and its value that raises ValueError for what is not allowed.
             `examples` are values that `--help` lists although others are allowed. Both are a collection, or a
             function that returns one when it is first needed, so that it may import what defines them.
             `joined` is for text that lists numbers: the text that stands between them if a file or a call
@@ -39,6 +50,41 @@ def listed(rules: Mapping[str, Any], rule: str) -> list[Any]:
     return list(typing.cast(Iterable[Any], values() if callable(values) else values))
 
 
+def read_whole(text: str) -> int | None:
+    """A whole number as it is typed; None for other text, and for digits that are not 0 to 9."""
+    return int(text) if len(text) <= LONGEST_NUMBER and re.fullmatch(r"[+-]?[0-9]+", text) else None
+
+
+def read_number(text: str) -> float | None:
+    """A finite number as it is typed; None for other text, and for digits that are not 0 to 9."""
+    if not text.isascii() or len(text) > LONGEST_NUMBER:  # Python reads the digits of every script
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_path(text: str) -> str:
+    """A path, or a name on the Hub, as it is typed; "~" and "~user" at its start are expanded.
+
+    Raises:
+        ValueError: it can't be a path; the message names the value and what is allowed.
+    """
+    if not text or any(character in text for character in "\0\n\r"):
+        raise ValueError(f"{shown(text)}; allowed: a path without line breaks and zero bytes")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"{shown(text)}, of which no home folder is known; allowed: such as ./~name")
+    raw = os.fsencode(expanded)
+    if len(raw) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in raw.split(b"/")):
+        raise ValueError(
+            f"{shown(text)}; allowed: {LONGEST_PATH} bytes, and {LONGEST_NAME} for each part of a path"
+        )
+    return expanded
+
+
 def check_options(options: Any) -> None:
     """Give every field of a frozen dataclass the type it is declared with, and check its rules.
 
@@ -49,37 +95,65 @@ def check_options(options: Any) -> None:
             allowed.
     """
     for field in dataclasses.fields(options):
-        value = _typed(field.name, getattr(options, field.name), field.type, field.metadata)
+        value = _typed(field, getattr(options, field.name))
         object.__setattr__(options, field.name, value)
         _check_range(field.name, value, field.metadata)
 
 
-def _typed(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> Any:
+def _typed(field: dataclasses.Field, value: Any) -> Any:
     """`value` as the type of its key; text, as from the command line, is read."""
+    name, annotation, rules = field.name, field.type, field.metadata
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind, optional = kinds[0], type(None) in kinds
-    if optional and (value is None or str(value).lower() == "none"):
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    word = value.lower() if isinstance(value, str) else ""
+    if optional and (value is None or word == "none"):
         return None
-    if "joined" in rules and isinstance(value, (int, float, list, tuple)):
-        return rules["joined"].join(str(n) for n in (value if isinstance(value, (list, tuple)) else (value,)))
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind is str and isinstance(value, (str, os.PathLike)):
-        if redact(text := os.fspath(value)) != text:  # options are written down and published
-            raise ValueError(
-                f"{name} is {redact(text)!r}, with a token or password in it; allowed: none, as HF_TOKEN or "
-                "`hf auth login` give it to the Hub's client"
-            )
-        return text
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-            if math.isfinite(number) and (isinstance(value, str) or number == value):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
+    if "joined" in rules and not isinstance(value, str):
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if parts and all(isinstance(n, (int, float)) and abs(n) < MOST for n in parts):
+            return rules["joined"].join(str(n) for n in parts)
+    elif kind is bool and (isinstance(value, bool) or word in ("true", "false")):
+        return value if isinstance(value, bool) else word == "true"
+    elif kind is str and isinstance(value, str):
+        return _text(field, value)
+    elif kind in (int, float) and not isinstance(value, bool):
+        number = _number(kind, value)
+        if number is not None:
+            return number
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(f"{name} is {value!r}; allowed: {words[kind]}{' or none' if optional else ''}")
+    raise ValueError(f"{name} is {shown(value)}; allowed: {words[kind]}{' or none' if optional else ''}")
+
+
+def _text(field: dataclasses.Field, text: str) -> str:
+    """Text as an option may hold it: without secrets, as options are written down and published."""
+    if redact(text) != text:
+        raise ValueError(
+            f"{field.name} is {shown(text)}, with a token or password in it; allowed: none, as HF_TOKEN or "
+            "`hf auth login` give it to the Hub's client"
+        )
+    if text == field.default or "joined" in field.metadata:  # what reads a list of numbers refuses other text
+        return text
+    if field.metadata.get("path"):
+        try:
+            return read_path(text)
+        except ValueError as error:
+            raise ValueError(f"{field.name} is {error}") from None
+    if not text.strip() or CONTROL.search(text):
+        raise ValueError(f"{field.name} is {shown(text)}; allowed: text in one line that is not empty")
+    return text
+
+
+def _number(kind: Any, value: Any) -> int | float | None:
+    """`value` as a number; None for what is none, is not finite, or would have to be rounded."""
+    if isinstance(value, str):
+        return read_whole(value) if kind is int else read_number(value)
+    try:
+        number = kind(value)
+        return number if math.isfinite(number) and number == value else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
@@ -87,8 +161,19 @@ def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         return
     if "choices" in rules and value not in (choices := listed(rules, "choices")):
         allowed = ", ".join(str(choice) for choice in choices)
-        raise ValueError(f"{name} is {value!r}{did_you_mean(value, choices)}; allowed: {allowed}")
+        raise ValueError(f"{name} is {shown(value)}{did_you_mean(value, choices)}; allowed: {allowed}")
     bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
+    if isinstance(value, int) and not isinstance(value, bool) and not {"below", "most"} & bounds.keys():
+        if not -MOST <= value <= MOST:
+            raise ValueError(f"{name} is {shown(value)}; allowed: whole numbers of 64 bits")
     if not all(BOUNDS[rule][0](value, bound) for rule, bound in bounds.items()):
-        allowed = " and ".join(f"{BOUNDS[rule][1]} {bound:g}" for rule, bound in bounds.items())
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+        if value <= bounds.get("most", value):
+            bounds.pop("most", None)  # a limit is told to those who pass it
+        allowed = " and ".join(f"{BOUNDS[rule][1]} {_plain(bound)}" for rule, bound in bounds.items())
+        raise ValueError(f"{name} is {shown(value)}; allowed: {allowed}")
+    if "check" in rules:
+        rules["check"](name, value)
+
+
+def _plain(bound: float) -> str:
+    return f"{bound:,}".replace(",", "") if isinstance(bound, int) and bound < 10**9 else f"{bound:g}"

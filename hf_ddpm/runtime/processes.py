@@ -3,12 +3,18 @@
 accelerate starts and counts the processes; this file knows nothing of what they do.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers.utils.torch_utils import get_device
+
+from hf_ddpm.runtime.environment import DEVICE_VARIABLE, asked_of_accelerate, check_environment
+from hf_ddpm.runtime.messages import one_line
 
 T = TypeVar("T")
 KINDS = {kind.__name__: kind for kind in (ValueError, OSError, RuntimeError)}
@@ -48,7 +54,31 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def process_state() -> PartialState:
-    """The processes of this launch and the device of this one; the same object at every call."""
-    # Without `cpu=True`, accelerate takes each of several processes on CPUs for a launch of its own.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
-    return PartialState(cpu=on_cpu)
+    """The processes of this launch and the device of this one; the same object at every call.
+
+    Raises:
+        ValueError: accelerate can't start as the environment asks; the message names the variables.
+    """
+    with as_launched():
+        # Without `cpu=True`, accelerate takes each of several processes on CPUs for a launch of its own.
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or get_device() == "cpu"
+        return PartialState(cpu=on_cpu)
+
+
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """Within, accelerate looks at the environment; what it can't do with that is a ValueError.
+
+    Raises:
+        ValueError: the message names the variables of the launch.
+    """
+    check_environment()
+    try:
+        yield
+        if (name := os.environ.get(DEVICE_VARIABLE)) is not None:
+            torch.empty(1, device=name)
+    # The environment decides which class of accelerate or torch meets what it can't do
+    except Exception as error:
+        raise ValueError(
+            f"accelerate can't start: {one_line(error, 120)}; the environment says {asked_of_accelerate()}"
+        ) from error

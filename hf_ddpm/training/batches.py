@@ -133,7 +133,9 @@ def open_stream(config: TrainConfig) -> ImageStream:
         config.size,
         config.channels,
         column=config.image_column,
-        fit=config.fit,  # type: ignore[arg-type]
+        fit=config.fit,
+        background=config.background,
+        to_8_bit=config.to_8_bit,
         horizontal_flip=config.horizontal_flip,
         shuffle_memory=config.shuffle_memory,
         seed=config.seed,

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.publishing.background import BackgroundPush
-from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.runtime.processes import as_launched, on_main_process
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -36,13 +36,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # The trainer accumulates gradients by itself. The plugin keeps the environment's variable
     # ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which would overrule a number, out of it. Without `cpu`, two
     # processes on a CPU would each believe to be alone.
-    accelerator = Accelerator(
-        cpu=get_device() == "cpu",
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        log_with=trackers or None,  # type: ignore[arg-type]
-        project_dir=config.output_dir,
-    )
+    with as_launched():
+        accelerator = Accelerator(
+            cpu=get_device() == "cpu",
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            log_with=trackers or None,  # type: ignore[arg-type]
+            project_dir=config.output_dir,
+        )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', but the device is a CPU; allowed there: no, bf16")
     if accelerator.device.type == "mps" and config.objective in ("bound", "hybrid", "sddpm"):

@@ -146,6 +146,8 @@ class Run:
             )
         stream, self._data = open_data(config, self.state, accelerator)
         self.shape, self.rows = stream.shape, stream.num_rows()
+        if accelerator.is_main_process:
+            logger.warning("%s", stream.survey(show=True))
         self.heldout = (
             HeldOut(config, self.folder, accelerator, stream.shape) if config.evaluate_every else None
         )

@@ -88,12 +88,12 @@ def test_parquet_without_hugging_face_metadata(tmp_path):
 def test_columns_of_arrays(tmp_path, feature, channels):
     images = noise(7, channels=channels)
     write_parquet(tmp_path, images.tolist(), shards=2, feature=feature)
-    stream = load_stream(tmp_path, shuffle_memory=3)
+    stream = load_stream(tmp_path, channels=channels, shuffle_memory=3)
     assert stream.shape == (channels, 6, 5)
     assert as_set(every(stream)) == as_set(
         torch.from_numpy(images.reshape(7, 6, 5, channels)).permute(0, 3, 1, 2)
     )
-    resized = every(load_stream(tmp_path, image_size=(4, 8), fit="resize"))
+    resized = every(load_stream(tmp_path, image_size=(4, 8), channels=channels, fit="resize"))
     assert resized.shape == (7, channels, 4, 8)
 
 

@@ -1,6 +1,5 @@
 """stream.py: the order of images, resuming, positions and slots, unreadable images."""
 
-import importlib
 import itertools
 import pickle
 import re
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import List, Value
-from PIL import Image as PILImage
 
 from hf_ddpm.data.order import Order
-from hf_ddpm.data.pixels import FITS
+from hf_ddpm.data.pixels import FITS, Decoder
 from hf_ddpm.data.stream import load_stream
 from tests.data.pictures import (
     as_set,
@@ -221,10 +219,8 @@ def test_unreadable_images_are_named_ten_times_at_most(tmp_path, caplog, broken)
 def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
     images = grey_folder(tmp_path, 10, shards)
     stream, decoded = load_stream(tmp_path), []
-    decode = importlib.import_module("hf_ddpm.data.stream").decode_pixels
-    monkeypatch.setattr(
-        "hf_ddpm.data.stream.decode_pixels", lambda *value: decoded.append(1) or decode(*value)
-    )
+    decode = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda *value: decoded.append(1) or decode(*value))
     assert stream.num_rows() == 10 and not decoded
     for rows in ([0], [9], [1, 2, 7], [], list(range(10)), np.array([3, 5])):
         decoded.clear()
@@ -303,22 +299,13 @@ def test_misfits_are_skipped_too(tmp_path):
     assert len(every(stream)) == 1 and stream.skipped == 2
 
 
-def test_ragged_and_out_of_range_arrays(tmp_path):
+def test_ragged_arrays_and_labels(tmp_path):
     write_parquet(tmp_path / "ragged", [[[1, 2], [3]]], feature=List(List(Value("uint8"))))
     with pytest.raises(ValueError, match=r"row 0 of .*corrupt image"):
         load_stream(tmp_path / "ragged")
-    write_parquet(tmp_path / "large", [[[1, 256]]], feature=List(List(Value("int64"))))
-    with pytest.raises(ValueError, match=r"row 0 of .*values from 1 to 256"):
-        load_stream(tmp_path / "large", column="image")
-    with pytest.raises(ValueError, match=r"row 0 of .*neither an encoded image nor an \(H, W\)"):
-        load_stream(tmp_path / "large", column="label")
-
-
-def test_decompression_bomb(tmp_path, monkeypatch):
-    write_parquet(tmp_path, [png(noise(1)[0])])
-    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"row 0 of .*decompression bomb"):
-        load_stream(tmp_path)
+    write_parquet(tmp_path / "label", [png(noise(1)[0])])
+    with pytest.raises(ValueError, match=r"row 0 of .*its numbers are int64"):
+        load_stream(tmp_path / "label", column="label")
 
 
 def test_a_stream_without_images_raises(tmp_path):
@@ -370,5 +357,5 @@ def test_impossible_positions():
 
 
 def test_a_number_of_channels_the_data_does_not_have():
-    with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 2"):
-        every(load_stream("digits", "test", channels=2))
+    with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 5$"):
+        every(load_stream("digits", "test", channels=5))

@@ -179,7 +179,9 @@ def test_a_card_of_ones_own_is_sent_as_it_is(run_folder, tmp_path):
 
 @pytest.mark.parametrize("key", ["license", "dataset_license"])
 def test_a_licence_is_an_identifier(key):
-    with pytest.raises(ValueError, match=f"{key} is 'Apache 2.0'; allowed: .*apache-2.0"):
+    with pytest.raises(
+        ValueError, match=rf"{key} is 'Apache 2.0' \(did you mean 'apache-2.0'\?\); allowed: "
+    ):
         CardFacts("tester/x", **{key: "Apache 2.0"})
 
 

@@ -58,7 +58,7 @@ def test_what_looks_like_a_flag_and_is_a_value(parser):
     ("words", "error"),
     [
         (["me", "--cup", "3"], "unknown argument '--cup'; did you mean --cups?"),
-        (["--cup=3"], "unknown argument '--cup=3'; did you mean --cups?"),  # before GUEST is missed
+        (["--cup=3"], "unknown argument '--cup'; did you mean --cups?"),  # before GUEST is missed
         (["--said_bye", "x"], "unknown argument '--said-bye'; did you mean --said-by?"),
         (["me", "--zzz"], "unknown argument '--zzz'; see --help"),
         (["me", "you"], "unknown argument 'you'; see --help"),
@@ -108,8 +108,12 @@ def test_failures_and_interruptions(capsys, monkeypatch):
         (OSError(28, "No space"), 1, f"prog: failed ({hint}): [Errno 28] No space\n"),
         (RuntimeError("out of\n memory"), 1, f"prog: failed ({hint}): out of memory\n"),
         (ValueError(), 2, "prog: error: ValueError\n"),
-        (ValueError("x" * 999), 2, f"prog: error: {'x' * 999}\n"),
+        (ValueError("x" * 999 + "; allowed: y"), 2, f"prog: error: {'x' * 135} ... {'x' * 135}; allowed: y\n"),
         (ValueError("hf_" + "a1B2" * 5), 2, "prog: error: ***\n"),
+        (ValueError("\x1b[2J\u202e"), 2, "prog: error: \\x1b[2J\\u202e\n"),
+        (OSError(36, "File name too long", "x"), 2, "prog: error: [Errno 36] File name too long: 'x'\n"),
+        (KeyError("x"), 1, f"prog: failed ({hint}): KeyError: 'x'\n"),
+        (RuntimeError("x" * 284), 1, f"prog: failed: {'x' * 284}\n"),
         (TrainingStopped("stopped"), 75, "prog: stopped\n"),
         (KeyboardInterrupt(), 130, "prog: interrupted\n"),
     ):  # fmt: skip
@@ -117,6 +121,10 @@ def test_failures_and_interruptions(capsys, monkeypatch):
             run(command(error), [], "prog")
         assert (stop.value.code, capsys.readouterr().err) == (code, words)
     monkeypatch.setenv("HF_DDPM_TRACEBACK", "1")
-    for kind in (ValueError, RuntimeError):
-        with pytest.raises(kind):
-            run(command(kind("bad")), [], "prog")
+    for kind, code in ((ValueError, 2), (RuntimeError, 1), (KeyError, 1)):
+        with pytest.raises(SystemExit) as stop:
+            run(command(kind("hf_" + "a1B2" * 5)), [], "prog")
+        told = capsys.readouterr().err
+        assert stop.value.code == code and "a1B2a1B2" not in told
+        assert told.startswith("Traceback (most recent call last):") and f"{kind.__name__}: " in told
+        assert told.splitlines()[-1].startswith("prog: ")

@@ -10,7 +10,8 @@ TOKEN = "hf_" + "a1B2c3D4" * 4
 def test_one_line():
     assert one_line(ValueError("a\n  b\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError" and one_line("") == ""
-    assert one_line("x" * 301) == "x" * 300 and one_line("x" * 301, limit=None) == "x" * 301
+    assert one_line("x" * 300) == "x" * 300 and one_line("x" * 301, limit=None) == "x" * 301
+    assert one_line("a" * 200 + "b" * 200) == "a" * 148 + " ... " + "b" * 147
 
 
 def test_the_name_that_was_meant():

@@ -1,0 +1,72 @@
+"""Names on the Hugging Face Hub, checked before anything is sent: repositories, branches, licences."""
+
+import re
+
+from hf_ddpm.runtime.messages import did_you_mean, redact, shown
+
+REPO_ID = re.compile(r"(?=.{1,96}\Z)(?:[A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
+BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+LONGEST_BRANCH = 100
+# https://huggingface.co/docs/hub/repositories-licenses, read in 2026; the Hub refuses a card with another one
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
+    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr isc intel-research h-research
+    lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql
+    ofl-1.1 ncsa unlicense zlib pddl deepfloyd-if-license fair-noncommercial-research-license llama2 llama3
+    llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+""".split()
+
+
+def check_repo_id(name: str, value: object) -> None:
+    """Refuse what can't be the name of a repository, by the rules of the Hub's client.
+
+    Args:
+        name: of the option, for the message.
+        value: "user/name", or "name".
+
+    Raises:
+        ValueError: it is none.
+    """
+    bad = not isinstance(value, str) or redact(value) != value or not REPO_ID.fullmatch(value)
+    if not bad:
+        # Imported late, so that no command line waits for it that names no repository
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(value)
+        except HFValidationError:
+            bad = True
+    if bad:
+        raise ValueError(
+            f"{name} is {shown(value)}; allowed: user/name of letters, digits, '-', '_' and '.', 96 at most"
+        )
+
+
+def check_license(name: str, value: object) -> None:
+    """Refuse a licence that the Hub has no identifier for.
+
+    Raises:
+        ValueError: the message names the nearest.
+    """
+    if value not in LICENSES:
+        raise ValueError(
+            f"{name} is {shown(value)}{did_you_mean(value, LICENSES)}; allowed: as the Hub writes it: "
+            "apache-2.0, mit, cc-by-4.0, other, ... (https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+
+
+def check_branch(name: str, value: object) -> None:
+    """Refuse what can't be the name of a branch.
+
+    Raises:
+        ValueError: it is none.
+    """
+    bad = not isinstance(value, str) or len(value) > LONGEST_BRANCH or redact(value) != value
+    if bad or not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock")):
+        raise ValueError(
+            f"{name} is {shown(value)}; allowed: a branch of letters, digits, '-', '_', '.' and '/'"
+        )
