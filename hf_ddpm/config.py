@@ -85,6 +85,9 @@ NEEDS = {
     "hybrid_weight": ("objective", "hybrid"),
 }
 
+# Keys that are gone, and what to write instead.
+GONE = {"shuffle_buffer": "shuffle_memory, in MB of undecoded images"}
+
 
 LARGEST_FILE = 10**6  # bytes of a config file
 # Far above what is of use, and far below what harms a machine that is asked for it
@@ -333,6 +336,8 @@ class TrainConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for source, names in ((where, values), ("", changes)):
             for name in names:
+                if name in GONE:
+                    raise ValueError(f"{source}there is no key {name!r} any more; allowed: {GONE[name]}")
                 if name not in known:
                     near = nearest(name, known, cutoff=0)
                     raise ValueError(f"{source}unknown key {shown(name)}; did you mean {near!r}?")
@@ -343,6 +348,22 @@ class TrainConfig:
             raise ValueError(
                 f"{where if culprit in values and culprit not in changes else ''}{error}"
             ) from None
+
+    @classmethod
+    def of_run(cls, path: str | os.PathLike) -> "TrainConfig":
+        """What a run was trained with, by its train_config.json: `load`, but keys that are gone are left out.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        values = {name: value for name, value in _read(Path(path)).items() if name not in GONE}
+        try:
+            return cls.load(None, **values)
+        except ValueError as error:
+            raise ValueError(f"config file {os.fspath(path)!r}: {error}") from None
 
     def to_json(self) -> str:
         """Every key with its value as indented JSON, which `load` reads."""

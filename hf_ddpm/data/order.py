@@ -5,7 +5,7 @@ alone, such as the row groups of parquet files.
 
     all rows fit in the window:   place q is row π(q), with one permutation π of all rows
 
-    otherwise:   groups, cut into at most 4 units ─► units in an order that takes each next one from another
+    otherwise:   groups, cut into units ─► units in an order that takes each next one from another
                  part of the source ─► cut into windows of rows ─► each window dealt out to 8 lanes
                  place q of a window  =  lane q mod 8, index q div 8 in it; inside a lane, rows are permuted
 
@@ -19,8 +19,9 @@ the lanes that these places lie in, which are 8 / gcd(8, W) of the 8: all if W i
 
 A window takes its units from all over the source, about one from each of as many equal parts. So where the
 source is sorted by class, a window has the classes in their right proportions as far as its number of units
-allows. A group that is large against the window is cut no finer than in 4, as whoever reads a unit passes
-over what comes before it in its group: on average a unit and a half.
+allows. Whoever reads a window passes over each group once, up to the last unit that he takes of it. If an
+epoch has more than 8 windows, a group is therefore cut no finer than in 8, which costs reading half of it for
+each unit; if it has fewer, each window may read all.
 
 With a window of 0 rows nothing is permuted: the order is the source's, each epoch.
 
@@ -45,8 +46,9 @@ EMPTY = -1
 
 # Rows that are read at once when nothing is permuted; the order does not depend on it
 _PLAIN_WINDOW = 64
-# Units of a window that are enough to mix it, and into how many a group is cut at most to come near that
-_UNITS, _PARTS = 512, 4
+# Units of a window that are enough to mix it, and into how many a group may be cut to come near that, if an
+# epoch has more than so many windows
+_UNITS, _PARTS, _FEW = 512, 4, 4
 # With fewer than twelve rounds, counting finds a bias in permutations of five or six things
 _ROUNDS = 12
 
@@ -73,31 +75,42 @@ class Order:
         groups: rows of each group of the source, in the source's order; some may be 0.
         window: 0 for the source's order, else how many rows are permuted among themselves at most.
         seed: of the order, at least 0.
-        parts: into how many units a group may be cut; 1 where passing over rows costs as much as reading.
+        cut: whether groups may be cut into units; not where passing over rows costs as much as reading them.
 
     Attributes:
         num_rows: rows, and so places, of an epoch.
         shuffled: whether anything is permuted.
         whole: whether all rows are permuted among themselves.
         lanes: 8, or 1 where nothing or everything is permuted.
+        units: from how many places of the source the rows of a window come, about.
     """
 
-    def __init__(self, groups: Sequence[int], window: int, seed: int, parts: int = _PARTS):
+    def __init__(self, groups: Sequence[int], window: int, seed: int, cut: bool = True):
         rows = np.array([count for count in groups if count], dtype=np.int64)
         self.num_rows, self._seed = int(rows.sum()), seed
         self.shuffled, self.whole = window > 0, window >= self.num_rows
         self.lanes = LANES if self.shuffled and not self.whole else 1
-        self._window = max(LANES, min(window, self.num_rows)) if self.shuffled else _PLAIN_WINDOW
+        # A multiple of the lanes, so that a place's lane is the same in each window
+        self._window = max(LANES, window // LANES * LANES) if self.lanes > 1 else max(1, self.num_rows)
+        if not self.shuffled:
+            self._window = _PLAIN_WINDOW
         cuts = np.ones_like(rows)
-        if self.lanes > 1:
-            cuts = np.minimum(np.clip(-(-rows * _UNITS // self._window), 1, parts), rows)
+        if self.lanes > 1 and cut:
+            most = rows if self.num_rows <= _FEW * self._window else np.minimum(rows, _PARTS)
+            cuts = np.clip(-(-rows * _UNITS // self._window), 1, most)
         # Unit k of a group of r rows that is cut in n begins at row k r div n
         within = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
         first, r, n = (np.repeat(x, cuts) for x in (np.cumsum(rows) - rows, rows, cuts))
         self._starts = first + within * r // n
         self._sizes = first + (within + 1) * r // n - self._starts
+        self.units = len(rows) if not len(rows) else len(first) * min(1.0, self._window / self.num_rows)
         # The last epoch's units in their order and where each ends, drawn once for its many windows
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a window, and units: orders of the same groups and seed that agree in them are the same."""
+        return self._window, len(self._starts)
 
     def find(self, place: int) -> Place:
         """Where a place lies, which is the same in each epoch.
@@ -135,6 +148,11 @@ class Order:
         if self.shuffled:
             order = permuted(order, size, (Use.ROWS, self._seed, epoch, window, lane))
         return self._stretches(epoch, begin, begin + size), order
+
+    def places(self, window: int, lane: int) -> np.ndarray:
+        """The places of a lane's part of a window, ascending, int64."""
+        begin = window * self._window
+        return np.arange(begin + lane, min(begin + self._window, self.num_rows), self.lanes)
 
     def rows(self, epoch: int, first: int, last: int) -> np.ndarray:
         """The rows at places `first` to `last` − 1 where nothing or everything is permuted, int64.

@@ -23,11 +23,15 @@ import numpy as np
 import pyarrow as pa
 
 from hf_ddpm.data.files import shown
-from hf_ddpm.data.order import Order
+from hf_ddpm.data.order import Order, Stretch
 from hf_ddpm.data.shards import Row, Shards
 
 logger = logging.getLogger(__name__)
 
+Wanted = Callable[[np.ndarray], np.ndarray]  # see `OrderedRows`
+
+# Places of the source that a window should have rows from
+_FEW_UNITS = 16
 # Places of an order without windows that are looked up together, as one alone costs as much
 _PLACES_PER_LOOK = 1024
 
@@ -45,14 +49,14 @@ def make_order(shards: Shards, memory: float, seed: int) -> Order:
     window = int(memory * 2**20 * rows / max(num_bytes, 1)) or int(memory > 0)
     if shards.addressable and memory:
         window = rows
-    # Where passing over rows costs as much as reading them, a shard is read from its beginning to its end
-    order = Order(groups, window, seed, **({"parts": 1} if shards.passes_over else {}))
-    if shards.passes_over and order.lanes > 1:
+    order = Order(groups, window, seed, cut=shards.local and not shards.passes_over)
+    if order.lanes > 1 and order.units < _FEW_UNITS:
         logger.warning(
-            "the %d rows of %s can only be read one after the other, and %d of them fit in shuffle_memory "
-            "(%g MB): what is sorted by class stays so in part; save it as parquet files, or raise "
-            "shuffle_memory to %d",
-            *(rows, shards, window, memory, math.ceil(num_bytes / 2**20)),
+            "shuffle_memory (%g MB) holds rows from about %d places of %s at once, as they are stored in "
+            "pieces of %.3g MB: what is sorted by class stays so in part; save it as local parquet files of "
+            "smaller row groups, or raise shuffle_memory to %d",
+            *(memory, max(1, round(order.units)), shards, num_bytes / 2**20 / len(groups)),
+            math.ceil(num_bytes / 2**20),
         )
     return order
 
@@ -65,33 +69,59 @@ class OrderedRows:
     Args:
         shards: where the rows are.
         order: which row is at which place.
+        wanted: which positions of the run, epoch · rows + place, are going to be asked for, (n,) int64 → (n,)
+            bool; the rows at others are read, but not held. None: all of them.
     """
 
-    def __init__(self, shards: Shards, order: Order):
-        self._shards, self._order = shards, order
+    def __init__(self, shards: Shards, order: Order, wanted: Wanted | None = None):
+        self._shards, self._order, self._wanted = shards, order, wanted
         self._reader = _Reader(shards)
         # A generator may still be open when the interpreter exits: this closes its file before modules go.
         self._close = weakref.finalize(self, self._reader.close)
-        self._parts: list[_Part | None] = [None] * order.lanes
+        self._window: _Window | None = None
         self._looked: tuple[tuple[int, int], list[int]] = (-1, -1), []
 
     def row(self, epoch: int, place: int) -> Row:
         """The row at a place of an epoch.
 
         Raises:
-            ValueError: no such place, a shard that can't be read, or one that ends before its count of rows.
+            ValueError: no such place, one that isn't `wanted`, a shard that can't be read, or one that ends
+                before its count of rows.
         """
-        window, lane, index = self._order.find(place)
         if self._shards.addressable:
             return self._shards.image_file(self._look_up(epoch, place))
-        part = self._parts[lane]
-        if part is None or part.key != (epoch, window):
-            # The old part goes before the new one comes, so that one is held and not two
-            part = self._parts[lane] = None
-            stretches, order = self._order.part(epoch, window, lane)
-            runs = [run for stretch in stretches for run in self._reader.take(*stretch)]
-            part = self._parts[lane] = _Part((epoch, window), order, runs)
-        return part.row(index)
+        window = self._order.find(place).window
+        if self._window is None or self._window.key != (epoch, window):
+            # The old window goes before the new one comes, so that one is held and not two
+            self._window = None
+            self._window = self._read(epoch, window)
+        return self._window.row(place)
+
+    def _read(self, epoch: int, window: int) -> _Window:
+        """The wanted rows of a window, in one pass over the source."""
+        order = self._order
+        met: list[Stretch] = []
+        places: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        for lane in range(order.lanes):
+            at = order.places(window, lane)
+            wanted = np.ones(len(at), np.bool_)
+            if self._wanted is not None:
+                wanted = self._wanted(epoch * order.num_rows + at)
+            if wanted.any():
+                stretches, inside = order.part(epoch, window, lane)
+                met += stretches
+                places.append(at[wanted])
+                rows.append(np.concatenate([np.arange(*s) for s in stretches])[inside[wanted]])
+        held = np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)
+        begin = int(order.places(window, 0)[0])
+        index = np.full(sum(len(order.places(window, lane)) for lane in range(order.lanes)), -1)
+        for at, row in zip(places, rows, strict=True):
+            index[at - begin] = np.searchsorted(held, row)
+        runs = [
+            run for stretch in sorted(met) for run in self._reader.take(stretch.start, stretch.stop, held)
+        ]
+        return _Window((epoch, window), begin, index, runs)
 
     def _look_up(self, epoch: int, place: int) -> int:
         block, index = divmod(place, _PLACES_PER_LOOK)
@@ -109,18 +139,25 @@ class OrderedRows:
 
 
 class _Run(NamedTuple):
-    """Rows of a shard that follow each other, from number `first` on."""
+    """Some rows of a shard, by their numbers in it, ascending."""
 
     shard: int
-    first: int
+    numbers: np.ndarray
     values: pa.Array
 
 
-class _Part:
-    """A lane's part of a window, in memory: the row at index i is the `order[i]`-th of the runs' rows."""
+class _Window:
+    """A window's rows in memory.
 
-    def __init__(self, key: tuple[int, int], order: np.ndarray, runs: list[_Run]):
-        self.key, self._order, self._runs = key, order, runs
+    Args:
+        key: epoch and window.
+        begin: its first place.
+        index: of each of its places, the number of its row in `runs`, end to end; -1 if it is not held.
+        runs: the rows that are held.
+    """
+
+    def __init__(self, key: tuple[int, int], begin: int, index: np.ndarray, runs: list[_Run]):
+        self.key, self._begin, self._index, self._runs = key, begin, index, runs
         self._ends = list(itertools.accumulate(len(run.values) for run in runs))
         # Field by field, as pyarrow takes 5 µs to make a dict of one row of a struct
         self._fields = [
@@ -130,14 +167,18 @@ class _Part:
             for run in runs
         ]
 
-    def row(self, index: int) -> Row:
-        number = int(self._order[index])
-        k = bisect.bisect_right(self._ends, number)
-        shard, first, values = self._runs[k]
-        i, fields = number - self._ends[k] + len(values), self._fields[k]
+    def row(self, place: int) -> Row:
+        at = int(self._index[place - self._begin])
+        if at < 0:
+            raise ValueError(f"the row at place {place} was not wanted; allowed: positions that are")
+        k = bisect.bisect_right(self._ends, at)
+        shard, numbers, values = self._runs[k]
+        i, fields = at - self._ends[k] + len(values), self._fields[k]
         if fields is None:
-            return Row(shard, first + i, values.slice(i, 1).to_pylist()[0])
-        return Row(shard, first + i, {name: column[i].as_py() for name, column in fields.items()})
+            value = values.slice(i, 1).to_pylist()[0]
+        else:
+            value = {name: column[i].as_py() for name, column in fields.items()}
+        return Row(shard, int(numbers[i]), value)
 
 
 class _Reader:
@@ -166,8 +207,9 @@ class _Reader:
         self._chunks = self._rest = self._chunks_from = None
         self._file.close()
 
-    def take(self, start: int, stop: int) -> list[_Run]:
-        """Rows `start` to `stop` − 1 of the source, which are in one group."""
+    def take(self, start: int, stop: int, held: np.ndarray) -> list[_Run]:
+        """Those of rows `start` to `stop` − 1, which are in one group, that are among `held` (ascending)."""
+        held = held[np.searchsorted(held, start) : np.searchsorted(held, stop)]
         shard = bisect.bisect_right(self._ends, start)
         before = self._ends[shard] - self._shards.counts[shard]
         first, last = start - before, stop - before
@@ -185,14 +227,16 @@ class _Reader:
                 self.close()
                 raise ValueError(f"{shown(self._shards.names[shard])} has lost rows since they were counted")
             passed = min(max(0, first - self._at), len(rest))
-            taken = min(last - self._at, len(rest)) - passed
-            if taken > 0:
+            taken = max(0, min(last - self._at, len(rest)) - passed)
+            begin = self._at + passed
+            chosen = held - before
+            chosen = chosen[np.searchsorted(chosen, begin) : np.searchsorted(chosen, begin + taken)]
+            if len(chosen):
                 # A copy, as a slice would keep in memory all that was read with it
-                values = pa.concat_arrays([rest.slice(passed, taken)])
-                runs.append(_Run(shard, self._at + passed, values))
-            self._at += passed + max(0, taken)
-            left = rest.slice(passed + max(0, taken))
-            self._rest = left if len(left) else None
+                runs.append(_Run(shard, chosen, rest.take(pa.array(chosen - self._at))))
+            self._at = begin + taken
+            rest = rest.slice(passed + taken)
+            self._rest = rest if len(rest) else None
         if last == self._shards.counts[shard]:
             self.close()
         return runs

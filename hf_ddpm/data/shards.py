@@ -17,6 +17,7 @@ import contextlib
 import errno
 import io
 import itertools
+import os
 import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,22 @@ class Shards:
     def addressable(self) -> bool:
         """Whether any row can be read alone."""
         return self.source.kind == "images"
+
+    @property
+    def files(self) -> list[str]:
+        """Image files, parquet files, or the files of a stream as far as they are known."""
+        return self.source.files
+
+    def relative(self, file: str) -> str:
+        """The name of a file in the data set's folder, or in its repository at any revision."""
+        if self.source.root is not None:
+            return os.path.relpath(file, self.source.root).replace(os.sep, "/")
+        return re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", file)
+
+    @property
+    def local(self) -> bool:
+        """Whether the rows are files of this machine."""
+        return self.source.root is not None
 
     @property
     def passes_over(self) -> bool:

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.encoded import MAX_PIXELS
+from hf_ddpm.data.fingerprint import take_fingerprint
 from hf_ddpm.data.order import Order
-from hf_ddpm.data.ordered import OrderedRows, make_order
+from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
 from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
@@ -190,6 +191,14 @@ class ImageStream:
         """The folder whose image files are the rows; None for any other source."""
         return self._shards.source.root if self._shards.addressable else None
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set, and the order in which it is read, from another; see fingerprint.py.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        return take_fingerprint(self._shards, self._order)
+
     def survey(self, show: bool = False) -> Survey:
         """What the heads of some images say of all: their sizes and modes.
 
@@ -292,12 +301,14 @@ class ImageStream:
         out = np.empty((len(images), *self.shape), np.uint8)
         return torch.from_numpy(np.stack(images, out=out))
 
-    def slots(self, slots: Iterable[Sequence[int]]) -> Iterator[Slots]:
+    def slots(self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None) -> Iterator[Slots]:
         """The images at given positions: what one of several processes trains on.
 
         Args:
             slots: items of B positions each, epoch · `num_rows()` + place; -1 is an empty slot. Ascending
                 within and across the items: others are found too, but a step back costs a seek.
+            wanted: which positions the items can have, (n,) int64 → (n,) bool. No row at another one is kept
+                in memory, so that processes which share out the positions share out a window too.
 
         Returns:
             Iterator of `Slots`, one per item. With `skip_corrupt` an image that can't be read is a hole.
@@ -305,7 +316,7 @@ class ImageStream:
         Raises:
             ValueError: a position below -1, or an image that can't be read.
         """
-        with OrderedRows(self._shards, self._order) as rows:
+        with OrderedRows(self._shards, self._order, wanted) as rows:
             for item in slots:
                 images = np.zeros((len(item), *self.shape), np.uint8)
                 present = np.zeros(len(item), np.bool_)

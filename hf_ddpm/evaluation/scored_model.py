@@ -142,7 +142,7 @@ def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:
     file = Path(model).expanduser() / RECORD
     if not file.is_file():
         return None
-    record = TrainConfig.load(file)
+    record = TrainConfig.of_run(file)
     trained = make_scheduler(record)
     same = scheduler.process.betas.shape == trained.process.betas.shape and torch.allclose(
         scheduler.process.betas, trained.process.betas, rtol=1e-9, atol=0

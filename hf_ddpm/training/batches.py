@@ -4,6 +4,7 @@ Step n consumes the positions n·G … n·G + G − 1, whatever the number of pr
 image stands at a position is said in data/order.py, and what is drawn for it in draws.py.
 """
 
+import functools
 import itertools
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -76,6 +78,25 @@ class StepShare:
                 offsets = [place * self.world_size + self.rank for place in places]
                 yield [step * self.per_step + j if j < self.per_step else EMPTY for j in offsets]
             step += 1
+
+    def wanted(
+        self, positions: np.ndarray, first_step: int, worker: int = 0, num_workers: int = 1
+    ) -> np.ndarray:
+        """Whether positions are a worker's, where several make the micro-steps of `slots` in turn.
+
+        Args:
+            positions: of the run, int64.
+            first_step: as in `slots`.
+            worker: 0 to `num_workers` − 1; worker k makes the micro-steps k, k + `num_workers`, …
+            num_workers: how many there are.
+
+        Returns:
+            Shape of `positions`, bool.
+        """
+        step, place = np.divmod(positions, self.per_step)
+        place, rank = np.divmod(place, self.world_size)
+        micro_step = (step - first_step) * self.micro_steps + place // self.micro_batch
+        return (rank == self.rank) & (micro_step % num_workers == worker) & (micro_step >= 0)
 
 
 def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any]) -> StepShare:
@@ -161,10 +182,14 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
         worker = get_worker_info()
-        mine = (0, None, 1) if worker is None else (worker.id, None, worker.num_workers)
-        asked, wanted = itertools.tee(itertools.islice(self.share.slots(self.first_step), *mine))
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = itertools.islice(self.share.slots(self.first_step), number, None, count)
+        asked, given = itertools.tee(mine)
+        wanted = functools.partial(
+            self.share.wanted, first_step=self.first_step, worker=number, num_workers=count
+        )
         try:
-            for positions, (images, present) in zip(asked, self.stream.slots(wanted), strict=True):
+            for positions, (images, present) in zip(asked, self.stream.slots(given, wanted), strict=True):
                 yield Batch(positions, images, present)
         except ValueError as error:
             yield error
