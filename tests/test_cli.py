@@ -27,7 +27,8 @@ from tests.launching import ROOT, environment
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
     --config --dataset --split --image-column --image-size --channels --background --fit
-    --to-8-bit --horizontal-flip --shuffle-buffer --skip-corrupt --num-workers --model --dropout --num-train-timesteps
+    --to-8-bit --horizontal-flip --shuffle-buffer --skip-corrupt --num-workers --model --dropout
+    --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps

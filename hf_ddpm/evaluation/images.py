@@ -67,6 +67,7 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     channels, height, width = shape = model.pipeline.image_shape
     size = None if config.fit == "exact" else (height, width)
     stream = load_images(config, config.dataset, config.split, size)
+    stream.check_batch(config.batch_size)
     if stream.shape != shape:
         hint = f"; add channels={channels} to convert them" if config.channels is None else ""
         if stream.shape[0] == channels:

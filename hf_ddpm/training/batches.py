@@ -105,8 +105,12 @@ def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[st
 
 
 def open_stream(config: TrainConfig) -> ImageStream:
-    """The run's images, in the order that all processes share."""
-    return load_stream(
+    """The run's images, in the order that all processes share.
+
+    Raises:
+        ValueError: a bad data set, or images that are too large for the batch.
+    """
+    stream = load_stream(
         config.dataset,
         config.split,
         config.size,
@@ -120,6 +124,8 @@ def open_stream(config: TrainConfig) -> ImageStream:
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )
+    stream.check_batch(config.batch_size)
+    return stream
 
 
 class Batch(NamedTuple):
