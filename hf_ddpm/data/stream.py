@@ -240,7 +240,7 @@ class ImageStream:
         numbers = batch_size * math.prod(self.shape)
         if numbers > MAX_NUMBERS:
             raise ValueError(
-                f"batch_size is {batch_size} images of {self.shape} (C, H, W), which are {numbers:,} numbers; "
+                f"batch_size is {batch_size} images of {self.shape} (C, H, W), so {numbers:,} numbers; "
                 f"allowed: at most {MAX_NUMBERS:,}"
             )
 
