@@ -126,8 +126,11 @@ class TrainConfig:
         False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, instead of refusing them"
     )
     horizontal_flip: bool = option(False, "mirror images at random")
-    shuffle_buffer: int = option(
-        1000, "images that are shuffled at once; 0 keeps the order of the files", least=0
+    shuffle_memory: float = option(
+        256.0,
+        "MB of undecoded images that are shuffled at once, in each training process; a folder of image files "
+        "is shuffled as a whole; 0 keeps the order of the files",
+        least=0.0,
     )
     skip_corrupt: bool = option(
         False, "skip and count training images that can't be read, instead of stopping"

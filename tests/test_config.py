@@ -141,7 +141,7 @@ def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
     ("key", "values", "words"),
     [
         ("channels", [0], ">= 1"),
-        ("shuffle_buffer", [-1], ">= 0"),
+        ("shuffle_memory", [-1], ">= 0"),
         ("num_workers", [-1], ">= 0"),
         ("max_loss", [0.0], "> 0"),
         ("push_every", [0], ">= 1"),

@@ -7,10 +7,29 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import BinaryIO
 
 # The most bytes of one encoded image, and of any file that is read whole
 MOST_BYTES = 512 << 20
 _LONGEST = 160
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file for reading.
+
+    Args:
+        path: a path, which is opened as it stands; a link is followed.
+
+    Raises:
+        ValueError: a folder, a pipe, a device or a socket.
+        OSError: there is no such file, or it can't be opened.
+    """
+    # Without O_NONBLOCK opening a pipe would wait for somebody who writes into it
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(opened).st_mode):
+        return open(opened, "rb")
+    os.close(opened)
+    raise ValueError(f"{shown(path)} is no regular file")
 
 
 def read_regular(path: str, most: int = MOST_BYTES) -> bytes:
@@ -24,17 +43,13 @@ def read_regular(path: str, most: int = MOST_BYTES) -> bytes:
         ValueError: a folder, a pipe, a device or a socket, or a larger file.
         OSError: there is no such file, or it can't be opened.
     """
-    # Without O_NONBLOCK opening a pipe would wait for somebody who writes into it
-    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(opened, "rb") as file:
-        found = os.fstat(opened)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{shown(path)} is no regular file")
-        if found.st_size <= most:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= most:
             data = file.read(most + 1)
             if len(data) <= most:
                 return data
-    raise ValueError(f"{shown(path)} has {found.st_size:,} bytes; allowed: {most:,}")
+    raise ValueError(f"{shown(path)} has {size:,} bytes; allowed: {most:,}")
 
 
 def inside(path: str, root: str) -> str:

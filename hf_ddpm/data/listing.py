@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from PIL import features
 
-from hf_ddpm.data.files import shown
+from hf_ddpm.data.files import open_regular, shown
 
 # What the suffix says of a file: the format by PIL's name
 SUFFIXES = {
@@ -62,12 +62,12 @@ _SPLIT_NAME = re.compile(rf"({_WORD}){_NUMBER}", re.IGNORECASE)
 _PREFIXED = re.compile(rf"(.*[-_. ])({_WORD}){_NUMBER}", re.IGNORECASE | re.DOTALL)
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{16})?")
 
-UNREADABLE = "no image that can be read here"
+UNREADABLE = "no images that can be read here"
 HIDDEN = "hidden"
-LINKED = "a link to a folder"
-BROKEN_LINK = "a link that leads nowhere"
-SPECIAL = "no regular file"
-CLOSED = "a folder that can't be opened"
+LINKED = "links to folders"
+BROKEN_LINK = "links that lead nowhere"
+SPECIAL = "no regular files"
+CLOSED = "folders that can't be opened"
 
 
 @dataclass
@@ -87,8 +87,9 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave_out(self, why: str, *names: str) -> None:
-        """Count files among those that are left out."""
-        self.left_out.setdefault(why, []).extend(names)
+        """Count files, if any, among those that are left out."""
+        if names:
+            self.left_out.setdefault(why, []).extend(names)
 
 
 def list_folder(root: str) -> Listing:
@@ -150,11 +151,10 @@ def _is_image(path: str) -> bool:
 
 def _kind_by_content(path: str) -> str | None:
     try:
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError:
+        with open_regular(path) as file:
+            start = file.read(_LOOKED_AT)
+    except (OSError, ValueError):
         return None
-    with open(opened, "rb") as file:
-        start = file.read(_LOOKED_AT) or b""
     return next((kind for kind, form in _FIRST_BYTES if form.match(start)), None)
 
 
@@ -232,7 +232,12 @@ def _sorted(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     return {name: sorted(splits[name]) for name in (*known, *sorted(set(splits) - set(first)))}
 
 
-def unused_splits(files: Iterable[str]) -> list[str]:
-    """Names of splits among the folders, or files, at the top, which were not taken for splits."""
-    tops = {file.partition("/")[0] for file in files}
-    return sorted(top for top in tops if _SPLIT_NAME.fullmatch(PurePosixPath(top).stem))
+def unused_splits(files: Sequence[str]) -> list[str]:
+    """A sentence if some, but not all, folders or files at the top are named as splits; else nothing."""
+    tops = sorted({file.partition("/")[0] for file in files if "/" in file}) or list(files)
+    named = [top for top in tops if _SPLIT_NAME.fullmatch(PurePosixPath(top).stem)]
+    others = [top for top in tops if top not in named]
+    if not named or not others or not any("/" in file or file.endswith(".parquet") for file in files):
+        return []
+    first, other = shown(named[0]), shown(others[0])
+    return [f'all is one split, "train": {first} is not taken for a split, as {other} is none']

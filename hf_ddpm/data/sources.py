@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,25 @@ from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hf_ddpm.data.beside import read_metadata, split_by_card
 from hf_ddpm.data.files import shown
-from hf_ddpm.data.listing import SPLITS, UNREADABLE, Listing, list_folder, split_by_folder, split_by_name
+from hf_ddpm.data.listing import (
+    SPLITS,
+    UNREADABLE,
+    Listing,
+    list_folder,
+    split_by_folder,
+    split_by_name,
+    unused_splits,
+)
 from hf_ddpm.runtime.messages import one_line
 
-BESIDE = "an image beside the folders of the splits"
+BESIDE = "beside the folders of the splits"
 OTHER_KIND = "not of the kind that is read here"
+UNNAMED = "not named by the card's data_files"
+NO_LINE = "without a line in the metadata"
 _NAMED = 3
+_IMAGE = datasets.Features({"image": datasets.Image()})
 # What `datasets` reads of a local folder in which there are no image files and no parquet files
 _OTHERS: dict[str, Any] = {
     ".zip": ImageFolder,
@@ -56,6 +68,9 @@ class Source:
         dataset: the stream, undecoded; None for the other kinds.
         root: the folder that paths in rows are confined to; None where rows may name no file.
         left_out: names of what lies in the folder and is no row, by the reason.
+        notes: what else a person should know of the choice of rows, in sentences.
+        lost: lines of metadata files that name an image which is not there, in words.
+        columns: for image files with several columns of images, the files of each.
     """
 
     name: str
@@ -66,6 +81,19 @@ class Source:
     dataset: datasets.IterableDataset | None = None
     root: str | None = None
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    lost: Sequence[str] = ()
+    columns: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What messages call this split."""
+        return f"{shown(self.name)} ({self.split})"
+
+    def select_column(self, column: str | None) -> tuple[Source, str]:
+        """The source, read for the images of one column, and that column's name; see `find_column`."""
+        column = find_column(self.features, column)
+        return replace(self, files=self.columns.get(column, self.files)), column
 
 
 def open_source(source: str | os.PathLike[str], split: str) -> Source:
@@ -124,25 +152,62 @@ def _open_hub(name: str, split: str) -> Source:
 
 def _open_folder(name: str, root: str, split: str) -> Source:
     listing = list_folder(root)
-    parquet = bool(listing.parquet) and (not listing.images or _images_in_parquet(root, listing))
-    files = listing.parquet if parquet else listing.images
-    if not files:
+    if not listing.images and not listing.parquet:
         return _open_other(name, root, split, listing)
-    other = listing.images if parquet else listing.parquet
-    if other:
-        listing.leave_out(OTHER_KIND, *other)
-    splits, beside = split_by_folder(files)
-    if not splits and parquet:
-        splits = split_by_name(files)
-    if beside:
+    splits = split_by_card(root, sorted(listing.images + listing.parquet))
+    named = [file for files in splits.values() for file in files]
+    if named:
+        parquet = named[0] in set(listing.parquet)
+    else:
+        parquet = bool(listing.parquet) and (not listing.images or _images_in_parquet(root, listing))
+    files, others = listing.parquet, listing.images
+    if not parquet:
+        files, others = others, files
+    listing.leave_out(OTHER_KIND, *others)
+    if named:
+        splits = {split: [file for file in some if file in set(files)] for split, some in splits.items()}
+        listing.leave_out(UNNAMED, *sorted(set(files) - set(named)))
+    else:
+        splits, beside = split_by_folder(files)
         listing.leave_out(BESIDE, *beside)
+    splits = splits or (split_by_name(files) if parquet else {})
+    notes = [] if splits else unused_splits(files)
     splits = splits or {"train": files}
-    split = _check_split(name, split, list(splits))
+    split = _check_split(name, split, list(splits), listing)
     paths = [os.path.join(root, file) for file in splits[split]]
     if parquet:
-        return _parquet_source(name, split, paths, root, listing.left_out)
-    features = datasets.Features({"image": datasets.Image()})
-    return Source(name, split, "images", paths, features, root=root, left_out=listing.left_out)
+        return _parquet_source(name, split, paths, root, listing.left_out, notes)
+    source = Source(name, split, "images", paths, _IMAGE, None, root, listing.left_out, notes)
+    return _with_metadata(source, listing, splits[split]) if listing.metadata else source
+
+
+def _with_metadata(source: Source, listing: Listing, files: list[str]) -> Source:
+    """A folder's images, and what its metadata files say of them."""
+    assert source.root is not None
+    lines = [line for file in listing.metadata for line in read_metadata(source.root, file)]
+    known, mine = set(listing.images), set(files)
+    lost = [f"{line.where} names {shown(line.name)!r}, and no such image is here" for line in lines]
+    lost = [words for words, line in zip(lost, lines, strict=True) if line.file not in known]
+    named = {line.file for line in lines}
+    unnamed = [file for file in files if file not in named]
+    where = shown(listing.metadata[0])
+    names = list(dict.fromkeys(line.column for line in lines))
+    if names in ([], ["image"]):
+        note = [
+            f"{len(unnamed):,} of {len(files):,} images have no line in {where}, and are read all the same"
+        ]
+        return replace(source, lost=lost, notes=[*source.notes, *note[: len(unnamed)]])
+    columns = {
+        name: [
+            os.path.join(source.root, line.file)
+            for line in lines
+            if line.column == name and line.file in mine
+        ]
+        for name in names
+    }
+    left_out = {**source.left_out, NO_LINE: unnamed} if unnamed else source.left_out
+    features = datasets.Features({name: datasets.Image() for name in names})
+    return replace(source, features=features, columns=columns, lost=lost, left_out=left_out)
 
 
 def _open_other(name: str, root: str, split: str, listing: Listing) -> Source:
@@ -180,8 +245,12 @@ def _images_in_parquet(root: str, listing: Listing) -> bool:
 
 
 def _what_else(listing: Listing) -> str:
-    found = [f"; {why}: {some(names)}" for why, names in listing.left_out.items()]
-    return "".join(found) or ": it is empty"
+    return describe_left_out(listing.left_out) or ": it is empty"
+
+
+def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
+    """What is left out, counted and named, in words that begin with a semicolon; empty if it is nothing."""
+    return "".join(f"; {len(names):,} left out as {why}: {some(names)}" for why, names in left_out.items())
 
 
 def some(names: Sequence[str]) -> str:
@@ -190,20 +259,27 @@ def some(names: Sequence[str]) -> str:
     return first if len(names) <= _NAMED else f"{first} and {len(names) - _NAMED:,} more"
 
 
-def _check_split(name: str, split: str, splits: list[str]) -> str:
+def _check_split(name: str, split: str, splits: list[str], listing: Listing | None = None) -> str:
     """The split's name as the data set has it: "val" is found as "validation"."""
     if split in splits:
         return split
     same = SPLITS.get(str(split).lower())
     if same in splits:
         return same
-    raise ValueError(f"no split {shown(str(split))!r} in {shown(name)}; it has {some(splits)}")
+    beside = listing.left_out.get(BESIDE) if listing else None
+    also = f"; {len(beside):,} images lie beside the folders of its splits" if beside else ""
+    raise ValueError(f"no split {shown(str(split))!r} in {shown(name)}; it has {some(splits)}{also}")
 
 
 def _parquet_source(
-    name: str, split: str, files: list[str], root: str, left_out: Mapping[str, Sequence[str]] | None = None
+    name: str,
+    split: str,
+    files: list[str],
+    root: str,
+    left_out: Mapping[str, Sequence[str]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Source:
-    return Source(name, split, "parquet", files, _features_of(files[0]), None, root, left_out or {})
+    return Source(name, split, "parquet", files, _features_of(files[0]), None, root, left_out or {}, notes)
 
 
 def _features_of(file: str) -> datasets.Features:

@@ -23,7 +23,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from math import inf
+from numbers import Integral, Real
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -32,9 +33,11 @@ from torch import Tensor
 
 from hf_ddpm.data.encoded import MAX_PIXELS
 from hf_ddpm.data.order import Order
+from hf_ddpm.data.ordered import OrderedRows, make_order
 from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
-from hf_ddpm.data.shards import OrderedRows, Row, Shards
-from hf_ddpm.data.sources import find_column, open_source
+from hf_ddpm.data.shards import Row, Shards
+from hf_ddpm.data.sources import open_source
+from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ def load_stream(
     background: str = WHITE,
     to_8_bit: bool = False,
     horizontal_flip: bool = False,
-    shuffle_buffer: int = 0,
+    shuffle_memory: float = 0,
     seed: int = 0,
     skip_corrupt: bool = False,
 ) -> ImageStream:
@@ -80,9 +83,9 @@ def load_stream(
         to_8_bit: turn images of 16 bits a channel or of floating-point numbers into levels of 8 bits, by the
             rule of `data.pixels.Decoder`, instead of refusing them. So does a `fit` other than "exact".
         horizontal_flip: mirror each image with probability 1/2.
-        shuffle_buffer: 0 keeps the source's order; n shuffles the shards, reads 8 distant parts of them side
-            by side, and shuffles among n undecoded images. A folder of images is one shard sorted by class:
-            give it a buffer of its size (paths, so small).
+        shuffle_memory: 0 keeps the source's order. A folder of image files is permuted as a whole by any
+            other number. Of parquet files, n holds as many images as n MB (2^20 bytes) take undecoded, drawn
+            from all over the data, and permutes them; if all images take less, that is all of them.
         seed: of order, crops and flips.
         skip_corrupt: pass over (and count) images that can't be decoded or don't fit, instead of raising.
 
@@ -101,14 +104,19 @@ def load_stream(
             raise ValueError(f"image_size is {size[0]}x{size[1]}; allowed: at most {MAX_PIXELS:,} pixels")
     if channels is not None:
         _checked("channels", channels, 1)
-    for name, value in (("shuffle_buffer", shuffle_buffer), ("seed", seed)):
-        _checked(name, value, 0)
+    _checked("seed", seed, 0)
+    if (
+        isinstance(shuffle_memory, bool)
+        or not isinstance(shuffle_memory, Real)
+        or not 0 <= shuffle_memory < inf
+    ):
+        raise ValueError(f"shuffle_memory must be a number of MB, at least 0, got {shuffle_memory!r}")
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
     decoder = Decoder(channels, background, to_8_bit or fit != "exact")
-    found = open_source(source, split)
-    column = find_column(found.features, column)
+    found, column = open_source(source, split).select_column(column)
+    tell(found, skip_corrupt)
     decoder.storage = array_storage(found.features[column])
     return ImageStream(
         _shards=Shards(found, column),
@@ -116,7 +124,7 @@ def load_stream(
         _size=size,
         _fit=fit,
         _flip=horizontal_flip,
-        _buffer=shuffle_buffer,
+        _memory=float(shuffle_memory),
         _seed=seed,
         _skip_corrupt=skip_corrupt,
     )
@@ -153,7 +161,7 @@ class ImageStream:
     _size: tuple[int, int] | None
     _fit: str
     _flip: bool
-    _buffer: int
+    _memory: float
     _seed: int
     _skip_corrupt: bool
     _named: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
@@ -173,12 +181,23 @@ class ImageStream:
 
     @functools.cached_property
     def _order(self) -> Order:
-        return Order(self._shards.counts, self._buffer, self._seed)
+        return make_order(self._shards, self._memory, self._seed)
 
     @property
     def row_counts(self) -> list[int]:
         """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
-        return list(self._shards.counts)
+        return list(self._shards.layout.counts)
+
+    def survey(self, show: bool = False) -> Survey:
+        """What the heads of some images say of all: their sizes and modes.
+
+        Args:
+            show: whether a progress bar is drawn.
+
+        Raises:
+            ValueError: a file of the data set that can't be read.
+        """
+        return survey(self._shards, show)
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""

@@ -67,7 +67,8 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     channels, height, width = shape = model.pipeline.image_shape
     size = None if config.fit == "exact" else (height, width)
     stream = load_images(config, config.dataset, config.split, size)
-    stream.check_batch(config.batch_size)
+    if process_state().is_main_process:
+        logger.warning("%s", stream.survey(show=True))
     if stream.shape != shape:
         hint = f"; add channels={channels} to convert them" if config.channels is None else ""
         if stream.shape[0] == channels:

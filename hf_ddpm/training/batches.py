@@ -120,7 +120,7 @@ def open_stream(config: TrainConfig) -> ImageStream:
         background=config.background,
         to_8_bit=config.to_8_bit,
         horizontal_flip=config.horizontal_flip,
-        shuffle_buffer=config.shuffle_buffer,
+        shuffle_memory=config.shuffle_memory,
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )

@@ -145,6 +145,8 @@ class Run:
                 "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
             )
         stream = open_stream(config)
+        if accelerator.is_main_process:
+            logger.warning("%s", stream.survey(show=True))
         check_rows(stream.row_counts, self.state)
         self.shape, self.rows, self._row_counts = stream.shape, stream.num_rows(), stream.row_counts
         self.heldout = (

@@ -1,4 +1,4 @@
-"""`load_stream(..., shuffle_buffer=1000).batches(64)` against `IterableDataset.shuffle(buffer_size=1000)`.
+"""`load_stream(..., shuffle_memory=1000).batches(64)` against `IterableDataset.shuffle(buffer_size=1000)`.
 
 The peer is what a user would write: iterate, `np.asarray(row["image"])`, stack 64. At the end of each epoch
 that it shuffles, datasets 5.2 sleeps for 5 seconds (`config.SLEEP_TIME_ON_THREADS_SHUTDOWN`, against a crash
@@ -53,7 +53,7 @@ def rss():
     return psutil.Process().memory_info().rss / 2**20
 
 idle = rss()
-batches = peer() if who == "peer" else load_stream(folder, shuffle_buffer=buffer).batches(64)
+batches = peer() if who == "peer" else load_stream(folder, shuffle_memory=buffer).batches(64)
 seen = [rss() for batch in itertools.islice(batches, images * 5 // 4 // 64)][images // 4 // 64 :]
 batches.close()
 figures = {"idle": idle, "start": seen[0], "max": max(seen), "end": seen[-1]}
@@ -113,7 +113,7 @@ def test_images_per_second(small, sleep, monkeypatch, report):
     folder, name, size = small
     if not sleep:
         monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    stream = load_stream(folder, shuffle_buffer=BUFFER)
+    stream = load_stream(folder, shuffle_memory=BUFFER)
     data = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
     data = data.shuffle(seed=0, buffer_size=BUFFER)
 

@@ -31,20 +31,20 @@ def test_order_without_and_with_shuffle(tmp_path):
     images = grey_folder(tmp_path, 50, shards=5)
     plain = load_stream(tmp_path)
     assert torch.equal(every(plain), images) and torch.equal(every(plain, epoch=3), images)
-    shuffled = load_stream(tmp_path, shuffle_buffer=8, seed=1)
+    shuffled = load_stream(tmp_path, shuffle_memory=8, seed=1)
     orders = [every(shuffled, epoch) for epoch in range(3)]
-    orders.append(every(load_stream(tmp_path, shuffle_buffer=8, seed=2)))
+    orders.append(every(load_stream(tmp_path, shuffle_memory=8, seed=2)))
     for a, b in itertools.combinations([images, *orders], 2):
         assert as_set(a) == as_set(b) and not torch.equal(a, b)
-    assert torch.equal(every(load_stream(tmp_path, shuffle_buffer=8, seed=1), epoch=2), orders[2])
+    assert torch.equal(every(load_stream(tmp_path, shuffle_memory=8, seed=1), epoch=2), orders[2])
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 1, 20, 1000])
-def test_the_order_is_that_of_order(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("shuffle_memory", [0, 1, 20, 1000])
+def test_the_order_is_that_of_order(tmp_path, shuffle_memory):
     counts = [7, 0, 20, 2]
     images = grey_folder(tmp_path, 29, shards=counts, row_group_size=6)
-    order, first = Order(counts, shuffle_buffer, 5), np.cumsum([0, *counts])
-    stream = load_stream(tmp_path, shuffle_buffer=shuffle_buffer, seed=5)
+    order, first = Order(counts, shuffle_memory, 5), np.cumsum([0, *counts])
+    stream = load_stream(tmp_path, shuffle_memory=shuffle_memory, seed=5)
     for epoch in (0, 3):
         rows = [order.row(epoch, place) for place in range(29)]
         assert torch.equal(every(stream, epoch), images[[first[shard] + row for shard, row in rows]])
@@ -52,7 +52,7 @@ def test_the_order_is_that_of_order(tmp_path, shuffle_buffer):
 
 def test_images_start_anywhere(tmp_path):
     grey_folder(tmp_path, 20, shards=3)
-    stream = load_stream(tmp_path, shuffle_buffer=6)
+    stream = load_stream(tmp_path, shuffle_memory=6)
     whole = every(stream, epoch=4)
     for start in range(20):
         assert torch.equal(every(stream, epoch=4, start=start), whole[start:])
@@ -66,11 +66,11 @@ def test_skipping_does_not_decode(tmp_path):
     assert len(every(load_stream(tmp_path), start=3)) == 2
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 5, 100])
-def test_any_start_is_the_tail_of_an_unbroken_read(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("shuffle_memory", [0, 5, 100])
+def test_any_start_is_the_tail_of_an_unbroken_read(tmp_path, shuffle_memory):
     grey_folder(tmp_path, 17, shards=[9, 1, 7], row_group_size=4)
     flags = {"horizontal_flip": True, "image_size": (4, 4), "fit": "random_crop"}
-    first, later = (load_stream(tmp_path, shuffle_buffer=shuffle_buffer, **flags) for _ in range(2))
+    first, later = (load_stream(tmp_path, shuffle_memory=shuffle_memory, **flags) for _ in range(2))
     unbroken = torch.cat(list(first.batches(4, epochs=3)))
     assert torch.equal(unbroken, torch.cat([every(later, epoch) for epoch in range(3)]))
     for start in range(0, len(unbroken), 2):
@@ -98,7 +98,7 @@ def test_batches_and_slots_are_contiguous(tmp_path):
 
 def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
     grey_folder(tmp_path, 12, shards=2)
-    stream = load_stream(tmp_path, shuffle_buffer=4)
+    stream = load_stream(tmp_path, shuffle_memory=4)
     pairs = list(zip(stream.images(0), stream.images(1), strict=True))
     assert torch.equal(torch.stack([a for a, _ in pairs]), every(stream, 0))
     assert torch.equal(torch.stack([b for _, b in pairs]), every(stream, 1))
@@ -122,16 +122,16 @@ def test_slots(tmp_path):
     assert torch.equal(next(lazily).images, images[:1])
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
+@pytest.mark.parametrize("shuffle_memory", [0, 12, 1000])
 @pytest.mark.parametrize("shards", ["folder", [61], [3, 20, 0, 9, 1, 15, 13], [1, 2, 30, 4, 8, 8, 1, 7]])
-def test_any_number_of_processes_reads_one_order(tmp_path, shuffle_buffer, shards):
+def test_any_number_of_processes_reads_one_order(tmp_path, shuffle_memory, shards):
     """Process r of W takes positions r, r + W, ...: pixels, crops and flips are those of one process."""
     images = torch.from_numpy(noise(61))[:, None]
     if shards == "folder":
         picture_folder(tmp_path, 61)
     else:
         grey_folder(tmp_path, 61, shards, row_group_size=7)
-    flags = {"shuffle_buffer": shuffle_buffer, "seed": 2}
+    flags = {"shuffle_memory": shuffle_memory, "seed": 2}
     crops = {"horizontal_flip": True, "image_size": 4, "fit": "random_crop"}
     for changes in ({}, crops):
         whole = torch.cat(list(load_stream(tmp_path, **flags, **changes).batches(9, epochs=2)))
@@ -152,7 +152,7 @@ def test_slots_in_a_workers_process(tmp_path, source):
         picture_folder(tmp_path, 20)
     else:
         grey_folder(tmp_path, 20, shards=4)
-    stream = load_stream(tmp_path, shuffle_buffer=6)
+    stream = load_stream(tmp_path, shuffle_memory=6)
     expected = filled(stream, range(40))
 
     class Loaded(torch.utils.data.IterableDataset):
@@ -165,19 +165,19 @@ def test_slots_in_a_workers_process(tmp_path, source):
 
 def test_a_stream_can_be_sent_to_another_process(tmp_path):
     grey_folder(tmp_path, 9)
-    stream = load_stream(tmp_path, shuffle_buffer=4)
+    stream = load_stream(tmp_path, shuffle_memory=4)
     images = every(stream)
     assert torch.equal(every(pickle.loads(pickle.dumps(stream))), images)
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 9])
-def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("shuffle_memory", [0, 9])
+def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_memory):
     images = grey_folder(tmp_path / "whole", 30, shards=3)
     values = [png(image) for image in noise(30)]
     values[5], values[13] = b"broken", truncated(noise(1)[0])
     values[20] = png(noise(1, 7, 7)[0])
     write_parquet(tmp_path / "holes", values, shards=3)
-    flags = {"shuffle_buffer": shuffle_buffer, "horizontal_flip": True}
+    flags = {"shuffle_memory": shuffle_memory, "horizontal_flip": True}
     whole = filled(load_stream(tmp_path / "whole", **flags), range(60))
     bad = {images[row].numpy().tobytes() for row in (5, 13, 20)}
     bad |= {images[row].flip(-1).numpy().tobytes() for row in (5, 13, 20)}
@@ -234,7 +234,7 @@ def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
 def test_select_follows_the_order_of_the_first_epoch(tmp_path):
     """With a buffer, with crops and flips: positions are places in what `images(0)` gives."""
     grey_folder(tmp_path, 11, 2)
-    flags = {"shuffle_buffer": 4, "seed": 3, "horizontal_flip": True, "image_size": 3, "fit": "random_crop"}
+    flags = {"shuffle_memory": 4, "seed": 3, "horizontal_flip": True, "image_size": 3, "fit": "random_crop"}
     stream = load_stream(tmp_path, **flags)
     images = every(stream)
     assert stream.num_rows() == len(images)
@@ -270,9 +270,9 @@ def test_corrupt_image_names_row_and_file_or_is_skipped(tmp_path, broken):
     values = [png(image) for image in images]
     values[4] = {"truncated": truncated(images[4]), "garbage": b"not a png", "null": None}[broken]
     write_parquet(tmp_path, values, shards=2)
-    for shuffle_buffer in (0, 3):
+    for shuffle_memory in (0, 3):
         with pytest.raises(ValueError, match=r"^row 1 of .*train-00001-of-00002.parquet: [^\n]*$"):
-            every(load_stream(tmp_path, shuffle_buffer=shuffle_buffer))
+            every(load_stream(tmp_path, shuffle_memory=shuffle_memory))
     stream = load_stream(tmp_path, skip_corrupt=True)
     assert torch.equal(every(stream)[:, 0], torch.from_numpy(images[[0, 1, 2, 3, 5]]))
     assert stream.skipped == 1
@@ -330,8 +330,8 @@ def test_a_stream_without_images_raises(tmp_path):
         ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
         ({"channels": 1.5}, "channels must be an integer of at least 1, got 1.5"),
         ({"channels": True}, "channels must be an integer of at least 1, got True"),
-        ({"shuffle_buffer": -1}, "shuffle_buffer must be an integer of at least 0, got -1"),
-        ({"shuffle_buffer": 1e3}, "shuffle_buffer must be an integer of at least 0, got 1000.0"),
+        ({"shuffle_memory": -1}, "shuffle_memory must be an integer of at least 0, got -1"),
+        ({"shuffle_memory": 1e3}, "shuffle_memory must be an integer of at least 0, got 1000.0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"fit": "pad"}, f"fit must be one of {', '.join(FITS)}, got 'pad'"),
     ],
