@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,8 +41,6 @@ from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
 
-# The most numbers of a batch, 8 GiB as float32
-MAX_NUMBERS = 2**31
 # Places whose draws share one generator, as seeding costs more than drawing
 _DRAWS_PER_BLOCK = 1024
 # How many of the images that are passed over a warning names
@@ -249,19 +246,6 @@ class ImageStream:
                     yield torch.from_numpy(self._pixels(row, 0, position).copy())
                 except ValueError as error:
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
-
-    def check_batch(self, batch_size: int) -> None:
-        """Refuse batches that no machine is meant for, before memory is asked for them.
-
-        Raises:
-            ValueError: a batch has more than `MAX_NUMBERS` numbers; the message names what makes it large.
-        """
-        numbers = batch_size * math.prod(self.shape)
-        if numbers > MAX_NUMBERS:
-            raise ValueError(
-                f"batch_size is {batch_size} images of {self.shape} (C, H, W), so {numbers:,} numbers; "
-                f"allowed: at most {MAX_NUMBERS:,}"
-            )
 
     def batches(self, batch_size: int, start: int = 0, epochs: int | None = None) -> Iterator[Tensor]:
         """Batches that run across the ends of epochs, so that no image is dropped.

@@ -6,6 +6,7 @@ image stands at a position is said in data/order.py, and what is drawn for it in
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,10 @@ def open_stream(config: TrainConfig) -> ImageStream:
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )
-    stream.check_batch(config.batch_size)
+    # On any device batches are made in this machine's memory, of bytes
+    check_memory(
+        "batch_size", config.batch_size, math.prod(stream.shape), "image {}x{}x{}".format(*stream.shape)
+    )
     return stream
 
 

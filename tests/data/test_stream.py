@@ -356,13 +356,6 @@ def test_impossible_positions():
         list(stream.slots([[0, -2]]))
 
 
-def test_a_batch_is_limited():
-    stream = load_stream("digits", "test", (4096, 4096), fit="resize")
-    stream.check_batch(128)
-    with pytest.raises(ValueError, match=r"^batch_size is 129 images of \(1, 4096, 4096\) .* 2,147,483,648$"):
-        stream.check_batch(129)
-
-
 def test_a_number_of_channels_the_data_does_not_have():
     with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 5$"):
         every(load_stream("digits", "test", channels=5))
