@@ -227,6 +227,10 @@ def test_values_that_contradict_each_other():
     assert refused(variance_type="learned_range").endswith("allowed with it: fixed_small, fixed_large")
     for objective in ("bound", "hybrid", "sddpm"):
         assert TrainConfig(objective=objective, variance_type="learned_range").objective == objective
+    assert (
+        refused(background="red") == "background is 'red'; allowed: white, black, or a colour as in '#ff8000'"
+    )
+    assert TrainConfig(background="#FF8000").background == "#FF8000"
 
 
 @pytest.mark.parametrize(
