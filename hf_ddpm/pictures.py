@@ -290,7 +290,7 @@ def open_image(
             image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    elif dataset and split and row.isdecimal():
+    elif dataset and split and row.isascii() and row.isdecimal():
         stream = load_stream(
             dataset, split, None, channels, column=column, background=background, to_8_bit=to_8_bit
         )

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.runtime.messages import CONTROL, one_line
 
 
 def message(error: pytest.ExceptionInfo) -> str:
@@ -225,6 +227,10 @@ def test_values_that_contradict_each_other():
     assert refused(variance_type="learned_range").endswith("allowed with it: fixed_small, fixed_large")
     for objective in ("bound", "hybrid", "sddpm"):
         assert TrainConfig(objective=objective, variance_type="learned_range").objective == objective
+    assert (
+        refused(background="red") == "background is 'red'; allowed: white, black, or a colour as in '#ff8000'"
+    )
+    assert TrainConfig(background="#FF8000").background == "#FF8000"
 
 
 @pytest.mark.parametrize(
@@ -283,3 +289,93 @@ def test_files_that_cannot_be_read(tmp_path):
         file = tmp_path / name
         file.write_bytes(content)
         assert f"config file '{file}' {words}" in load_refused(file)
+
+
+# Values that nobody means
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("seed", value) for value in ("１２", "٣", "²", "1e3", "9" * 5000, 16**6000, [1], {}, True, 1.5)],
+        *[("dropout", value) for value in ("nan", "inf", "0.５", "0." + "9" * 999, float("nan"), 10**400)],
+        *[("split", value) for value in ("", " ", "a\nb", "\x1b[2J", "a\0b", 3, ["x"])],
+        *[("output_dir", value) for value in ("", "a\0b", "a\nb", "~nouser/x", "x" * 300, "a/" * 3000)],
+        *[
+            ("image_size", value)
+            for value in ("٣x٣", "9" * 5000, 16**6000, [[1]], float("inf"), "8x8x8", "0")
+        ],
+        *[
+            ("ema_decay", value)
+            for value in ("0.９", "0." + "9" * 50, ",".join(f"0.{i}" for i in range(1, 99)))
+        ],
+        *[("license", value) for value in (["a"], "MIT", "foo")],
+        *[("push_to_hub", value) for value in ("a/b/c", "", "é/b")],
+        ("dataset_id", "<b>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else type(value).__name__,
+)
+def test_values_that_nobody_means(key, value):
+    text = refused(**{key: value})
+    assert text.startswith(f"{key} is ") and "allowed: " in text and len(text) < 280
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("batch_size", 2**20),
+        ("num_workers", 256),
+        ("num_train_timesteps", 10**6),
+        ("gradient_accumulation_steps", 10**6),
+        ("sample_num_images", 4096),
+        ("evaluate_num_evals", 10**5),
+    ],
+)
+def test_a_limit_is_told_to_those_who_pass_it(key, most):
+    assert refused(**{key: most + 1}).endswith(f" and <= {most}")
+    assert getattr(TrainConfig(**{key: most}), key) == most  # type: ignore[arg-type]
+
+
+def test_a_home_folder_is_expanded_in_flags_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('output_dir = "~/runs"\ndataset = "~"\nmodel = "./~x"')
+    config = TrainConfig.load("~/run.toml", resume="~/runs/checkpoints/1")
+    assert (config.output_dir, config.dataset, config.model) == (f"{tmp_path}/runs", str(tmp_path), "./~x")
+    assert config.resume == f"{tmp_path}/runs/checkpoints/1"
+    assert TrainConfig(output_dir="a~b").output_dir == "a~b"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.toml", "seed = " + "[" * 100_000),
+        ("deep.json", '{"seed": ' + "[" * 100_000),
+        ("deep2.json", '{"seed": ' + "[" * 900 + "]" * 900 + "}"),
+        ("long.toml", "seed = " + "9" * 5000),
+        ("long.json", '{"seed": ' + "9" * 5000 + "}"),
+        ("hex.toml", "seed = 0x" + "f" * 6000),
+        ("nan.json", '{"dropout": NaN}'),
+        ("nan.toml", "dropout = nan"),
+        ("inf.toml", "dropout = -inf"),
+        ("key.toml", '"' + "k" * 5000 + '" = 1'),
+        ("key.json", '{"\\u001b[2J\\ud800": 1}'),
+        ("date.toml", "seed = 1979-05-27"),
+        ("list.json", "[]"),
+        ("null.json", '{"seed": null}'),
+        ("empty.json", ""),
+        ("bytes.toml", "\udcff\udcfe"),
+        ("large.toml", "#" * 2_000_000),
+    ],
+)
+def test_files_that_nobody_means(name, text, tmp_path):
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    words = load_refused(tmp_path / name)
+    assert name in words and len(one_line(words)) <= 300 and not CONTROL.search(one_line(words))
+
+
+def test_a_config_file_that_would_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert "allowed: a regular file" in load_refused(tmp_path / "pipe.toml")
+    assert "allowed: a regular file" in load_refused("/dev/zero")
+    for path in ("", "a\0b", "x" * 5000, "~nouser/x"):
+        assert load_refused(path).startswith("config is ")

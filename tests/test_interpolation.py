@@ -55,7 +55,7 @@ def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
         ("digits:test:4", "--t 3,x", "argument --t: '3,x'; allowed: whole numbers >= 0 between commas"),
         ("digits:test:4", "--t -1", "argument --t: '-1'; allowed: whole numbers >= 0 between commas"),
         ("digits:test:4", "--steps 21", "steps is 21; allowed: whole numbers in 1..20"),
-        ("digits:test:4", "--num-images 1", "num_images is 1; allowed: whole numbers >= 2"),
+        ("digits:test:4", "--num-images 1", "--num-images is 1; allowed: whole numbers >= 2"),
         ("digits:test:4", "--out mixed.jpg", "out is 'mixed.jpg'; allowed: a file name that ends in .png"),
         ("digits:test:4", "--out file/mixed.png", "out 'file/mixed.png' can't be written: Not a directory"),
         ("digits:test:4", "--image-column pixels", "no column 'pixels'; there are: image"),
@@ -87,8 +87,10 @@ def test_interpolate_spares_its_images(tiny_folder, tmp_path, capfd):
     words = ["interpolate", tiny_folder, image, "digits:test:17", "--overwrite"]
     assert f"is the image '{image}'; allowed: another file" in refused(capfd, *words, "--out", image)
     assert image.read_bytes() == content
-    assert "is no path: " in refused(capfd, *words, "--out", "~nobody-here/x.png")
-    assert "is no path: " in refused(capfd, *words[:2], "a" * 300, *words[3:], "--out", tmp_path / "x.png")
+    assert "of which no home folder is known" in refused(capfd, *words, "--out", "~nobody-here/x.png")
+    assert "allowed: 4095 bytes, and 255 for each part of a path" in refused(
+        capfd, *words[:2], "a" * 300, *words[3:], "--out", tmp_path / "x.png"
+    )
 
 
 def test_interpolate_refuses_models(tiny_folder, tmp_path, capfd):

@@ -9,7 +9,6 @@ Debian's package dataset-fashion-mnist installs them. OUT gets `train-0000i-of-0
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import os
@@ -24,6 +23,10 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 from tqdm import tqdm
+
+from hf_ddpm.runtime.arguments import Parser, count
+from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.streams import guard_streams
 
 SPLITS = {"train": "train", "t10k": "test"}  # idx prefix -> split
 
@@ -137,22 +140,24 @@ def convert(source: Path, out: Path, shards: int = 8) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 after one line of error."""
-    parser = argparse.ArgumentParser(
-        description="Convert idx files (MNIST, Fashion-MNIST) to parquet shards of image and label columns.",
-        epilog="example: convert_idx.py /usr/share/datasets/fashion-mnist data/fashion-mnist",
+    guard_streams()
+    parser = Parser(
+        "convert_idx.py",
+        "Convert idx files (MNIST, Fashion-MNIST) to parquet shards of image and label columns.",
+        "example: %(prog)s /usr/share/datasets/fashion-mnist data/fashion-mnist",
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="folder of the *-ubyte or *-ubyte.gz files"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the .parquet files to")
     parser.add_argument(
-        "--shards", type=int, default=8, help="files of the train split (default: %(default)s)"
+        "--shards", type=count, default=8, help="files of the train split (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse(sys.argv[1:] if arguments is None else arguments)
     try:
         convert(options.source, options.out, options.shards)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,5 @@
 """`make demo`: train on the embedded digits, save, reload, sample, and say how good it is."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from hf_ddpm.cli import run
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.runtime.arguments import Parser, number, path
 from hf_ddpm.runtime.progress import REFRESH
 
 CONFIG = Path(__file__).parent / "configs" / "digits.toml"
@@ -39,10 +39,14 @@ def clear_share(classifier: LogisticRegression, images: np.ndarray) -> float:
 
 def demo(argv: Sequence[str], prog: str) -> None:
     """Run the demo, or go on with one that was interrupted."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--out", default="runs/digits", metavar="DIR", help="folder of the run [runs/digits]")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="exit code 1 if the demo takes longer")
-    args = parser.parse_args(argv)
+    parser = Parser(prog, __doc__ or "")
+    parser.add_argument(
+        "--out", type=path, default="runs/digits", metavar="DIR", help="folder of the run [runs/digits]"
+    )
+    parser.add_argument(
+        "--max-seconds", type=number, metavar="S", help="exit code 1 if the demo takes longer"
+    )
+    args = parser.parse(argv)
     start, out = time.perf_counter(), Path(args.out)
 
     print(f"training on the embedded digits ({CONFIG.name}): some minutes on 2 cores", flush=True)

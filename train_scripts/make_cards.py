@@ -1,6 +1,5 @@
 """`make cards`: fill the card of every run in model_cards/ anew, from the files beside it; or add a run."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -12,13 +11,14 @@ from hf_ddpm.cli import run
 from hf_ddpm.folders.layout import CARD, CARD_FACTS, EVALUATION, EVALUATION_TENSORS, PLOTS, TENSORS
 from hf_ddpm.publishing.card import CardFacts, make_card, read_json_file
 from hf_ddpm.publishing.publish import Publication, collect
+from hf_ddpm.runtime.arguments import Parser
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 def make_cards(argv: Sequence[str], prog: str) -> None:
     """Write the cards of all runs, or say which of them are stale."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog, __doc__ or "")
     parser.add_argument("--folder", default=CARDS, type=Path, metavar="DIR", help="of the runs [model_cards]")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 2 if a card is stale")
     parser.add_argument(
@@ -33,9 +33,9 @@ def make_cards(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("--license", metavar="ID", help="of the weights of the run that is added")
     parser.add_argument("--dataset-license", metavar="ID", help="of its training images")
     parser.add_argument("--dataset-id", metavar="ID", help="of its training images on the Hub")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.half_weights and args.add is None:
-        raise ValueError("half-weights has no use without add")
+        raise ValueError("half_weights has no use without add")
     if args.add is not None:
         model, repo_id = args.add
         licenses = {"license": args.license, "dataset_license": args.dataset_license}

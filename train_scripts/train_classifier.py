@@ -28,7 +28,9 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from hf_ddpm.data.pixels import Decoder
 from hf_ddpm.metrics import Features, load_extractor
+from hf_ddpm.runtime.arguments import Parser, wholes
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.streams import guard_streams
 
 DIGITS = Path(__file__).resolve().parent.parent / "hf_ddpm" / "data" / "digits"
 LICENCES = {"digits": "CC BY 4.0 (hf_ddpm/data/digits/README.md)", "fashion-mnist": "MIT (Zalando Research)"}
@@ -193,18 +195,18 @@ def train_classifier(options: argparse.Namespace, command: str) -> float:
 
 
 def _widths(word: str) -> list[int]:
-    widths = [int(part) for part in word.split(",") if part.isdecimal() and int(part) > 0]
-    if len(widths) != word.count(",") + 1:
+    widths = wholes(word)
+    if 0 in widths:
         raise argparse.ArgumentTypeError(f"{word!r}; allowed: positive numbers with commas, such as 32,64,96")
     return widths
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 after one line of error."""
-    parser = argparse.ArgumentParser(
-        description="Train a small ResNet on labelled images, to measure samples with.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        "train_classifier.py", "Train a small ResNet on labelled images, to measure samples with."
     )
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--dataset", required=True, help="'digits' or a folder of labelled parquet files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--side", type=int, default=48, help="the image processor resizes to it")
@@ -217,8 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
     parser.add_argument("--shift", type=int, default=1, help="move images by up to so many pixels")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    options = parser.parse_args(arguments)
+    guard_streams()
     words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse(words)
     try:
         for name, least in (("side", 8), ("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):
             if (value := getattr(options, name)) < least:
@@ -229,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             options, shlex.join(["python", "train_scripts/train_classifier.py", *words])
         )
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(one_line(f"error: {one_line(error)}"), file=sys.stderr)
         return 2
     print(f"{options.out}: test accuracy {accuracy:.4f}")
     return 0

@@ -197,7 +197,10 @@ def _read_deep_colours(data: bytes) -> np.ndarray:
         rawmode = rawmode[:-1] + order[rawmode[-1]]
         swapped.append(tile._replace(args=(rawmode, *others) if others else rawmode))
     lower.tile = swapped
-    return _as_array(_load(upper)).astype(np.uint16) * 256 + _as_array(_load(lower))
+    values = _as_array(_load(upper)).astype(np.uint16)
+    values <<= 8
+    values |= _as_array(_load(lower))
+    return values
 
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"

@@ -30,6 +30,7 @@ from hf_ddpm.evaluation.report import (
 )
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import load_scored_model
+from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import BITS_PLOT, EVALUATION, LEVELS_PLOT, NEAREST, RATE_PLOT
 from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import why_not_writable
@@ -77,6 +78,9 @@ def prepare(config: EvaluationConfig) -> Plan:
     config = settle_reading(config, model)
     stream = open_images(config, model)
     rows = choose_rows(stream.num_rows(), config.num_images, config.seed)
+    if state.device is None or state.device.type == "cpu":
+        at_once = min(config.batch_size, len(rows) * config.num_evals_per_image)
+        check_batch("batch_size", at_once, model.pipeline.unet, stream.shape)
     digests = digest_rows(stream, rows)
     check_scorable(config, model, stream, rows[0])
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)

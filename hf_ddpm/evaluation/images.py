@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.pixels import WHITE, image_digest
+from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
@@ -29,7 +29,8 @@ def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationCo
     """
     record, channels = model.record, model.pipeline.image_shape[0]
     trained = WHITE if record is None else record.background
-    if record is not None and config.background not in (None, trained) and process_state().is_main_process:
+    other = parse_background(config.background or trained) != parse_background(trained)
+    if record is not None and other and process_state().is_main_process:
         logger.warning("background is %s, the model was trained on %s", config.background, trained)
     if config.channels is None and record is not None:
         config = dataclasses.replace(config, channels=record.channels)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import RECORD
+from hf_ddpm.folders.values import NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.generation.samplers import NEEDED, training_scheduler
+from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess

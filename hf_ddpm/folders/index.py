@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 
-from hf_ddpm.folders.guard import check_network, check_scheduler, read_json, weights_files
+from hf_ddpm.folders.guard import check_network, check_scheduler, weights_files
 from hf_ddpm.folders.layout import (
     CONFIG,
     INDEX,
@@ -24,10 +24,12 @@ from hf_ddpm.folders.layout import (
     SCHEDULER_FILE,
     TENSORS,
     UNET,
-    WEIGHTS,
+    WEIGHTS_INDEX,
     weights_name,
 )
+from hf_ddpm.folders.values import is_ddpm_scheduler
 from hf_ddpm.models import NETWORKS
+from hf_ddpm.runtime.untrusted import check_regular, read_json, shown
 from hf_ddpm.scheduler import PACKAGE, DDPMScheduler
 from hf_ddpm.variances import LEARNED, in_diffusers
 
@@ -84,7 +86,7 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
     """
     found, bases = dict(index), {UNET: ModelMixin, SCHEDULER: SchedulerMixin}
     if strict and not isinstance(name := index.get("_class_name"), str):
-        raise ValueError(f"_class_name in {INDEX} is {name!r}; allowed: the name of a pipeline class")
+        raise ValueError(f"_class_name in {INDEX} is {shown(name)}; allowed: the name of a pipeline class")
     for part, base in bases.items():
         entry = index.get(part)
         if part in given:
@@ -93,18 +95,15 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
             found[part] = known
         elif strict:
             raise ValueError(
-                f"{part} in {INDEX} is {entry!r}, which is not known here; allowed: {_allowed(part)}"
+                f"{part} in {INDEX} is {shown(entry)}, which is not known here; allowed: {_allowed(part)}"
             )
     return found
 
 
 def _allowed(part: str) -> str:
     if part == SCHEDULER:
-        return "[library, class] of a scheduler of diffusers, or scheduler= at loading"
-    return (
-        f"[library, class] of {', '.join(NETWORKS)}, another class after "
-        "hf_ddpm.models.register_network, or unet= at loading"
-    )
+        return "[library, class] of a scheduler of diffusers that samples a DDPM, or scheduler= at loading"
+    return f"unet= at loading, a class after hf_ddpm.models.register_network, {', '.join(NETWORKS)}"
 
 
 def _known(part: str, entry: Any) -> list[str] | None:
@@ -121,8 +120,7 @@ def _known(part: str, entry: Any) -> list[str] | None:
 
 
 def _is_scheduler(kind: str) -> bool:
-    found = getattr(diffusers, kind, None)
-    return isinstance(found, type) and issubclass(found, SchedulerMixin)
+    return is_ddpm_scheduler(getattr(diffusers, kind, None))
 
 
 def check_folder(folder: Path, variant: str | None = None, given: Iterable[str] = ()) -> dict[str, Any]:
@@ -140,18 +138,37 @@ def check_folder(folder: Path, variant: str | None = None, given: Iterable[str] 
         ValueError: the folder is refused; the message names the file or the entry.
     """
     index = read_json(folder / INDEX)
+    check_index(index)
     found = resolve(index, given)
     if SCHEDULER not in given:
-        file = part_folder(folder, SCHEDULER) / SCHEDULER_CONFIG
-        check_scheduler(read_json(file) if file.is_file() else {})
+        place = part_folder(folder, SCHEDULER)
+        kind = getattr(diffusers, found[SCHEDULER][1])
+        check_scheduler(kind, place / SCHEDULER_CONFIG, _name(folder, place / SCHEDULER_CONFIG))
     if UNET not in given:
         place = part_folder(folder, UNET)
-        check_network(NETWORKS[found[UNET][1]], place, variant)
-        if (place / CONFIG).is_file() and not weights_files(place, variant):
+        check_regular(place / CONFIG, _name(folder, place / CONFIG))
+        if not weights_files(place, variant):
             raise ValueError(
                 f"there is no file named {weights_name(variant)}, and pickles (.bin) are never loaded"
             )
+        check_network(NETWORKS[found[UNET][1]], place, variant, _name(folder, place / CONFIG)[: -len(CONFIG)])
     return index
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def check_index(index: Mapping[str, Any]) -> None:
+    """Refuse an index with anything but names and classes in it.
+
+    Raises:
+        ValueError: it holds a value that diffusers writes into none.
+    """
+    for key, value in index.items():
+        words = value if isinstance(value, list) else [value]
+        if not words or not all(word is None or isinstance(word, str | bool) for word in words):
+            raise ValueError(f"{shown(key)} in {INDEX} is {shown(value)}; allowed: text, or [library, class]")
 
 
 def part_folder(folder: Path, part: str) -> Path:
@@ -171,6 +188,6 @@ def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
         The folder in the cache.
     """
     shards = weights_name(variant).removesuffix(TENSORS) + f"-*-of-*{TENSORS}"
-    names = [CONFIG, weights_name(variant), shards, f"{WEIGHTS}{TENSORS}.index*.json"]
+    names = [CONFIG, weights_name(variant), shards, f"{WEIGHTS_INDEX.rpartition('.')[0]}*"]
     patterns = [INDEX, SCHEDULER_CONFIG, SCHEDULER_FILE, *names, *(f"{UNET}/{name}" for name in names)]
     return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))

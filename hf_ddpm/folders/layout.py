@@ -86,6 +86,14 @@ def weights_name(variant: str | None = None) -> str:
     return f"{WEIGHTS}{TENSORS}" if variant is None else f"{WEIGHTS}.{variant}{TENSORS}"
 
 
+def index_names(variant: str | None = None) -> tuple[str, ...]:
+    """The names by which diffusers finds the index of sharded weights, in its order."""
+    if variant is None:
+        return (WEIGHTS_INDEX,)
+    words = WEIGHTS_INDEX.split(".")
+    return tuple(".".join([*words[:place], variant, *words[place:]]) for place in (3, 2))
+
+
 def is_weights(name: str, variant: str | None = None) -> bool:
     """Whether a file holds a network's weights or a shard of them, in safetensors."""
     stem = re.escape(weights_name(variant).removesuffix(TENSORS))

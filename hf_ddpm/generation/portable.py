@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+from torch import nn
 
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, resolve
 from hf_ddpm.folders.layout import INDEX, SCHEDULER, UNET
 from hf_ddpm.generation.samplers import diffusers_messages, load_reason
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
-from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
 # Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
 PASSED: ContextVar[frozenset[str]] = ContextVar("PASSED", default=frozenset())
+LONG = 120  # characters of a folder's name in an error, which leave room for the reason
 Pipeline = TypeVar("Pipeline", bound="PortablePipeline")
 
 
@@ -147,22 +149,19 @@ class PortablePipeline(diffusers.DDPMPipeline):
         downloaded or run, unless you say `trust_remote_code=True`, which leaves loading to diffusers.
 
         Raises:
-            ValueError: nothing there, not a pipeline, a class that is not known here, weights that are
-                missing, cut short, not safetensors or not of the network that the config describes.
+            ValueError: nothing there, not a pipeline, a class that is not known here, a value of a config
+                that its class has no use for, weights that are missing, cut short, not safetensors, not
+                finite or not exactly those of the network that the config describes, or an image that would
+                take more memory than `folders.guard.MAX_ACTIVATIONS`.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        shown = redact(name)
+        where = repr(redact(name if len(name) <= LONG else f"{name[:LONG]}…"))
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would load a pickle; allowed: safetensors only")
-        folder = Path(name).expanduser()
-        looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        if looks_local and not folder.exists():
-            raise ValueError(f"model folder {shown!r} does not exist")
-        if folder.exists() and not (folder / INDEX).is_file():
-            raise ValueError(f"model folder {shown!r} has no {INDEX}: it is not a pipeline folder")
+        folder, from_hub = _local_folder(name, where)
         token: Any = kwargs.get("token")
         passed = frozenset({UNET, SCHEDULER} & set(kwargs))
-        from_hub, trusted = not folder.exists(), bool(kwargs.get("trust_remote_code"))
+        trusted = bool(kwargs.get("trust_remote_code"))
         try:
             with diffusers_messages() as messages:
                 place = name if from_hub else str(folder)
@@ -176,19 +175,55 @@ class PortablePipeline(diffusers.DDPMPipeline):
                     pipeline = super().from_pretrained(place, **kwargs)
                 finally:
                     PASSED.reset(reset)
+            if UNET not in passed:
+                _refuse_not_finite(pipeline.unet)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "no such folder, and from the Hub: " if from_hub else ""
             reason = redact(words := load_reason(error), token)
             # An error whose own words hold a secret is not handed on
             cause = error if words == reason else None
-            raise ValueError(f"can't load a pipeline from {shown!r}: {tried}{reason}") from cause
+            line = one_line(f"can't load a pipeline from {where}: {tried}{reason}")
+            raise ValueError(line) from cause
         for message in messages:
             if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
-                raise ValueError(f"can't load a pipeline from {shown!r}: {message}")
-            logger.warning(redact(message))
+                raise ValueError(one_line(f"can't load a pipeline from {where}: {message}"))
+            logger.warning(one_line(redact(message)))
         if from_hub:
             pipeline.register_to_config(_name_or_path=name)  # not the cache's folder
         return pipeline
+
+
+def _local_folder(name: str, where: str) -> tuple[Path, bool]:
+    """The folder of a pipeline, and whether it is to come from the Hub, as there is no such folder.
+
+    Args:
+        name: a folder or a Hub id.
+        where: the same, for errors.
+
+    Raises:
+        ValueError: it can only be a folder and is none, or it is one without a pipeline in it.
+    """
+    try:
+        folder = Path(name).expanduser()
+        there = folder.exists()
+        looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        if "\0" in name or (looks_local and not there):
+            raise ValueError(f"model folder {where} does not exist")
+        if there and not (folder / INDEX).is_file():
+            raise ValueError(f"model folder {where} has no {INDEX}: it is not a pipeline folder")
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a name that is too long, ~nobody
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise ValueError(f"model folder {where} can't be read: {reason}") from None
+    return folder, not there
+
+
+def _refuse_not_finite(network: nn.Module) -> None:
+    for name, weight in network.state_dict().items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not weight.isfinite().all():
+            raise ValueError(f"the weights of {name!r} hold NaN or infinite numbers; allowed: finite ones")
 
 
 def _publish(

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import GRID, SAMPLE, sample_name
 from hf_ddpm.generation.grids import image_grid, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
@@ -80,6 +81,8 @@ def sample(
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
+    if state.device is None or state.device.type == "cpu":
+        check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
     _check_folder(folder, overwrite)
     state.wait_for_everyone()  # every process has looked before any of them writes
 

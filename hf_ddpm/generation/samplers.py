@@ -13,11 +13,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
+from hf_ddpm.folders.values import NEEDED
 from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import DDPMScheduler
 
-# Keys of a scheduler's config that say what the network was trained for: every scheduler of a DDPM has them.
-NEEDED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,

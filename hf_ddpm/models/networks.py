@@ -39,6 +39,11 @@ def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
     return network
 
 
+def is_built_in(network: type) -> bool:
+    """Whether a network's class is of diffusers or of this package, which run on the "meta" device."""
+    return network.__module__.partition(".")[0] in ("diffusers", __name__.partition(".")[0])
+
+
 def weights_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """Sixteen hex digits of a network: its config, without the keys that diffusers adds, and its weights.
 

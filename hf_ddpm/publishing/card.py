@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,10 @@ def make_card(files: Files, facts: CardFacts) -> str:
         license=license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         model_name=name,
-        eval_results=hub_results(evaluation, id_of),
+        eval_results=hub_results(_with_texts(evaluation, _plain), id_of),
     )
-    command = _text(files, COMMANDS) or (_command(config) if config else None)
-    measured = CONTROL.sub(" ", evaluation.get("command") or "")
+    command = _text(files, COMMANDS) or (_plain(_command(config)) if config else None)
+    measured = _plain(evaluation.get("command") or "")
     words = {
         "mark": MARK,
         "name": name,
@@ -171,13 +171,21 @@ def as_text(value: Any) -> Any:
 
     Entities are used: they are no syntax, whether they stand in prose, in a table or in a link.
     """
+    return _with_texts(value, lambda text: ACTIVE.sub(lambda found: f"&#{ord(found.group())};", _plain(text)))
+
+
+def _plain(text: str) -> str:
+    """A text in one line, without characters that control how others are shown."""
+    return CONTROL.sub(" ", text)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain values with all texts in them, keys too, changed."""
     if isinstance(value, Mapping):
-        return {as_text(key): as_text(item) for key, item in value.items()}
+        return {change(str(key)): _with_texts(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_text(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return ACTIVE.sub(lambda found: f"&#{ord(found.group())};", CONTROL.sub(" ", value))
+        return [_with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def fence(text: str | None, least: int) -> str:

@@ -28,6 +28,9 @@ from hf_ddpm.runtime.streams import TRACEBACK, guard_streams
 BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTDIR, errno.EISDIR)
 LONGEST_LIST = 100  # numbers of a flag
 
+# The names of the options that the command which runs has flags for
+_OPTIONS: set[str] = set()
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line that names the nearest flag.
@@ -59,9 +62,6 @@ class Parser(argparse.ArgumentParser):
 
         A mistyped flag is named before anything else is complained of, and what follows its "=" is not said:
         it may be a token. Environment variables that no command could start with are refused here too.
-
-        Raises:
-            ValueError: such a variable is set.
         """
         words = [_dashed(word) for word in argv]
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -71,12 +71,16 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(words)
         if unknown:
             self._refuse(unknown[0], flags)
-        check_environment()
+        _OPTIONS.clear()
+        _OPTIONS.update(flag[2:].replace("-", "_") for flag in flags if flag.startswith("--"))
+        try:
+            check_environment()
+        except ValueError as error:
+            self.error(str(error))
         return values
 
     def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:
-        if _is_flag(word):
-            word = word.partition("=")[0]
+        word = word.partition("=")[0] if word.startswith("-") else word
         word = word if redact(word) != word else _dashed(word)
         near = nearest(word, [flag for flag in flags if flag.startswith("--")])
         hint = "see --help" if near is None else f"did you mean {near}?"
@@ -124,7 +128,7 @@ def run(
             traceback.print_exc()
         words = one_line(error, limit=None)
         if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in BAD_PATH):
-            end(prog, f"error: {_with_flags(words)}", 2)
+            end(prog, f"error: {spelled(words)}", 2)
         # These say what went wrong. An error of another kind is told by its name too
         words = words if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {words}"
         hint = f" ({TRACEBACK}=1 shows where)"
@@ -132,20 +136,33 @@ def run(
         end(prog, f"failed{hint}: {words}", 1)
 
 
+def spelled(words: str) -> str:
+    """The words of an error with the options that they name as these are typed: batch_size is --batch-size.
+
+    A name without "_" could be an ordinary word, and is taken for an option only where it begins the text,
+    ends it after "or", or follows "without". What is said of a file stays, as that has keys, and so does what
+    stands in quotes or in a path.
+    """
+    if words.startswith("config file"):
+        return words
+
+    def advice(found: re.Match[str]) -> str:
+        flag, value = "--" + found[1].replace("_", "-"), found[2]
+        return flag if value == "True" else f"{flag} {value}"
+
+    def typed(found: re.Match[str]) -> str:
+        name = found.group()
+        return "--" + name.replace("_", "-") if name in _OPTIONS else name
+
+    words = re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", advice, words)
+    words = re.sub(r"(?<![\w/.'\"`-])[a-z]\w*_\w+(?![\w/.'\"`-])", typed, words)
+    return re.sub(r"^[a-z]\w*(?= (?:is|'))|(?<=without )[a-z]\w*|(?<= or )[a-z]\w*(?=$|;)", typed, words)
+
+
 def end(prog: str, words: str, code: int) -> typing.NoReturn:
     """Say why a command ends, in one line on stderr that has no secrets and at most 300 characters."""
     print(one_line(f"{prog}: {words}", LIMIT), file=sys.stderr)
     sys.exit(code)
-
-
-def _with_flags(text: str) -> str:
-    """The words of an error with its advice, such as "add to_8_bit=True", in the spelling of flags."""
-
-    def flag(match: re.Match) -> str:
-        name, value = match[1].replace("_", "-"), match[2]
-        return f"--{name}" if value == "True" else f"--{name} {value}"
-
-    return re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", flag, text)
 
 
 def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Names on the Hugging Face Hub, checked before anything is sent: repositories, branches, licences."""
 
+import contextlib
 import re
 
 from hf_ddpm.runtime.messages import did_you_mean, redact, shown
@@ -31,15 +32,14 @@ def check_repo_id(name: str, value: object) -> None:
     Raises:
         ValueError: it is none.
     """
-    bad = not isinstance(value, str) or redact(value) != value or not REPO_ID.fullmatch(value)
-    if not bad:
+    bad = True
+    if isinstance(value, str) and redact(value) == value and REPO_ID.fullmatch(value):
         # Imported late, so that no command line waits for it that names no repository
         from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-        try:
+        with contextlib.suppress(HFValidationError):
             validate_repo_id(value)
-        except HFValidationError:
-            bad = True
+            bad = False
     if bad:
         raise ValueError(
             f"{name} is {shown(value)}; allowed: user/name of letters, digits, '-', '_' and '.', 96 at most"
@@ -65,8 +65,8 @@ def check_branch(name: str, value: object) -> None:
     Raises:
         ValueError: it is none.
     """
-    bad = not isinstance(value, str) or len(value) > LONGEST_BRANCH or redact(value) != value
-    if bad or not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock")):
+    text = value if isinstance(value, str) and len(value) <= LONGEST_BRANCH else ""
+    if not BRANCH.fullmatch(text) or redact(text) != text or ".." in text or text.endswith((".", ".lock")):
         raise ValueError(
             f"{name} is {shown(value)}; allowed: a branch of letters, digits, '-', '_', '.' and '/'"
         )

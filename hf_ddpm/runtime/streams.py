@@ -1,4 +1,4 @@
-"""What a command prints: every line that leaves it is without secrets, and can't crash or disturb a terminal.
+"""What a command prints: every line that leaves it is short, without secrets, and can't disturb a terminal.
 
 `guard_streams` is called once, when a command begins. From then on standard output, standard error, log
 records, warnings and tracebacks pass through here, whoever writes them.
@@ -81,9 +81,9 @@ def guard_streams() -> None:
     With HF_DDPM_TRACEBACK set, lines have any length.
     """
     whole = bool(os.environ.get(TRACEBACK))
-    for name, limit in (("stdout", None), ("stderr", None if whole else LIMIT)):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, SafeStream):
-            setattr(sys, name, SafeStream(stream, limit))
+            setattr(sys, name, SafeStream(stream, None if whole else LIMIT))
     if logging.lastResort is not None and not whole:
         logging.lastResort.setFormatter(OneLine())

@@ -7,6 +7,7 @@ image stands at a position is said in data/order.py, and what is drawn for it in
 import functools
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,8 @@ def open_stream(config: TrainConfig) -> ImageStream:
     """The run's images, in the order that all processes share.
 
     Raises:
-        ValueError: a data set that can't be read, or one in whose folder of images the run would write.
+        ValueError: a data set that can't be read, one in whose folder of images the run would write, or
+            images that are too large for the batch.
     """
     stream = load_stream(
         config.dataset,
@@ -153,6 +156,10 @@ def open_stream(config: TrainConfig) -> ImageStream:
                 f"output_dir {config.output_dir!r} lies in the folder of the images, {config.dataset!r}, of "
                 "which the run's pictures would become a part; allowed: a folder outside of it, or hidden"
             )
+    # On any device batches are made in this machine's memory, of bytes
+    check_memory(
+        "batch_size", config.batch_size, math.prod(stream.shape), "image {}x{}x{}".format(*stream.shape)
+    )
     return stream
 
 

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.scheduler import DDPMScheduler
@@ -90,6 +91,8 @@ def prepare_model(
                 f"the network answers {answers} channels; allowed with variance_type "
                 f"{config.variance_type!r}: {allowed}"
             )
+    if accelerator.device.type == "cpu":  # others refuse at once what they don't have
+        check_batch("batch_size", config.batch_size, model, stream.shape)
     model = model.float().to(accelerator.device).train()  # type: ignore[arg-type]
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 RUN/samples/step-00000500.png     or .npy, (B, H, W, C) in [0, 1], for images that can't be pictures
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_ddpm.folders.layout import GRIDS, step_name
 from hf_ddpm.generation.grids import image_grid, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
 from hf_ddpm.runtime.disk import named, whole_file
+from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import REFRESH
 from hf_ddpm.scheduler import DDPMScheduler
@@ -46,6 +48,9 @@ class SampleGrids:
         self._config, self._folder, self._accelerator = config, folder / GRIDS, accelerator
         self._scheduler, self._shape = scheduler, shape
         self._as_picture = shape[0] in PIL_CHANNELS
+        if config.sample_every:
+            what = "image {}x{}x{}".format(*shape)
+            check_memory("sample_num_images", config.sample_num_images, 5 * math.prod(shape), what)
 
     def path(self, step: int) -> Path:
         """Where the grid of a step goes: a picture, or an array where images can't be pictures."""

@@ -17,7 +17,7 @@ def raw_tiff(
     kind: 0 for grey where white is 0, 1 for grey, 2 for RGB, 8 for LAB.
     order: "<" or ">".
     numbers: 1 for unsigned, 2 for signed, 3 for floats.
-    extra: what the last channels are: 0 for nothing, 1 for alpha by which colours are multiplied, 2 for alpha.
+    extra: what the last channels are: 0 for nothing, 1 for alpha that colours have in them, 2 for alpha.
     planes: whether the channels lie one after the other.
     """
     height, width, channels = values.shape

@@ -39,7 +39,7 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
     ):
         out = tmp_path / str(i)
         line = refused(capfd, tiny_folder, "digits", "--out", out, *two, *flags, *compare)
-        assert f"compare_with '{tmp_path / 'a'}' was made with {words}" in line
+        assert f"--compare-with '{tmp_path / 'a'}' was made with {words}" in line
         assert not (out / "evaluation.json").exists()
     exact = ["--exact", "--num-images", 2]
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "x", *exact, *compare)

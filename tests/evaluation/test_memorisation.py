@@ -254,7 +254,7 @@ def test_what_is_refused(tiny_folder, tmp_path, capfd):
     for flags, words in (
         (
             ["digits", "--nearest-split", "test"],
-            "nearest_split 'test' of 'digits' has the images that are evaluated",
+            "--nearest-split 'test' of 'digits' has the images that are evaluated",
         ),
         (["digits", "--nearest-split", "none"], "split 'none'"),
         ([large], "allowed: (1, 8, 8), as those that are evaluated"),

@@ -20,29 +20,32 @@ from tests.evaluation.commands import CLASSIFIER, FEW, files, grey, refused, run
     ("flags", "words"),
     [
         ("--split tset", "no split 'tset' in digits; it has train, test"),
-        ("--num-images 301", "num_images is 301, but the split has 300; allowed: 1 to 300"),
-        ("--num-images 0", "num_images is 0; allowed: >= 1"),
+        ("--num-images 301", "--num-images is 301, but the split has 300; allowed: 1 to 300"),
+        ("--num-images 0", "--num-images is 0; allowed: >= 1"),
         ("--num-imges 3", "unknown argument '--num-imges'; did you mean --num-images?"),
-        ("--num-samples 8", "num_samples is 8, but has no use without extractor or nearest_dataset"),
-        ("--sampling-steps 8", "sampling_steps is 8, but has no use without extractor or nearest_dataset"),
-        ("--num-reference 8", "num_reference is 8, but has no use without extractor"),
-        ("--reference file", "reference is 'file', but has no use without extractor"),
-        ("--nearest-split a", "nearest_split is 'a', but has no use without nearest_dataset"),
-        ("--first-variance full", "first_variance is 'full', but has no use without steps"),
-        ("--exact --num-evals-per-image 4", "num_evals_per_image is 4, but exact evaluates every step"),
-        ("--exact --pilot-images 4", "pilot_images is 4, but exact evaluates every step"),
-        ("--num-evals-per-image 1", "num_evals_per_image is 1; allowed: >= 2"),
-        ("--steps 21", "steps is 21; allowed: <= 20 (T)"),
-        ("--steps 1", "steps is 1; allowed: >= 2"),
+        ("--num-samples 8", "--num-samples is 8, but has no use without --extractor or --nearest-dataset"),
+        (
+            "--sampling-steps 8",
+            "--sampling-steps is 8, but has no use without --extractor or --nearest-dataset",
+        ),
+        ("--num-reference 8", "--num-reference is 8, but has no use without --extractor"),
+        ("--reference file", "--reference is 'file', but has no use without --extractor"),
+        ("--nearest-split a", "--nearest-split is 'a', but has no use without --nearest-dataset"),
+        ("--first-variance full", "--first-variance is 'full', but has no use without --steps"),
+        ("--exact --num-evals-per-image 4", "--num-evals-per-image is 4, but exact evaluates every step"),
+        ("--exact --pilot-images 4", "--pilot-images is 4, but exact evaluates every step"),
+        ("--num-evals-per-image 1", "--num-evals-per-image is 1; allowed: >= 2"),
+        ("--steps 21", "--steps is 21; allowed: <= 20 (T)"),
+        ("--steps 1", "--steps is 1; allowed: >= 2"),
         ("--fit random_crop", "allowed: exact, resize, resize_crop, center_crop"),
-        ("--decoder tan", "decoder is 'tan' (did you mean 'tanh'?); allowed: exact, tanh"),
-        ("--variance-type learned", "variance_type is 'learned'; allowed: fixed_large, fixed_small"),
+        ("--decoder tan", "--decoder is 'tan' (did you mean 'tanh'?); allowed: exact, tanh"),
+        ("--variance-type learned", "--variance-type is 'learned'; allowed: fixed_large, fixed_small"),
         ("--image-column picture", "no column 'picture'; there are: image, label"),
         ("--compare-with nowhere", "'nowhere' holds no evaluation that can be read: "),
-        ("--seed -1", "seed is -1; allowed: >= 0"),
+        ("--seed -1", "--seed is -1; allowed: >= 0"),
         (
             f"--extractor {CLASSIFIER} --num-samples 8 --num-reference 299",
-            "num_reference is 299, but the split has 300 images; allowed: 2 to 298",
+            "--num-reference is 299, but the split has 300 images; allowed: 2 to 298",
         ),
         pytest.param(
             "--num-images 4 --extractor /nowhere/model",
@@ -50,7 +53,7 @@ from tests.evaluation.commands import CLASSIFIER, FEW, files, grey, refused, run
         ),
         pytest.param(
             f"--extractor {CLASSIFIER} --sampling-steps 21 --num-images 4 --num-reference 4",
-            "sampling_steps is 21; allowed: whole numbers in 1..20",
+            "--sampling-steps is 21; allowed: whole numbers in 1..20",
         ),
     ],
     ids=lambda value: value if value.startswith("--") else "",
@@ -71,7 +74,7 @@ def test_models_that_are_refused(tiny_folder, tmp_path, capfd, no_hub):
     learned = save_plain(tmp_path / "learned", diffusers.DDPMScheduler(20, variance_type="learned_range"), 2)
     out = ["--out", tmp_path / "out"]
     line = refused(capfd, learned, "digits", *out, "--variance-type", "fixed_small")
-    assert "variance_type is 'fixed_small', but the network learns its own (learned_range)" in line
+    assert "--variance-type is 'fixed_small', but the network learns its own (learned_range)" in line
     assert "model folder '/nowhere/model' does not exist" in refused(capfd, "/nowhere/model", "digits", *out)
     line = refused(capfd, "nobody/no-such-model", "digits")
     assert "'nobody/no-such-model' is no folder for the results; allowed: a folder as out" in line
@@ -172,7 +175,7 @@ def test_an_evaluation_is_not_overwritten_by_chance(tiny_folder, tmp_path, capfd
     run(tiny_folder, tmp_path, *FEW)
     old = (tmp_path / "evaluation.json").read_bytes()
     line = refused(capfd, tiny_folder, "digits", "--out", tmp_path, *FEW, "--seed", 1)
-    assert f"out '{tmp_path}' holds an evaluation already; allowed: another folder, or overwrite" in line
+    assert f"out '{tmp_path}' holds an evaluation already; allowed: another folder, or --overwrite" in line
     assert (tmp_path / "evaluation.json").read_bytes() == old
     report, _ = run(tiny_folder, tmp_path, *FEW, "--seed", 1, "--overwrite")
     assert report["method"]["seed"] == 1

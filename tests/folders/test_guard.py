@@ -70,11 +70,11 @@ def entry(**changes):
 BAD = {
     "a pickle named safetensors": (
         renamed_pickle,
-        f"{WEIGHTS}'. Error while deserializing header",
+        f"{WEIGHTS} is not a safetensors file that can be read: Error while deserializing header",
     ),
     "torch's pickle named safetensors": (
         torch_pickle,
-        f"{WEIGHTS}'. Error while deserializing header",
+        f"{WEIGHTS} is not a safetensors file that can be read: Error while deserializing header",
     ),
     "nothing but a pickle": (
         pickle_only,
@@ -99,28 +99,34 @@ BAD = {
     "shards that are no names": (shards(7), "has no weight_map of names"),
     "wide": (
         config(UNET, block_out_channels=[10**9, 10**9]),
-        "describes a network of more than 0 weights in 0 tensors",
+        "describes a network of more weights than its files hold, 44969 in 144 tensors",
     ),
     "wider than numbers go": (
         config(UNET, block_out_channels=[10**18, 10**18]),
-        "can't be made from config.json: ",
+        "block_out_channels is [1000000000000000000, 1000000000000000000]; allowed: a list of",
     ),
-    "a little wide": (config(UNET, block_out_channels=[64, 64]), "but its files hold 44969 in "),
-    "deep": (config(UNET, layers_per_block=10**9), "but its files hold 44969 in "),
-    "many classes": (config(UNET, num_class_embeds=10**12), "but its files hold 44969 in "),
+    "a little wide": (
+        config(UNET, block_out_channels=[64, 64]),
+        "than its files hold, 44969 in 144 tensors; allowed: a config",
+    ),
+    "deep": (config(UNET, layers_per_block=10**9), "than its files hold, 44969 in 144 tensors"),
+    "many classes": (config(UNET, num_class_embeds=10**9), "than its files hold, 44969 in 144 tensors"),
     "large images": (config(UNET, sample_size=10**9), "sample_size is 1000000000; allowed: one or two sides"),
     "tall images": (
         config(UNET, sample_size=[10**9, 8]),
         "sample_size is [1000000000, 8]; allowed: one or two sides",
     ),
-    "no images": (config(UNET, sample_size=0), "sample_size is 0; allowed: one or two sides"),
+    "no images": (
+        config(UNET, sample_size=0),
+        "unet/config.json: sample_size is 0; allowed: one or two sides",
+    ),
     "sizes in words": (
         config(UNET, sample_size="large"),
-        "sample_size is 'large'; allowed: one or two sides",
+        "sample_size is 'large'; allowed: a whole number or a list of whole numbers or null",
     ),
     "long process": (
         config(SCHEDULER, num_train_timesteps=10**12),
-        "num_train_timesteps of the scheduler is 10000",
+        "scheduler/scheduler_config.json: num_train_timesteps is 1000000000000; allowed: at most 1000000",
     ),
     "a module's function": (
         entry(unet=["os", "system"]),

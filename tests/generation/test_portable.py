@@ -180,19 +180,28 @@ def forget_a_weight(folder):
 
 
 DAMAGE = {
-    "one byte short": (cut(WEIGHTS, -1), f"{WEIGHTS}'. Error while deserializing header: incomplete"),
-    "weights cut": (cut(WEIGHTS, 1000), f"{WEIGHTS}'. Error while deserializing header: "),
-    "weights empty": (cut(WEIGHTS, 0), f"{WEIGHTS}'. Error while deserializing header: header too small"),
-    "a weight missing": (forget_a_weight, "newly initialized: ['conv_in.weight']"),
+    "one byte short": (
+        cut(WEIGHTS, -1),
+        f"{WEIGHTS} is not a safetensors file that can be read: Error while deserializing header: incomplete",
+    ),
+    "weights cut": (
+        cut(WEIGHTS, 1000),
+        f"{WEIGHTS} is not a safetensors file that can be read: Error while deserializing header: ",
+    ),
+    "weights empty": (
+        cut(WEIGHTS, 0),
+        f"{WEIGHTS} is not a safetensors file that can be read: Error while deserializing",
+    ),
+    "a weight missing": (forget_a_weight, "lacks 'conv_in.weight'; allowed: the tensors"),
     "no weights": (remove(WEIGHTS), "no file named diffusion_pytorch_model.safetensors"),
     "no index": (remove("model_index.json"), "has no model_index.json: it is not a pipeline folder"),
     "no network": (remove("unet"), "no file named config.json"),
     "no scheduler": (remove("scheduler"), "no file named scheduler_config.json"),
-    "index cut": (cut("model_index.json", 20), "model_index.json' is not a valid JSON file"),
+    "index cut": (cut("model_index.json", 20), "model_index.json is not a valid JSON file"),
     "index a list": (write("model_index.json", "[]"), "can't load a pipeline"),
     "index empty": (write("model_index.json", "{}"), "_class_name"),
-    "network cut": (cut("unet/config.json", 20), "unet/config.json' is not a valid JSON file"),
-    "scheduler cut": (cut(SCHEDULER, 20), f"{SCHEDULER}' is not a valid JSON file"),
+    "network cut": (cut("unet/config.json", 20), "unet/config.json is not a valid JSON file"),
+    "scheduler cut": (cut(SCHEDULER, 20), f"{SCHEDULER} is not a valid JSON file"),
     "foreign class": (edit("model_index.json", unet=["elsewhere.models", "Net"]), "elsewhere.models"),
     "bad network": (edit("unet/config.json", block_out_channels=[8]), "number of `block_out_channels`"),
     "bad scheduler": (edit(SCHEDULER, beta_schedule="linaer"), "linaer is not implemented"),

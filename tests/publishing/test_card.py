@@ -273,7 +273,7 @@ def test_a_folder_with_half_weights_loads_and_is_published_with_its_numbers(
 
     with pytest.raises(SystemExit, match="2"):
         make_cards("--folder", tmp_path, "--half-weights")
-    assert "half-weights has no use without add" in capsys.readouterr().err
+    assert "--half-weights has no use without --add" in capsys.readouterr().err
     weights = load_file(file) | {"conv_out.bias": torch.tensor([1e6])}
     publication = collect(run_folder, "tester/half")
     bad = publication.files | {"unet/diffusion_pytorch_model.safetensors": save(weights)}
