@@ -130,7 +130,7 @@ NESTED = "\n".join(
         (f"configs: [{{data_files: '{'*a' * 60}*b'}}]", "names data files that are not there"),
         (f"configs: [{{data_files: '{'**/' * 60}b'}}]", r"has '\*\*' more than 3 times"),
         ("configs: [", r"^can't read .*README.md: "),
-        ("configs: " + "[" * 1500, r"^can't read .*README.md: "),
+        ("configs: " + "[" * 400, r"^can't read .*README.md: "),
     ],
 )
 def test_bad_cards(tmp_path, text, words):
