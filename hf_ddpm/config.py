@@ -85,6 +85,9 @@ NEEDS = {
     "hybrid_weight": ("objective", "hybrid"),
 }
 
+# Keys that are gone, and what to write instead.
+GONE = {"shuffle_buffer": "shuffle_memory, in MB of undecoded images"}
+
 
 LARGEST_FILE = 10**6  # bytes of a config file
 # Far above what is of use, and far below what harms a machine that is asked for it
@@ -111,15 +114,26 @@ class TrainConfig:
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
     )
-    channels: int | None = option(None, "1 for grey or 3 for RGB, by default the first image's", least=1)
+    channels: int | None = option(
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default 1 or 3, as the first image", least=1
+    )
+    background: str = option(
+        "white", "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'"
+    )
     fit: str = option(
         "exact",
         "what to do with images of another size: refuse them, or a way of fitting them",
         choices=_fits,
     )
+    to_8_bit: bool = option(
+        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, instead of refusing them"
+    )
     horizontal_flip: bool = option(False, "mirror images at random")
-    shuffle_buffer: int = option(
-        1000, "images that are shuffled at once; 0 keeps the order of the files", least=0
+    shuffle_memory: float = option(
+        256.0,
+        "MB of undecoded images that are shuffled at once, in each training process; a folder of image files "
+        "is shuffled as a whole; 0 keeps the order of the files",
+        least=0.0,
     )
     skip_corrupt: bool = option(
         False, "skip and count training images that can't be read, instead of stopping"
@@ -252,9 +266,11 @@ class TrainConfig:
                 f"sample_steps is {self.sample_steps}; allowed: <= {self.num_train_timesteps} (T)"
             )
         # Importing these takes seconds, which a value that is refused above need not wait for.
+        from hf_ddpm.data.pixels import parse_background
         from hf_ddpm.objectives import make_objective
         from hf_ddpm.parametrization import works_from_pure_noise
 
+        parse_background(self.background)
         if self.rescale_betas_zero_snr and not works_from_pure_noise(self.prediction_type):
             allowed = ", ".join(filter(works_from_pure_noise, _prediction_types()))
             raise ValueError(
@@ -320,6 +336,8 @@ class TrainConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for source, names in ((where, values), ("", changes)):
             for name in names:
+                if name in GONE:
+                    raise ValueError(f"{source}there is no key {name!r} any more; allowed: {GONE[name]}")
                 if name not in known:
                     near = nearest(name, known, cutoff=0)
                     raise ValueError(f"{source}unknown key {shown(name)}; did you mean {near!r}?")
@@ -330,6 +348,22 @@ class TrainConfig:
             raise ValueError(
                 f"{where if culprit in values and culprit not in changes else ''}{error}"
             ) from None
+
+    @classmethod
+    def of_run(cls, path: str | os.PathLike) -> "TrainConfig":
+        """What a run was trained with, by its train_config.json: `load`, but keys that are gone are left out.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        values = {name: value for name, value in _read(Path(path)).items() if name not in GONE}
+        try:
+            return cls.load(None, **values)
+        except ValueError as error:
+            raise ValueError(f"config file {os.fspath(path)!r}: {error}") from None
 
     def to_json(self) -> str:
         """Every key with its value as indented JSON, which `load` reads."""

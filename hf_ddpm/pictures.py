@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.pixels import decode_pixels, to_float, to_uint8
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.files import read_regular
+from hf_ddpm.data.pixels import WHITE, Decoder, to_float, to_uint8
 from hf_ddpm.data.stream import load_stream
+from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
@@ -239,7 +242,8 @@ def draw_interpolation(
     """
     path = _check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
-    a, b = (open_image(name, pipeline.image_shape, image_column) for name in (image_a, image_b))
+    reading = _trained_reading(model)
+    a, b = (open_image(name, pipeline.image_shape, image_column, **reading) for name in (image_a, image_b))
     pipeline.set_progress_bar_config(
         desc="interpolate", leave=False, mininterval=REFRESH, file=Lasting(sys.stderr)
     )
@@ -256,27 +260,50 @@ def draw_interpolation(
         return sheet.save(path)
 
 
-def open_image(name: str, shape: tuple[int, int, int], column: str | None = None) -> Tensor:
-    """An image as it is, neither resized nor converted, uint8 (C, H, W).
+def _trained_reading(model: str) -> dict[str, Any]:
+    """How the model's training run read images, as keywords of `open_image`, if its folder says so."""
+    record = Path(model).expanduser() / RECORD
+    if not record.is_file():
+        return {}
+    config = TrainConfig.of_run(record)
+    return {"background": config.background, "to_8_bit": config.to_8_bit or config.fit != "exact"}
+
+
+def open_image(
+    name: str,
+    shape: tuple[int, int, int],
+    column: str | None = None,
+    background: str = WHITE,
+    to_8_bit: bool = False,
+) -> Tensor:
+    """An image that is neither resized nor turned from grey to colour or back, uint8 (C, H, W).
 
     Args:
         name: an image file, or DATASET:SPLIT:ROW with a data set that `load_stream` opens.
         shape: (C, H, W) that it must have.
         column: column of the images in the data set, by default the only one.
+        background: what transparent pixels are laid on, unless C is 2 or 4, see `load_stream`.
+        to_8_bit: whether deeper images become levels of 8 bits, see `load_stream`.
 
     Raises:
         ValueError: there is no such image, or it has another shape.
     """
+    # Alpha is kept where the model has it; arrays of another number of channels have to be told theirs
+    channels = None if shape[0] in (1, 3) else shape[0]
     dataset, _, row = name.rpartition(":")
     dataset, _, split = dataset.rpartition(":")
     if _is_file(name):
         path = _path("image", name)
         try:
-            image = torch.from_numpy(decode_pixels(path.read_bytes(), None).copy()).permute(2, 0, 1)
+            pixels = Decoder(channels, background, to_8_bit)(read_regular(str(path)))
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     elif dataset and split and row.isascii() and row.isdecimal():
-        (image,) = load_stream(dataset, split, column=column).select([int(row)])
+        stream = load_stream(
+            dataset, split, None, channels, column=column, background=background, to_8_bit=to_8_bit
+        )
+        (image,) = stream.select([int(row)])
     else:
         raise ValueError(
             f"image {name!r} is no file; allowed: an image file, or DATASET:SPLIT:ROW such as digits:test:17"

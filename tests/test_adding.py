@@ -148,12 +148,13 @@ NETWORKS: dict[str, type[ModelMixin]] = {
 }
 SOURCE = {
     "hf_ddpm/data/sources.py": (
-        "    name = os.fspath(source)\n",
-        """    name = os.fspath(source)
+        "    name = os.fsdecode(source)\n",
+        """    name = os.fsdecode(source)
     if name == "stripes":
         images = [[[255 * ((i + x) % 2) for x in range(8)] for _ in range(8)] for i in range(16)]
         features = datasets.Features({"image": Array2D((8, 8), "uint8")})
-        return datasets.Dataset.from_dict({"image": images}, features).to_iterable_dataset(), []
+        dataset = datasets.Dataset.from_dict({"image": images}, features).to_iterable_dataset()
+        return Source(name, split, "stream", [], features, dataset)
 """,
     ),
 }

@@ -26,8 +26,9 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --image-column --image-size --channels --fit --horizontal-flip
-    --shuffle-buffer --skip-corrupt --num-workers --model --dropout --num-train-timesteps
+    --config --dataset --split --image-column --image-size --channels --background --fit
+    --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout
+    --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps
@@ -39,7 +40,8 @@ TRAIN_FLAGS = """
     --push-to-hub --push-every --push-private --license --dataset-license --dataset-id
 """.split()
 EVALUATE_FLAGS = """
-    --split --num-images --image-column --fit --exact --num-evals-per-image --pilot-images --variance-type
+    --split --num-images --image-column --channels --background --fit --to-8-bit --exact --num-evals-per-image
+    --pilot-images --variance-type
     --clip-x0 --decoder --steps --first-variance --extractor --nearest-dataset --nearest-split --num-samples
     --sampling-steps --num-reference --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
@@ -260,7 +262,7 @@ def test_train_refuses_files(tmp_path, capfd, monkeypatch):
         ("--config", "typo.toml"): "config file 'typo.toml': unknown key 'bacth_size'; did you mean 'batch",
         ("--config", "cut.toml"): "config file 'cut.toml' is not TOML: ",
         ("--config", "cut.json"): "config file 'cut.json' is not JSON: ",
-        ("--dataset", "empty"): "can't read 'empty' as a data set: ",
+        ("--dataset", "empty"): "no images in empty: it is empty",
         ("--dataset", "damaged"): "damaged",
         ("--output-dir", "file/run"): "--output-dir 'file/run' can't be written: Not a directory",
         ("--output-dir", "file"): "--output-dir 'file' can't be written: ",

@@ -143,7 +143,7 @@ def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
     ("key", "values", "words"),
     [
         ("channels", [0], ">= 1"),
-        ("shuffle_buffer", [-1], ">= 0"),
+        ("shuffle_memory", [-1.0], ">= 0"),
         ("num_workers", [-1], ">= 0"),
         ("max_loss", [0.0], "> 0"),
         ("push_every", [0], ">= 1"),
@@ -227,6 +227,10 @@ def test_values_that_contradict_each_other():
     assert refused(variance_type="learned_range").endswith("allowed with it: fixed_small, fixed_large")
     for objective in ("bound", "hybrid", "sddpm"):
         assert TrainConfig(objective=objective, variance_type="learned_range").objective == objective
+    assert (
+        refused(background="red") == "background is 'red'; allowed: white, black, or a colour as in '#ff8000'"
+    )
+    assert TrainConfig(background="#FF8000").background == "#FF8000"
 
 
 @pytest.mark.parametrize(

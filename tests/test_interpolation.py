@@ -63,7 +63,7 @@ def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
         ("digits:tset:4", "", "no split 'tset' in digits; it has train, test"),
         ("digits:4", "", "image 'digits:4' is no file; allowed: an image file, or DATASET:SPLIT:ROW such"),
         ("nowhere.png", "", "image 'nowhere.png' is no file; allowed: an image file, or DATASET:SPLIT:ROW"),
-        ("file", "", "file: corrupt image: cannot identify image file"),
+        ("file", "", "file: corrupt image: not a whole file of a format that is read"),
         ("large.png", "", "image 'large.png' is (1, 9, 8) (C, H, W); allowed: the model's (1, 8, 8)"),
         ("color.png", "", "image 'color.png' is (3, 8, 8) (C, H, W); allowed: the model's (1, 8, 8)"),
     ],

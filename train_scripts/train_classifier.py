@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from hf_ddpm.data.pixels import decode_pixels
+from hf_ddpm.data.pixels import Decoder
 from hf_ddpm.metrics import Features, load_extractor
 from hf_ddpm.runtime.arguments import Parser, wholes
 from hf_ddpm.runtime.messages import one_line
@@ -82,9 +82,9 @@ def load_labelled(source: str, split: str) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{source} needs the columns image and label; it has {', '.join(rows.features or {})}"
         )
-    images, labels = [], []
+    images, labels, decode = [], [], Decoder()
     for row in rows.decode(False):
-        images.append(decode_pixels(row["image"], None).transpose(2, 0, 1))
+        images.append(decode(row["image"]).transpose(2, 0, 1))
         labels.append(row["label"])
     if len({image.shape for image in images}) != 1 or min(labels) < 0:
         raise ValueError(f"the {split} images of {source} must be labelled and all of one size, at least one")

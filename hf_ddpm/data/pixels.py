@@ -1,30 +1,34 @@
 """Pixels: an encoded image or an array as uint8, its size, and the way to [-1, 1] and back.
 
-This file knows single images. It never pads, resizes or converts between grey and colour unless told to.
-Images stay uint8 until `to_float`, which is best called on the device.
+This file knows single images. It never pads, resizes or converts between grey and colour unless told to. How
+an image is stored decides what becomes of it, never which values it has. Images stay uint8 until `to_float`,
+which is best called on the device.
 """
 
 import hashlib
-import io
-import os
-import struct
-import zlib
-from pathlib import Path
+import logging
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, ImageOps
+from datasets import Image, LargeList, List
 from PIL import Image as PILImage
 from torch import Tensor
 
+from hf_ddpm.data.encoded import EIGHT_BITS, ImageRefused, Raster, read_image
 from hf_ddpm.runtime.messages import one_line
+
+logger = logging.getLogger(__name__)
 
 # What to do with an image of another size, see `load_stream`
 FITS = ("exact", "resize", "resize_crop", "center_crop", "random_crop")
-# PIL's mode for the numbers of channels that it converts between
-MODES = {1: "L", 3: "RGB"}
+# The ground that transparent pixels lie on, where none is named
+WHITE = "white"
+_GROUNDS = {WHITE: "#ffffff", "black": "#000000"}
+# Arrays that become levels of 8 bits when asked for, and the value of white in them
+_WHITES = {"bool": 1, "uint16": 65535, "float16": 1, "float32": 1, "float64": 1}
 
 
 def to_float(images_uint8: Tensor) -> Tensor:
@@ -67,95 +71,176 @@ def image_digest(image_uint8: Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
 
 
-def decode_pixels(value: Any, channels: int | None) -> np.ndarray:
-    """The image in a row of a data set.
+class StorageError(ValueError):
+    """A data set is stored in a way that isn't read: true of all of its images, so none is passed over."""
+
+
+def parse_background(text: str) -> tuple[int, int, int]:
+    """The levels (red, green, blue) of a ground.
 
     Args:
-        value: an encoded image (bytes, or a dict of "bytes" or "path"), or an array or lists, (h, w) or
-            (h, w, C).
-        channels: 1 (grey) and 3 (RGB) convert the image; None and others leave it as it is.
-
-    Returns:
-        Shape (h, w, C), uint8.
+        text: white, black, or a colour as in #ff8000.
 
     Raises:
-        ValueError: not an image, or values that are not grey levels of 8 bits.
-        OSError: the file at "path" can't be read; a lost connection is not a corrupt image.
+        ValueError: it is something else.
     """
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if isinstance(value, dict) and data is None and value.get("path"):
-        path = value["path"]
-        # fsspec takes longer to open a local file than PIL to decode a small image
-        if os.path.isabs(path):
-            data = Path(path).read_bytes()
-        else:
-            with fsspec.open(path, "rb") as file:
-                data = file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    mode = MODES.get(channels or 0)
-    try:
-        pixels = _open_image(data, mode) if isinstance(data, bytes) else np.asarray(data)
-    # PIL has a dozen kinds of error for broken data
-    except Exception as error:
-        raise ValueError(f"corrupt image: {one_line(error)}") from error
-    if pixels.ndim not in (2, 3) or pixels.size == 0 or pixels.dtype.kind not in "uif":
-        raise ValueError(f"neither an encoded image nor an (H, W) or (H, W, C) array: {str(data)[:40]}")
-    if pixels.dtype != np.uint8:
-        levels = pixels.astype(np.uint8)
-        # Floats up to 1 that are all 0 or 1 are black and white in the range 0..1, not levels of 0..255
-        unit_range = pixels.dtype.kind == "f" and pixels.max() == 1
-        if (levels != pixels).any() or unit_range:
-            raise ValueError(f"values from {pixels.min()} to {pixels.max()} are not all 8-bit grey levels")
-        pixels = levels
-    pixels = np.atleast_3d(pixels)
-    if mode and pixels.shape[2] != channels and pixels.shape[2] in MODES:
-        image = PILImage.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-        pixels = np.atleast_3d(np.asarray(image.convert(mode)))
-    return pixels
+    digits = _GROUNDS.get(text, text) if isinstance(text, str) else ""
+    if not re.fullmatch("#[0-9a-fA-F]{6}", digits):
+        raise ValueError(f"background is {text!r}; allowed: white, black, or a colour as in '#ff8000'")
+    red, green, blue = bytes.fromhex(digits[1:])
+    return red, green, blue
 
 
-def _open_image(data: bytes, mode: str | None) -> np.ndarray:
-    image = open_plain_png(data)
-    if image is None:
-        image = PILImage.open(io.BytesIO(data))
-        image.load()
-        # Turned as datasets.Image does it
-        if image.getexif().get(ExifTags.Base.Orientation) is not None:
-            image = ImageOps.exif_transpose(image)
-    plain = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-    wanted = mode or plain.get(image.mode, image.mode)
-    # Modes I and F have more than 8 bits, which PIL would clip without a word
-    if image.mode == wanted or image.mode[0] in "IF":
-        return np.asarray(image)
-    return np.asarray(image.convert(wanted))
+def array_storage(feature: Any) -> str | None:
+    """The type of the numbers of a `datasets` column of arrays or lists; None for encoded images."""
+    while isinstance(feature, (List, LargeList)):
+        feature = feature.feature
+    return None if isinstance(feature, (Image, dict)) else feature.dtype
 
 
-_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-# Width, height, form and checksum of the chunk IHDR, then length and name of the next chunk
-_PNG_HEAD = struct.Struct(">II5sI I4s")
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-# PIL's mode for each form of 8 bits that is not interlaced
-_PNG_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}
+@dataclass
+class Decoder:
+    """What turns the rows of a data set into pixels of 8 bits.
 
+    Alpha, which is an alpha channel, a transparent colour, or a palette's, is not kept unless `channels` says
+    so: transparent pixels are laid on a ground, in 8 bits and without gamma,
 
-def open_plain_png(data: bytes) -> PILImage.Image | None:
-    """PIL's image of a PNG of the chunks IHDR, one IDAT and IEND; None for any other file.
+        c = round((α c + (255 − α) g) / 255)
 
-    Most small images are such PNGs. It takes a third of PIL's time, which goes mostly into finding the format
-    and the chunks, not into decoding.
+    so that an image that is opaque everywhere is what it would be without alpha. Without `channels` an image
+    is grey or colour as its file is; a palette counts as colour.
+
+    Numbers of 8 bits or fewer are levels. All others are refused unless `to_8_bit` says that they are turned
+    into levels, which is done before anything else: round(255 v / white), with white at 65535 in 16 bits (or
+    at 2^b − 1 in b bits), at 1 in floating-point numbers, which must lie in [0, 1], and True in booleans. An
+    AVIF of 10 or 12 bits is rounded by its decoder.
+
+    Attributes:
+        channels: 1 and 2 are grey without and with alpha, 3 and 4 are RGB without and with alpha, and images
+            are converted to it; arrays of other numbers of channels are taken as they are. None keeps an
+            image's 1 or 3.
+        background: the ground, see `parse_background`; grey images with alpha can't lie on a coloured one
+            unless `channels` is given.
+        to_8_bit: whether other numbers than those of 8 bits are turned into levels.
+        storage: the type of the numbers of arrays and lists, see `array_storage`; None for encoded images.
+
+    Raises:
+        ValueError: no such background.
     """
-    head = len(_PNG_START) + _PNG_HEAD.size
-    if len(data) < head or not data.startswith(_PNG_START):
-        return None
-    width, height, form, checksum, length, name = _PNG_HEAD.unpack_from(data, len(_PNG_START))
-    mode = _PNG_MODES.get(form)
-    whole = name == b"IDAT" and data[head + length + 4 :] == _PNG_END and zlib.crc32(data[12:29]) == checksum
-    if mode is None or not whole or not 0 < width * height <= (PILImage.MAX_IMAGE_PIXELS or 0):
-        return None
-    try:
-        return PILImage.frombytes(mode, (width, height), data[head : head + length], "zip", mode)
-    except ValueError:
-        # The data is broken, which PIL will say in its own words
-        return None
+
+    channels: int | None = None
+    background: str = WHITE
+    to_8_bit: bool = False
+    storage: str | None = None
+    _ground: tuple[int, int, int] = field(init=False, repr=False)
+    _said: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._ground = parse_background(self.background)
+
+    def __call__(self, value: Any) -> np.ndarray:
+        """The image in a row of a data set.
+
+        Args:
+            value: an encoded image (bytes, or a dict with "bytes"), or an array or lists, (h, w) or
+                (h, w, C). No path in it is opened.
+
+        Returns:
+            Shape (h, w, C), uint8.
+
+        Raises:
+            StorageError: numbers that are not levels of 8 bits, or an array that has no such shape.
+            ValueError: not an image, or one that is not read.
+        """
+        data = value.get("bytes") if isinstance(value, dict) else value
+        try:
+            raster = read_image(data) if isinstance(data, bytes) else self._read_array(data)
+        except (StorageError, ImageRefused):
+            raise
+        # PIL has a dozen kinds of error for broken data
+        except Exception as error:
+            raise ValueError(f"corrupt image: {one_line(error)}") from error
+        if raster.frames and not self._said:
+            self._said = True
+            logger.warning("an image file has several frames or pages: the first of each file is read")
+        return self._with_channels(self._levels(raster))
+
+    def _read_array(self, data: Any) -> Raster:
+        storage = self.storage or (data.dtype.name if isinstance(data, np.ndarray) else None)
+        if storage is None or data is None:
+            raise ImageRefused(f"neither an encoded image nor an array: {str(data)[:40]}")
+        if storage != "uint8" and storage not in _WHITES:
+            raise StorageError(
+                f"its numbers are {storage}, whose white nobody knows; allowed: uint8, or with to_8_bit "
+                f"{', '.join(_WHITES)}"
+            )
+        values = np.asarray(data, storage)
+        if values.ndim == 2:
+            values = values[:, :, None]
+        if values.ndim != 3 or values.size == 0:
+            raise ImageRefused(f"an array of shape {values.shape}; allowed: (H, W) or (H, W, C)")
+        count = values.shape[2]
+        if count not in (1, 3, self.channels):
+            hint = f"add channels={count} if it is (H, W, {count})"
+            if values.shape[0] in (1, 3, 4):
+                hint = "its first axis looks like channels, which belong at the end"
+            raise StorageError(f"an array of shape {values.shape}; allowed: (H, W), (H, W, 1 or 3); {hint}")
+        return Raster(values, _WHITES.get(storage, 255), storage if storage in _WHITES else EIGHT_BITS)
+
+    def _levels(self, raster: Raster) -> np.ndarray:
+        """The numbers as levels of 8 bits."""
+        values, white = raster.values, raster.white
+        if raster.storage == EIGHT_BITS:
+            return values
+        if not self.to_8_bit:
+            raise StorageError(
+                f"stored as {raster.storage}, not {EIGHT_BITS}; add to_8_bit=True to convert such images"
+            )
+        if values.dtype.kind == "f":
+            if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
+                raise StorageError(f"floats from {values.min()} to {values.max()}; allowed: 0 to 1")
+            return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+        # By a table, which takes less memory than the numbers' products would
+        table = ((np.arange(2**16, dtype=np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+        return table[values.astype(np.uint16, copy=False)]
+
+    def _with_channels(self, levels: np.ndarray) -> np.ndarray:
+        """Levels (h, w, C) with the channels that are wanted."""
+        count, wanted = levels.shape[2], self.channels
+        if wanted == count or count > 4 or wanted not in (None, 1, 2, 3, 4):
+            return levels
+        colours, alpha = (levels[:, :, :-1], levels[:, :, -1:]) if count in (2, 4) else (levels, None)
+        if wanted in (2, 4):
+            alpha = np.full_like(levels[:, :, :1], 255) if alpha is None else alpha
+            return np.concatenate([_convert(colours, wanted - 1), alpha], axis=2)
+        if alpha is not None:
+            colours = self._lay_on_ground(colours, alpha)
+        return colours if wanted is None else _convert(colours, wanted)
+
+    def _lay_on_ground(self, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        if colours.shape[2] == 1 and len(set(self._ground)) > 1:
+            if self.channels is None:
+                raise StorageError(
+                    f"a grey image with alpha has no place on the colour {self.background!r}; add channels=3"
+                )
+            colours = _convert(colours, 3)
+        if alpha.min() == 255:
+            return colours
+        # At most 255 · 255 + 127, so that 16 bits hold it; channel by channel, as NumPy is slow along three
+        laid, weight = np.empty(colours.shape, np.uint8), alpha[:, :, 0].astype(np.uint16)
+        for channel in range(colours.shape[2]):
+            mixed = colours[:, :, channel] * weight + np.uint16(self._ground[channel]) * (255 - weight)
+            laid[:, :, channel] = (mixed + np.uint16(127)) // np.uint16(255)
+        return laid
+
+
+def _convert(colours: np.ndarray, channels: int) -> np.ndarray:
+    """Grey as RGB, or RGB as grey by Pillow's formula (ITU-R 601-2 luma), (h, w, 1 or 3), uint8."""
+    if colours.shape[2] == channels:
+        return colours
+    if channels == 3:
+        return np.repeat(colours, 3, axis=2)
+    return np.asarray(PILImage.fromarray(np.ascontiguousarray(colours)).convert("L"))[:, :, None]
 
 
 def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.ndarray) -> np.ndarray:

@@ -1,26 +1,29 @@
-"""Rows: the shards of a `datasets` stream, read in an `Order` with one open reader for each of its lanes.
+"""Rows: where the rows of a source are, which of them can be read alone, and how the others are read.
 
-Images stay encoded until someone decodes them. A lane holds the rows of one block and one reader, which reads
-on where the last block ended, or seeks.
+Images stay encoded until someone decodes them.
 
 Parquet files are read by pyarrow, not through the stream: `IterableDataset.skip` reads all that it passes
-over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends, which
-eight lanes would do eight times. Here a seek goes to the row group, one column is read, a lane holds a page
-of the file and a megabyte beside its rows, and no thread of pyarrow is left that would abort the interpreter
-at its exit.
+over, and its reader (datasets 5.2, pyarrow 26) keeps what it has read of a file until the file ends. Here a
+seek goes to the row group, one column is read, a page of the file and a megabyte are held beside the rows,
+and no thread of pyarrow is left that would abort the interpreter at its exit.
 
-This file doesn't know pixels, crops, or which places anyone wants.
+This file doesn't know pixels, crops, orders, or which places anyone wants.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import errno
+import io
 import itertools
-import weakref
-from collections.abc import Generator, Iterator
+import os
+import re
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import fsspec
@@ -29,11 +32,15 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
-from hf_ddpm.data.order import Order, Stretch
+from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, shown
+from hf_ddpm.data.pages import rows_per_read
+from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
+# What a row in memory takes beside its image: offsets, and its place in the order
+_BYTES_PER_ROW = 64
 
 
 class Row(NamedTuple):
@@ -50,161 +57,270 @@ class Row(NamedTuple):
     value: Any
 
 
-class Shards:
-    """The shards of a stream, by number.
+class Layout(NamedTuple):
+    """What is known of the rows before any is read.
 
-    Args:
-        dataset: a stream of undecoded rows.
-        column: the column to read.
-        names: what messages call the shards: the paths of its files if each is a shard.
+    Attributes:
+        counts: rows of each shard.
+        groups: rows of each group that can be read from its beginning alone, in the order of the rows.
+        num_bytes: of all rows in memory, undecoded: by the footers of parquet files, else as they were read.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, column: str, names: list[str]):
-        self._dataset = dataset.select_columns([column])
-        self._column, self.names = column, names
-        self._schema = datasets.Features({column: (dataset.features or {})[column]}).arrow_schema
-        self._parquet = all(name.endswith(".parquet") for name in names)
+    counts: list[int]
+    groups: list[int]
+    num_bytes: int
+
+
+class Shards:
+    """The shards of a source, by number.
+
+    Images that are files are one shard; each parquet file is one.
+
+    Args:
+        source: the rows.
+        column: the column to read.
+    """
+
+    def __init__(self, source: Source, column: str):
+        self.source, self._column = source, column
+        # Rows of each row group that may be read at once, where its headers have been looked at
+        self._checked: dict[tuple[int, int], int] = {}
+        self._schema = datasets.Features({column: source.features[column]}).arrow_schema
+        if source.kind == "parquet":
+            self.names = source.files
+        elif source.dataset is None:
+            self.names = [source.name]
+        else:
+            self._dataset = source.dataset.select_columns([column])
+            count = source.dataset.num_shards
+            whole = len(source.files) == count
+            self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
+
+    @property
+    def addressable(self) -> bool:
+        """Whether any row can be read alone."""
+        return self.source.kind == "images"
+
+    @property
+    def files(self) -> list[str]:
+        """Image files, parquet files, or the files of a stream as far as they are known."""
+        return self.source.files
+
+    def relative(self, file: str) -> str:
+        """The name of a file in the data set's folder, or in its repository at any revision."""
+        if self.source.root is not None:
+            return os.path.relpath(file, self.source.root).replace(os.sep, "/")
+        return re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", file)
+
+    @property
+    def local(self) -> bool:
+        """Whether the rows are files of this machine."""
+        return self.source.root is not None
+
+    @property
+    def passes_over(self) -> bool:
+        """Whether rows can be passed over only by reading them."""
+        return self.source.kind == "stream"
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each shard, see `layout`."""
+        return self.layout.counts
 
     @cached_property
-    def counts(self) -> list[int]:
-        """Rows of each shard: from the footers of parquet files, else by reading all of them once.
+    def layout(self) -> Layout:
+        """From the footers of parquet files; a stream is read once.
 
         Raises:
             ValueError: a shard that can't be read.
         """
-        if not self._parquet:
-            return [sum(1 for _ in self.read(shard)) for shard in range(len(self.names))]
+        if self.addressable:
+            return Layout([len(self.source.files)], [len(self.source.files)], 0)
         # In threads, as reading a remote footer is mostly waiting
-        with ThreadPoolExecutor(8) as threads:
-            return list(threads.map(self._count_in_footer, range(len(self.names))))
+        with ThreadPoolExecutor(8 if self.source.kind == "parquet" else 1) as threads:
+            found = list(threads.map(self._lay_out, range(len(self.names))))
+        counts, num_bytes = [sum(groups) for groups, _ in found], sum(size for _, size in found)
+        groups = list(itertools.chain.from_iterable(groups for groups, _ in found))
+        return Layout(counts, groups, num_bytes + _BYTES_PER_ROW * sum(counts))
 
-    def _count_in_footer(self, shard: int) -> int:
-        with self._named_errors(shard), _open_parquet(self.names[shard]) as parquet:
-            return parquet.metadata.num_rows
+    def _lay_out(self, shard: int) -> tuple[list[int], int]:
+        """Rows of each group of a shard, and the bytes of all."""
+        if self.source.kind == "stream":
+            sizes = [(len(chunk), chunk.nbytes) for chunk in self.chunks(shard)]
+            return [sum(rows for rows, _ in sizes)], sum(size for _, size in sizes)
+        with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
+            if self._column not in parquet.schema_arrow.names:
+                raise ValueError(f"{shown(self.names[shard])} has no column {shown(self._column)!r}")
+            groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+            width = _leaf_width(parquet.schema_arrow.field(self._column).type)
+            return [group.num_rows for group in groups], sum(
+                leaf.num_values * width if width else leaf.total_uncompressed_size
+                for group in groups
+                for leaf in map(group.column, range(group.num_columns))
+                if leaf.path_in_schema.split(".")[0] == self._column
+            )
 
-    def read(self, shard: int, start: int = 0) -> Generator[Any, None, None]:
-        """The column's values from row `start` of a shard on.
+    def chunks(self, shard: int, start: int = 0) -> Generator[pa.Array, None, None]:
+        """The column's values from row `start` of a shard on, some rows at a time; not of image files.
 
         Raises:
             ValueError: the shard can't be read.
         """
-        with self._named_errors(shard):
-            for values in (self._read_parquet if self._parquet else self._read_stream)(shard, start):
-                yield from values
+        with self.opened(shard) as chunks_from:
+            yield from chunks_from(start)
 
-    def _read_stream(self, shard: int, start: int) -> Iterator[list[Any]]:
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[Callable[[int], Generator[pa.Array, None, None]]]:
+        """A shard's `chunks`, any number of times, while its file is open.
+
+        Raises:
+            ValueError: the shard can't be read.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._named_errors(shard):
+                parquet = self.source.kind == "parquet"
+                file = stack.enter_context(self._open_parquet(shard)) if parquet else None
+
+            def chunks_from(start: int) -> Generator[pa.Array, None, None]:
+                with self._named_errors(shard):
+                    if file is not None:
+                        yield from self._read_parquet(shard, file, start)
+                    else:
+                        yield from self._read_stream(shard, start)
+
+            yield chunks_from
+
+    def _read_stream(self, shard: int, start: int) -> Iterator[pa.Array]:
         part = self._dataset.shard(len(self.names), shard)
         for batch in part.skip(start).iter(_ROWS_PER_READ):
-            yield batch[self._column]
+            yield from pa.Table.from_pydict(batch, schema=self._schema)[self._column].chunks
 
-    def _read_parquet(self, shard: int, start: int) -> Iterator[list[Any]]:
-        with _open_parquet(self.names[shard]) as parquet:
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            ends = list(itertools.accumulate(sizes))
-            groups = [i for i, end in enumerate(ends) if end > start]
-            passed = start - sum(sizes[: groups[0]]) if groups else 0
-            for batch in parquet.iter_batches(_ROWS_PER_READ, groups, [self._column], use_threads=False):
+    def _read_parquet(self, shard: int, opened: tuple[pq.ParquetFile, Any], start: int) -> Iterator[pa.Array]:
+        parquet, _ = opened
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        first = bisect.bisect_right(ends, start)
+        passed = start - sum(sizes[:first])
+        for group in range(first, len(ends)):
+            rows = self._rows_per_read(shard, opened, group)
+            for batch in parquet.iter_batches(rows, [group], [self._column], use_threads=False):
                 if passed < len(batch):
                     table = pa.Table.from_batches([batch.slice(passed)])
-                    yield table_cast(table, self._schema)[self._column].to_pylist()
+                    yield from table_cast(table, self._schema)[self._column].chunks
                 passed = max(0, passed - len(batch))
+
+    def _rows_per_read(self, shard: int, opened: tuple[pq.ParquetFile, Any], group: int) -> int:
+        if (shard, group) not in self._checked:
+            local = self.source.root is not None
+            rows = rows_per_read(*opened, group, self._column, _ROWS_PER_READ, local)
+            self._checked[shard, group] = rows
+        return self._checked[shard, group]
+
+    @contextmanager
+    def _open_parquet(self, shard: int) -> Iterator[tuple[pq.ParquetFile, Any]]:
+        name = self.names[shard]
+        # A local path is no address, whatever characters are in it
+        with open(name, "rb") if self.source.root else fsspec.open(name, "rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ), file
 
     @contextmanager
     def _named_errors(self, shard: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, DatasetsError, OSError) as error:
-            raise ValueError(f"can't read {self.names[shard]}: {one_line(error)}") from error
+        except (pa.ArrowException, DatasetsError, OSError, ValueError) as error:
+            raise ValueError(f"can't read {shown(self.names[shard])}: {one_line(error, 150)}") from error
+
+    def encoded(self, row: Row) -> Any:
+        """A row's value with the bytes of its image, which are read where the row names a file.
+
+        Args:
+            row: one of these shards'.
+
+        Returns:
+            Bytes, nested lists of grey levels, or None if the row holds nothing.
+
+        Raises:
+            ValueError: the row names a file outside of the data set, or no regular file.
+            OSError: the file can't be opened: a lost disk or connection is not a corrupt image.
+        """
+        value = row.value
+        if not isinstance(value, dict):
+            return value
+        if value.get("bytes") is not None or not value.get("path"):
+            return value.get("bytes")
+        return self._read_file(str(value["path"]))
+
+    def head(self, row: Row) -> BinaryIO | None:
+        """A file of a row's image, of which little is read for its head; None if the row holds an array.
+
+        Raises:
+            ValueError, OSError: as `encoded`.
+        """
+        if self.addressable:
+            return open_regular(row.value["path"])
+        data = self.encoded(row)
+        return io.BytesIO(data or b"") if isinstance(row.value, (dict, bytes)) else None
+
+    def _read_file(self, path: str) -> bytes:
+        source = self.source
+        if source.kind == "images":
+            return read_regular(path)
+        if source.kind == "stream" and (found := _in_archive(path, source)):
+            with fsspec.open(found, "rb") as file:
+                data = file.read(MOST_BYTES + 1)  # pyright: ignore[reportAttributeAccessIssue]
+            if len(data) > MOST_BYTES:
+                raise ValueError(
+                    f"{shown(path)} has more than {MOST_BYTES:,} bytes, which is what is allowed"
+                )
+            return data
+        if source.root is None:
+            raise ValueError("it holds no image but a path, which is not opened")
+        try:
+            return read_regular(inside(path, source.root))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            raise ValueError("its path names no file in the folder of the data set") from None
+
+    def image_file(self, number: int) -> Row:
+        """A row of a folder of images."""
+        return Row(0, number, {"bytes": None, "path": self.source.files[number]})
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
+        if self.addressable:
+            yield from map(self.image_file, range(len(self.source.files)))
+            return
         for shard in range(len(self.names)):
-            yield from (Row(shard, number, value) for number, value in enumerate(self.read(shard)))
+            values = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self.chunks(shard))
+            yield from (Row(shard, number, value) for number, value in enumerate(values))
 
     def __str__(self) -> str:
-        return ", ".join(sorted(set(self.names)))
+        names = sorted(set(self.names))
+        return shown(names[0]) if len(names) == 1 else f"{shown(names[0])} and {len(names) - 1:,} more files"
 
     def name(self, row: Row) -> str:
         """What messages call a row."""
         path = row.value.get("path") if isinstance(row.value, dict) else None
-        own = f" ({path})" if path and path != self.names[row.shard] else ""
-        return f"row {row.number} of {self.names[row.shard]}{own}"
+        if path and self.source.kind == "images":
+            return shown(path)
+        own = f" ({shown(path, 60)})" if path and path != self.names[row.shard] else ""
+        return f"row {row.number} of {shown(self.names[row.shard])}{own}"
 
 
-@contextmanager
-def _open_parquet(name: str) -> Iterator[pq.ParquetFile]:
-    with fsspec.open(name, "rb") as file:
-        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=_BYTES_PER_READ)
+def _in_archive(path: str, source: Source) -> str | None:
+    """The address of an image that `datasets` found in the files of a stream; None if it lies elsewhere."""
+    *archives, last = path.split("::")
+    if not all(re.match(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://", part) for part in archives):
+        return None
+    if source.root is not None:
+        return path if archives and last in source.files else None
+    home = re.match(r"hf://datasets/[^@]+@[^/]+/", source.files[0]) if source.files else None
+    return path if home and last.startswith(home[0]) and ".." not in last.split("/") else None
 
 
-class OrderedRows:
-    """The rows at places of an order, a context that closes its files at its end.
-
-    Ascending places are read in one pass; any other place costs a seek.
-
-    Args:
-        shards: where the rows are.
-        order: which row is at which place.
-    """
-
-    def __init__(self, shards: Shards, order: Order):
-        self._order = order
-        self._readers = [_Reader(shards) for _ in range(order.lanes)]
-        # A generator may still be open when the interpreter exits: this closes its files before modules go.
-        self._close = weakref.finalize(self, _close_all, self._readers)
-        self._blocks: list[tuple[tuple[int, int], list[Row]]] = [((-1, -1), [])] * order.lanes
-
-    def row(self, epoch: int, place: int) -> Row:
-        """The row at a place of an epoch.
-
-        Raises:
-            ValueError: no such place, a shard that can't be read, or one that ends before its count of rows.
-        """
-        lane, block, index = self._order.find(place)
-        if self._blocks[lane][0] != (epoch, block):
-            # The old block goes before the new one comes, so that one block is held and not two
-            self._blocks[lane] = (-1, -1), []
-            stretches, permutation = self._order.block(epoch, lane, block)
-            rows = [row for stretch in stretches for row in self._readers[lane].take(stretch)]
-            self._blocks[lane] = (epoch, block), [rows[i] for i in permutation.tolist()]
-        return self._blocks[lane][1][index]
-
-    def __enter__(self) -> OrderedRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-
-def _close_all(readers: list[_Reader]) -> None:
-    for reader in readers:
-        reader.close()
-
-
-class _Reader:
-    """Reads stretches of shards: one shard is open at a time, and is read forwards."""
-
-    def __init__(self, shards: Shards):
-        self._shards = shards
-        self._shard, self._at = -1, 0
-        # The shard's values from row `_at` on
-        self._values: Generator[Any, None, None] | None = None
-
-    def close(self) -> None:
-        if self._values is not None:
-            self._values.close()
-        self._values = None
-
-    def take(self, stretch: Stretch) -> list[Row]:
-        shard, start, stop = stretch
-        if self._values is None or shard != self._shard or start < self._at:
-            self.close()
-            self._shard, self._at, self._values = shard, start, self._shards.read(shard, start)
-        values = list(itertools.islice(self._values, start - self._at, stop - self._at))
-        self._at = stop
-        if len(values) < stop - start:
-            self.close()
-            raise ValueError(f"{self._shards.names[shard]} has lost rows since they were counted")
-        if stop == self._shards.counts[shard]:
-            self.close()
-        return list(map(Row, itertools.repeat(shard), range(start, stop), values))
+def _leaf_width(kind: pa.DataType) -> int:
+    """Bytes of each number in nested lists of numbers; 0 for what has no such width."""
+    while isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ExtensionType)):
+        kind = kind.storage_type if isinstance(kind, pa.ExtensionType) else kind.value_type
+    return -(-kind.bit_width // 8) if pa.types.is_primitive(kind) else 0

@@ -22,17 +22,22 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from math import inf
+from numbers import Integral, Real
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.data.encoded import MAX_PIXELS
+from hf_ddpm.data.fingerprint import take_fingerprint
 from hf_ddpm.data.order import Order
-from hf_ddpm.data.pixels import FITS, decode_pixels, fit_pixels
-from hf_ddpm.data.shards import OrderedRows, Row, Shards
-from hf_ddpm.data.sources import find_column, open_source
+from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
+from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
+from hf_ddpm.data.shards import Row, Shards
+from hf_ddpm.data.sources import open_source
+from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
 
 logger = logging.getLogger(__name__)
@@ -51,8 +56,10 @@ def load_stream(
     *,
     column: str | None = None,
     fit: str = "exact",
+    background: str = WHITE,
+    to_8_bit: bool = False,
     horizontal_flip: bool = False,
-    shuffle_buffer: int = 0,
+    shuffle_memory: float = 0,
     seed: int = 0,
     skip_corrupt: bool = False,
 ) -> ImageStream:
@@ -62,15 +69,21 @@ def load_stream(
         source: "digits" (embedded, 8x8), a folder of images or of parquet files, a parquet file, or a Hub id.
         split: name of the split.
         image_size: side, or (H, W); None takes the first image's.
-        channels: 1 (grey) and 3 (RGB) convert, others must be the data's; None takes the first image's.
+        channels: 1 (grey), 3 (RGB), and 2 and 4 (the same with alpha) convert; others must be those of the
+            data's arrays. None takes the first image's, grey or RGB.
         column: image column; None finds the only one of encoded images or uint8 arrays (H, W) or (H, W, C).
+            Encoded are PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF and PPM, of at most 89,478,485 pixels.
         fit: how an image gets `image_size`. "exact": it must have it already. "resize": bicubic.
             "resize_crop": bicubic until it covers H x W, then the centre is cut out. "center_crop" and
             "random_crop": cut out, not scaled.
+        background: white, black, or a colour as in #ff8000, on which transparent pixels are laid unless
+            `channels` keeps alpha.
+        to_8_bit: turn images of 16 bits a channel or of floating-point numbers into levels of 8 bits, by the
+            rule of `data.pixels.Decoder`, instead of refusing them. So does a `fit` other than "exact".
         horizontal_flip: mirror each image with probability 1/2.
-        shuffle_buffer: 0 keeps the source's order; n shuffles the shards, reads 8 distant parts of them side
-            by side, and shuffles among n undecoded images. A folder of images is one shard sorted by class:
-            give it a buffer of its size (paths, so small).
+        shuffle_memory: 0 keeps the source's order. A folder of image files is permuted as a whole by any
+            other number. Of parquet files, n holds as many images as n MB (2^20 bytes) take undecoded, drawn
+            from all over the data, and permutes them; if all images take less, that is all of them.
         seed: of order, crops and flips.
         skip_corrupt: pass over (and count) images that can't be decoded or don't fit, instead of raising.
 
@@ -85,22 +98,31 @@ def load_stream(
         if not isinstance(size, (tuple, list)) or len(size) != 2:
             raise ValueError(f"image_size must be a positive integer or a pair (H, W), got {image_size!r}")
         size = (_checked("image_size", size[0], 1), _checked("image_size", size[1], 1))
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"image_size is {size[0]}x{size[1]}; allowed: at most {MAX_PIXELS:,} pixels")
     if channels is not None:
         _checked("channels", channels, 1)
-    for name, value in (("shuffle_buffer", shuffle_buffer), ("seed", seed)):
-        _checked(name, value, 0)
+    _checked("seed", seed, 0)
+    if (
+        isinstance(shuffle_memory, bool)
+        or not isinstance(shuffle_memory, Real)
+        or not 0 <= shuffle_memory < inf
+    ):
+        raise ValueError(f"shuffle_memory must be a number of MB, at least 0, got {shuffle_memory!r}")
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
-    dataset, files = open_source(source, split)
-    names = files if len(files) == dataset.num_shards else [f"split {split!r}"] * dataset.num_shards
+    decoder = Decoder(channels, background, to_8_bit or fit != "exact")
+    found, column = open_source(source, split).select_column(column)
+    tell(found, skip_corrupt)
+    decoder.storage = array_storage(found.features[column])
     return ImageStream(
-        _shards=Shards(dataset.decode(False), find_column(dataset, column), names),
+        _shards=Shards(found, column),
+        _decoder=decoder,
         _size=size,
-        _channels=channels,
         _fit=fit,
         _flip=horizontal_flip,
-        _buffer=shuffle_buffer,
+        _memory=float(shuffle_memory),
         _seed=seed,
         _skip_corrupt=skip_corrupt,
     )
@@ -133,11 +155,11 @@ class ImageStream:
     shape: tuple[int, int, int] = field(init=False)
     skipped: int = field(default=0, init=False)
     _shards: Shards = field(repr=False)
+    _decoder: Decoder = field(repr=False)
     _size: tuple[int, int] | None
-    _channels: int | None
     _fit: str
     _flip: bool
-    _buffer: int
+    _memory: float
     _seed: int
     _skip_corrupt: bool
     _named: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
@@ -145,24 +167,48 @@ class ImageStream:
     def __post_init__(self) -> None:
         for row in self._shards.rows():
             try:
-                *size, channels = decode_pixels(row.value, self._channels).shape
+                *size, channels = self._decoder(self._shards.encoded(row)).shape
             except ValueError as error:
-                if not self._skip_corrupt:
+                if not self._may_skip(error):
                     raise ValueError(f"{self._shards.name(row)}: {error}") from error
                 continue
             height, width = self._size or size
-            self.shape = (self._channels or channels, height, width)
+            self.shape = (self._decoder.channels or channels, height, width)
             return
         raise ValueError(f"no usable image in {self._shards}")
 
     @functools.cached_property
     def _order(self) -> Order:
-        return Order(self._shards.counts, self._buffer, self._seed)
+        return make_order(self._shards, self._memory, self._seed)
 
     @property
     def row_counts(self) -> list[int]:
         """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
-        return list(self._shards.counts)
+        return list(self._shards.layout.counts)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder whose image files are the rows; None for any other source."""
+        return self._shards.source.root if self._shards.addressable else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set, and the order in which it is read, from another; see fingerprint.py.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        return take_fingerprint(self._shards, self._order)
+
+    def survey(self, show: bool = False) -> Survey:
+        """What the heads of some images say of all: their sizes and modes.
+
+        Args:
+            show: whether a progress bar is drawn.
+
+        Raises:
+            ValueError: a file of the data set that can't be read.
+        """
+        return survey(self._shards, show)
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""
@@ -255,12 +301,14 @@ class ImageStream:
         out = np.empty((len(images), *self.shape), np.uint8)
         return torch.from_numpy(np.stack(images, out=out))
 
-    def slots(self, slots: Iterable[Sequence[int]]) -> Iterator[Slots]:
+    def slots(self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None) -> Iterator[Slots]:
         """The images at given positions: what one of several processes trains on.
 
         Args:
             slots: items of B positions each, epoch · `num_rows()` + place; -1 is an empty slot. Ascending
                 within and across the items: others are found too, but a step back costs a seek.
+            wanted: which positions the items can have, (n,) int64 → (n,) bool. No row at another one is kept
+                in memory, so that processes which share out the positions share out a window too.
 
         Returns:
             Iterator of `Slots`, one per item. With `skip_corrupt` an image that can't be read is a hole.
@@ -268,7 +316,7 @@ class ImageStream:
         Raises:
             ValueError: a position below -1, or an image that can't be read.
         """
-        with OrderedRows(self._shards, self._order) as rows:
+        with OrderedRows(self._shards, self._order, wanted) as rows:
             for item in slots:
                 images = np.zeros((len(item), *self.shape), np.uint8)
                 present = np.zeros(len(item), np.bool_)
@@ -285,10 +333,13 @@ class ImageStream:
         try:
             return self._pixels(row, epoch, place)
         except ValueError as error:
-            if not self._skip_corrupt:
+            if not self._may_skip(error):
                 raise ValueError(f"{self._shards.name(row)}: {error}") from error
             self._pass_over(row, error)
             return None
+
+    def _may_skip(self, error: ValueError) -> bool:
+        return self._skip_corrupt and not isinstance(error, StorageError)
 
     def _pass_over(self, row: Row, error: ValueError) -> None:
         self.skipped += 1
@@ -302,9 +353,10 @@ class ImageStream:
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:
         channels, height, width = self.shape
-        pixels = decode_pixels(row.value, self._channels)
+        pixels = self._decoder(self._shards.encoded(row))
         if pixels.shape[2] != channels:
-            raise ValueError(f"{pixels.shape[2]} channels, wanted {channels}; channels=1 or 3 would convert")
+            hint = "" if self._decoder.channels else "; add channels=3 to convert them, or add channels=1"
+            raise ValueError(f"{pixels.shape[2]} channels, wanted {channels}{hint}")
         draws = np.zeros(3)
         if self._flip or self._fit == "random_crop":
             block, index = divmod(place, _DRAWS_PER_BLOCK)

@@ -54,7 +54,18 @@ class EvaluationConfig:
         None, "how many images, a random subset; by default all of the split", least=1
     )
     image_column: str | None = option(None, "column of the images, by default the only one")
+    channels: int | None = option(
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default as the model's training had it", least=1
+    )
+    background: str | None = option(
+        None,
+        "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'; by default "
+        "as the model's training had it, else white",
+    )
     fit: str = option("exact", "what to do with images of another size, noted in the result", choices=_fits)
+    to_8_bit: bool = option(
+        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, noted in the result"
+    )
 
     exact: bool = option(False, "evaluate every step once instead of a few per image")
     num_evals_per_image: int = option(
@@ -117,6 +128,10 @@ class EvaluationConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but has no use without {' or '.join(needed)}"
                 )
+        if self.background is not None:
+            from hf_ddpm.data.pixels import parse_background
+
+            parse_background(self.background)
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")

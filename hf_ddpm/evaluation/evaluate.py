@@ -15,7 +15,7 @@ import torch
 
 from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images
+from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, settle_reading
 from hf_ddpm.evaluation.memorisation import Memorisation
 from hf_ddpm.evaluation.parts import Parts
 from hf_ddpm.evaluation.plan import Plan, Results
@@ -82,6 +82,7 @@ def prepare(config: EvaluationConfig) -> Plan:
         config.steps,
         config.first_variance,  # type: ignore[arg-type]
     )
+    config = settle_reading(config, model)
     stream = open_images(config, model)
     rows = choose_rows(stream.num_rows(), config.num_images, config.seed)
     if state.device is None or state.device.type == "cpu":

@@ -1,5 +1,6 @@
 """The images that a model is scored on: opened, chosen, and told apart from others by their pixels."""
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.pixels import image_digest
+from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
@@ -20,6 +21,44 @@ from hf_ddpm.seeds import Use, derive_seed
 logger = logging.getLogger(__name__)
 
 
+def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationConfig:
+    """The config with `channels` and `background` as the images will be read.
+
+    What isn't given is what the model's training run had. Without its record the ground is white, and alpha
+    is kept only where the model has 2 or 4 channels.
+    """
+    record, channels = model.record, model.pipeline.image_shape[0]
+    trained = WHITE if record is None else record.background
+    other = parse_background(config.background or trained) != parse_background(trained)
+    if record is not None and other and process_state().is_main_process:
+        logger.warning("background is %s, the model was trained on %s", config.background, trained)
+    if config.channels is None and record is not None:
+        config = dataclasses.replace(config, channels=record.channels)
+    if config.channels is None and channels not in (1, 3):
+        config = dataclasses.replace(config, channels=channels)
+    return dataclasses.replace(config, background=config.background or trained)
+
+
+def load_images(
+    config: EvaluationConfig, dataset: str, split: str, size: tuple[int, int] | None
+) -> ImageStream:
+    """A data set's images in their source's order, read as `settle_reading` has said.
+
+    Raises:
+        ValueError: a bad data set.
+    """
+    return load_stream(
+        dataset,
+        split,
+        size,
+        config.channels,
+        column=config.image_column,
+        fit=config.fit,
+        background=config.background or WHITE,
+        to_8_bit=config.to_8_bit,
+    )
+
+
 def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
 
@@ -28,9 +67,13 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     """
     channels, height, width = shape = model.pipeline.image_shape
     size = None if config.fit == "exact" else (height, width)
-    stream = load_stream(config.dataset, config.split, size, column=config.image_column, fit=config.fit)
+    stream = load_images(config, config.dataset, config.split, size)
+    if process_state().is_main_process:
+        logger.warning("%s", stream.survey(show=True))
     if stream.shape != shape:
-        hint = "; a `fit` would resize them, and the record says so" if stream.shape[0] == channels else ""
+        hint = f"; add channels={channels} to convert them" if config.channels is None else ""
+        if stream.shape[0] == channels:
+            hint = "; a `fit` would resize them, and the record says so"
         raise ValueError(
             f"images of {config.dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
         )
@@ -45,6 +88,9 @@ def describe_source(config: EvaluationConfig, stream: ImageStream) -> dict[str, 
         "dataset": config.dataset,
         "split": config.split,
         "fit": config.fit,
+        "channels": config.channels,
+        "background": config.background,
+        "to_8_bit": config.to_8_bit,
         "shape": list(stream.shape),
     }
 

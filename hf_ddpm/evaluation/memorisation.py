@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.pixels import image_digest
-from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import scoring_device
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.images import digest_rows, fingerprint
+from hf_ddpm.evaluation.images import digest_rows, fingerprint, load_images
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.runtime.processes import process_state
@@ -117,7 +117,7 @@ class Memorisation:
             raise ValueError(same)
         sides = None if config.fit == "exact" else heldout.shape[1:]
         self._config, self._heldout = config, heldout
-        self._stream = load_stream(dataset, split, sides, column=config.image_column, fit=config.fit)
+        self._stream = load_images(config, dataset, split, sides)
         if self._stream.shape != heldout.shape:
             raise ValueError(
                 f"images of nearest_dataset {dataset!r} are {self._stream.shape} (C, H, W); allowed: "

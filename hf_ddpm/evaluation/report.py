@@ -205,13 +205,13 @@ def versions() -> dict[str, str]:
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write both files, each whole or not at all, evaluation.json last, whose sum the other one holds."""
     text = json.dumps(evaluation.report, indent=2) + "\n"
-    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors, {EVALUATION: _sum(text)})
+    save_tensors(folder / EVALUATION_TENSORS, evaluation.tensors, {EVALUATION: _sum(text.encode())})
     with whole_file(folder / EVALUATION) as file:
         file.write_text(text, encoding="utf-8")
 
 
-def _sum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -221,8 +221,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         ValueError: a file is missing, damaged, or lacks what a comparison looks at.
     """
     try:
-        text = read_bytes(folder / EVALUATION)
-        check_report(report := parse_json(text, EVALUATION))
+        data = read_bytes(folder / EVALUATION)
+        check_report(report := parse_json(data, EVALUATION))
         headers = tensor_headers(folder / EVALUATION_TENSORS)
         if lacks := sorted(COMPARED.keys() - headers.keys()):
             raise ValueError(f"it has no {', '.join(lacks)}")
@@ -234,7 +234,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         tensors, sums = load_tensors(folder / EVALUATION_TENSORS, need_sum=False)
         if not tensors["bpd"].isfinite().all():
             raise ValueError("its bpd holds NaN or infinite numbers")
-        if sums.get(EVALUATION, _sum(text)) != _sum(text):
+        if sums.get(EVALUATION, _sum(data)) != _sum(data):
             raise ValueError(f"{EVALUATION} is not the one that {EVALUATION_TENSORS} was written with")
         return Evaluation(report, tensors)
     except (OSError, ValueError, TypeError, RecursionError) as error:

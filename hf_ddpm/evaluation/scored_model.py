@@ -23,7 +23,6 @@ from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
@@ -145,9 +144,8 @@ def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:
     file = Path(model).expanduser() / RECORD
     if not file.exists():
         return None
-    read_json(file)  # refuses what is no regular file, or is too large, before it is read as a config
     try:
-        record = TrainConfig.load(file)
+        record = TrainConfig.of_run(file)
     except ValueError as error:  # which may show a stranger's value whole
         raise ValueError(one_line(error)) from None
     if record.num_train_timesteps > MAX_STEPS:

@@ -6,8 +6,10 @@ images with its standard error (null for a single image), and those marked ° ma
     bits_per_dim      variance_type; bpd, rate_bpd, distortion_bpd, prior_bpd: {value, stderr}
     other_variance °  the same under the other fixed variance
     method            name, steps, evaluations_per_image, clip_x0, decoder, seed, … : how bits/dim were taken
-    data              dataset, split, fit, shape, num_images (scored), num_rows (of the split), fingerprint,
-                      trained_on (whether the model was trained on this split)
+    data              dataset, split, fit, channels (null: the images' own), background (of transparent
+                      pixels), to_8_bit (deeper images were converted, as they are by a `fit`), shape,
+                      num_images (scored), num_rows (of the split), fingerprint, trained_on (whether the model
+                      was trained on this split)
     model             name, weights (a digest), process (a digest), prediction_type
     comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
     sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
@@ -155,7 +157,11 @@ def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) ->
     columns = _variances(report)
     method, data = report["method"], report["data"]
     clipped = "clipped" if method["clip_x0"] else "unclipped"
-    fitted = f" The images were changed to the model's size ({data['fit']})."
+    fitted = (
+        "" if data["fit"] == "exact" else f" The images were changed to the model's size ({data['fit']})."
+    )
+    if data.get("to_8_bit"):
+        fitted += " Images of more than 8 bits a channel were converted to 8."
     return {
         "num_images": data["num_images"],
         "dataset": call(data["dataset"]),
@@ -164,8 +170,7 @@ def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) ->
         "columns": [f"variance `{column['variance_type']}`" for column in columns],
         "rows": [[words, *(with_error(column[key], 3) for column in columns)] for words, key in BITS],
         "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
-        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder."
-        + ("" if data["fit"] == "exact" else fitted),
+        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder." + fitted,
     }
 
 
@@ -219,6 +224,7 @@ def describe(report: Mapping[str, Any]) -> str:
             f"+ distortion {distortion:.4f}"
         )
     fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
+    fitted += ", converted to 8 bits" if data.get("to_8_bit") else ""
     lines.append(
         f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"

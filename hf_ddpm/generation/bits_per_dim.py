@@ -3,7 +3,7 @@
 What the bound is, likelihood/ knows; whole data sets, shared by processes, are evaluation/'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -97,7 +97,7 @@ def as_images(images: Any, shape: tuple[int, int, int]) -> Tensor:
 def _in_order(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The tensor as (B, C, H, W)."""
     channels, height, width = shape
-    forms = {
+    forms: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {
         "(C, H, W)": ((channels, height, width), lambda: x[None]),
         "(H, W, C)": ((height, width, channels), lambda: x.permute(2, 0, 1)[None]),
     }

@@ -20,7 +20,7 @@ LETTER = 10  # pixels of a grid that a letter of a label takes
 def image_grid(
     images: Sequence[Image.Image], columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """One picture of many images, row by row on a grey ground.
+    """One picture of many images, row by row on a grey ground, which is seen where they are transparent.
 
     Args:
         images: PIL images of one size.
@@ -44,15 +44,15 @@ def image_grid(
     cell = (width * scale + GAP, height * scale + GAP)
     grid = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), (127, 127, 127))
     for i, image in enumerate(images):
-        large = image.convert("RGB").resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        grid.paste(large, (GAP + i % columns * cell[0], GAP + i // columns * cell[1]))
+        large = image.convert("RGBA").resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        grid.paste(large, (GAP + i % columns * cell[0], GAP + i // columns * cell[1]), mask=large)
     return grid
 
 
 def to_pil(image_uint8: Tensor) -> Image.Image:
-    """One uint8 image (C, H, W) as a picture; unless C is 1 or 3, its first channel in grey."""
-    pixels = image_uint8.cpu().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+    """One uint8 image (C, H, W) as a picture, alpha included; if C is above 4, its first channel in grey."""
+    pixels = image_uint8.cpu().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels if 1 < pixels.shape[2] <= 4 else pixels[:, :, 0])
 
 
 def save_image(image: Image.Image, path: Path, note: str | None = None) -> Path:

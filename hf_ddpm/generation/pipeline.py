@@ -35,7 +35,7 @@ from hf_ddpm.scheduler import DDPMScheduler, check_generators
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt")
-PIL_CHANNELS = (1, 3, 4)
+PIL_CHANNELS = (1, 2, 3, 4)
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 

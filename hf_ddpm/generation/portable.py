@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import diffusers
 from torch import nn
 
-from hf_ddpm.folders.guard import check_scheduler, read_json
+from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
 from hf_ddpm.folders.layout import INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET
-from hf_ddpm.folders.values import NEEDED
+from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages, load_reason
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
@@ -205,9 +205,9 @@ def _remember_process(pipeline: Any, folder: Path) -> None:
     """
     try:
         config = read_json(part_folder(folder, SCHEDULER) / SCHEDULER_CONFIG)
-        check_scheduler(config)
         if all(key in config for key in NEEDED):
             known = {key: config[key] for key in NETWORK_KEYS if key in config}
+            check_scheduler_values(DDPMScheduler, known, SCHEDULER_CONFIG)
             pipeline.trained_with(DDPMScheduler(**known))
     except (ValueError, TypeError):
         return

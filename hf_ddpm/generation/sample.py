@@ -98,7 +98,7 @@ def sample(
         if state.is_main_process:
             lock.check()
             names = [sample_name(i) for i in range(num_images)]
-            pictures = [Image.open(folder / name) for name in names[:GRID_IMAGES]]
+            pictures = [Image.open(folder / name, formats=["PNG"]) for name in names[:GRID_IMAGES]]
             save_image(image_grid(pictures), grid, _note(key, GRID))
             for name in _samples_in(folder) - {*names, GRID}:
                 (folder / name).unlink()
@@ -124,7 +124,7 @@ def _load(model: str, scheduler: str | None, variance_type: str | None, steps: i
             )
         pipeline.scheduler.variance_type = variance_type
     if (channels := pipeline.image_shape[0]) not in PIL_CHANNELS:
-        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1, 3, 4")
+        raise ValueError(f"model {model!r} makes images of {channels} channels; allowed in a PNG: 1 to 4")
     try:
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:

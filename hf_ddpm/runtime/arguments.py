@@ -148,10 +148,15 @@ def spelled(words: str) -> str:
     if words.startswith("config file"):
         return words
 
+    def advice(found: re.Match[str]) -> str:
+        flag, value = "--" + found[1].replace("_", "-"), found[2]
+        return flag if value == "True" else f"{flag} {value}"
+
     def typed(found: re.Match[str]) -> str:
         name = found.group()
         return "--" + name.replace("_", "-") if name in _OPTIONS else name
 
+    words = re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", advice, words)
     words = re.sub(r"(?<![\w/.'\"`-])[a-z]\w*_\w+(?![\w/.'\"`-])", typed, words)
     return re.sub(r"^[a-z]\w*(?= (?:is|'))|(?<=without )[a-z]\w*|(?<= or )[a-z]\w*(?=$|;)", typed, words)
 

@@ -4,12 +4,16 @@ Step n consumes the positions n·G … n·G + G − 1, whatever the number of pr
 image stands at a position is said in data/order.py, and what is drawn for it in draws.py.
 """
 
+import functools
 import itertools
 import logging
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -18,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -76,6 +81,25 @@ class StepShare:
                 yield [step * self.per_step + j if j < self.per_step else EMPTY for j in offsets]
             step += 1
 
+    def wanted(
+        self, positions: np.ndarray, first_step: int, worker: int = 0, num_workers: int = 1
+    ) -> np.ndarray:
+        """Whether positions are a worker's, where several make the micro-steps of `slots` in turn.
+
+        Args:
+            positions: of the run, int64.
+            first_step: as in `slots`.
+            worker: 0 to `num_workers` − 1; worker k makes the micro-steps k, k + `num_workers`, …
+            num_workers: how many there are.
+
+        Returns:
+            Shape of `positions`, bool.
+        """
+        step, place = np.divmod(positions, self.per_step)
+        place, rank = np.divmod(place, self.world_size)
+        micro_step = (step - first_step) * self.micro_steps + place // self.micro_batch
+        return (rank == self.rank) & (micro_step % num_workers == worker) & (micro_step >= 0)
+
 
 def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any]) -> StepShare:
     """This process's part of each step, whose images are as many as when the run began.
@@ -105,19 +129,38 @@ def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[st
 
 
 def open_stream(config: TrainConfig) -> ImageStream:
-    """The run's images, in the order that all processes share."""
-    return load_stream(
+    """The run's images, in the order that all processes share.
+
+    Raises:
+        ValueError: a data set that can't be read, one in whose folder of images the run would write, or
+            images that are too large for the batch.
+    """
+    stream = load_stream(
         config.dataset,
         config.split,
         config.size,
         config.channels,
         column=config.image_column,
-        fit=config.fit,  # type: ignore[arg-type]
+        fit=config.fit,
+        background=config.background,
+        to_8_bit=config.to_8_bit,
         horizontal_flip=config.horizontal_flip,
-        shuffle_buffer=config.shuffle_buffer,
+        shuffle_memory=config.shuffle_memory,
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )
+    folder, output = os.path.realpath(stream.folder or os.devnull), os.path.realpath(config.output_dir)
+    if stream.folder and output.startswith(os.path.join(folder, "")):
+        if not any(part.startswith((".", "__")) for part in os.path.relpath(output, folder).split(os.sep)):
+            raise ValueError(
+                f"output_dir {config.output_dir!r} lies in the folder of the images, {config.dataset!r}, of "
+                "which the run's pictures would become a part; allowed: a folder outside of it, or hidden"
+            )
+    # On any device batches are made in this machine's memory, of bytes
+    check_memory(
+        "batch_size", config.batch_size, math.prod(stream.shape), "image {}x{}x{}".format(*stream.shape)
+    )
+    return stream
 
 
 class Batch(NamedTuple):
@@ -146,10 +189,14 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
         worker = get_worker_info()
-        mine = (0, None, 1) if worker is None else (worker.id, None, worker.num_workers)
-        asked, wanted = itertools.tee(itertools.islice(self.share.slots(self.first_step), *mine))
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = itertools.islice(self.share.slots(self.first_step), number, None, count)
+        asked, given = itertools.tee(mine)
+        wanted = functools.partial(
+            self.share.wanted, first_step=self.first_step, worker=number, num_workers=count
+        )
         try:
-            for positions, (images, present) in zip(asked, self.stream.slots(wanted), strict=True):
+            for positions, (images, present) in zip(asked, self.stream.slots(given, wanted), strict=True):
                 yield Batch(positions, images, present)
         except ValueError as error:
             yield error

@@ -58,6 +58,8 @@ class HeldOut:
             config.channels,
             column=config.image_column,
             fit="center_crop" if config.fit == "random_crop" else config.fit,
+            background=config.background,
+            to_8_bit=config.to_8_bit,
         )
         if stream.shape != shape:
             raise ValueError(

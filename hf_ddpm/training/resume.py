@@ -6,23 +6,39 @@ processes read the chosen one. How it is put into the run's objects is said in r
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from hf_ddpm.config import TrainConfig
+from hf_ddpm.config import GONE, TrainConfig
+from hf_ddpm.data.fingerprint import compare_fingerprints
+from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.layout import INDEX
 from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.training.batches import open_stream
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
 
 logger = logging.getLogger(__name__)
 
-# What may change when a run goes on; a difference in anything else is refused.
+_LIBRARIES = ("torch", "diffusers", "numpy", "datasets", "pillow", "pyarrow")
+
+# What may change when a run goes on; a difference in anything else is refused. The same data may have moved.
 FREE_TO_CHANGE = {
-    *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers"),
+    *(
+        "dataset",
+        "max_steps",
+        "output_dir",
+        "resume",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "trackers",
+    ),
     *("sample_every", "sample_num_images", "sample_steps", "num_workers", "max_loss"),
     *("push_to_hub", "push_every", "push_private", "license", "dataset_license", "dataset_id"),
     *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
@@ -110,6 +126,11 @@ def _began_there(found: list[tuple[int, Path]], named: str) -> bool:
 
 
 def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
+    if gone := [key for key in GONE if key in state.get("config", {})]:
+        raise ValueError(
+            f"checkpoint {str(folder)!r} is of a run with {gone[0]}, whose order of images is gone; allowed: "
+            "another output_dir, where --model with this run's folder goes on from its weights"
+        )
     # An option that is newer than the checkpoint had the effect of its default then
     was, now = dataclasses.asdict(TrainConfig()) | state.get("config", {}), dataclasses.asdict(config)
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
@@ -128,22 +149,85 @@ def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
         )
 
 
-def check_rows(counts: list[int], state: Mapping[str, Any]) -> None:
-    """Refuse a data set that has changed since the run began: its positions would hold other images.
+def open_data(
+    config: TrainConfig, state: Mapping[str, Any], accelerator: Accelerator
+) -> tuple[ImageStream, dict[str, Any]]:
+    """The run's images, which are those that it began with; all processes call it together.
 
     Args:
-        counts: rows of each shard now.
+        config: the run.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+        accelerator: the processes.
+
+    Returns:
+        The images, and their fingerprint.
+
+    Raises:
+        ValueError: data that can't be read on some process, that differ between processes, or that have
+            changed since the run began: positions would hold other images.
+    """
+    stream, error, facts = None, None, None
+    try:
+        stream = open_stream(config)
+        facts = stream.shape, stream.row_counts
+    except ValueError as caught:
+        error = caught
+    told = gather_object([(None if error is None else str(error), facts)])
+    if error is not None:
+        raise error
+    for rank, (failure, its) in enumerate(told):
+        if failure is not None:
+            raise ValueError(f"process {rank}: {failure}")
+        if its != told[0][1]:
+            raise ValueError(
+                f"process {rank} sees {sum(its[1])} images in {len(its[1])} shards, the first of (C, H, W) = "
+                f"{its[0]}, process 0 {sum(told[0][1][1])} in {len(told[0][1][1])}, the first of "
+                f"{told[0][1][0]}; allowed: the same data on all machines"
+            )
+    assert stream is not None
+
+    def compared() -> dict[str, Any]:
+        now = stream.fingerprint()
+        check_data(now, state)
+        _compare_versions(state)
+        return now
+
+    return stream, on_main_process(accelerator, compared)
+
+
+def check_data(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse a data set that has changed since the run began.
+
+    Args:
+        now: its fingerprint.
         state: of the checkpoint that the run goes on from; empty for a new run.
 
     Raises:
-        ValueError: the counts differ.
+        ValueError: the message names what differs first.
     """
-    was = state.get("row_counts", counts)
-    if was != counts:
+    if not state:
+        return
+    try:
+        differs = compare_fingerprints(state["data"], now)
+    except (KeyError, TypeError, ValueError):
+        differs = "the checkpoint doesn't say what they were"
+    if differs is not None:
         raise ValueError(
-            f"the data set has {sum(counts)} rows in shards of {_some(counts)}, the run began with "
-            f"{sum(was)} in shards of {_some(was)}; allowed: the same data, or another output_dir"
+            f"the images are not those that the run began with ({differs[:120]}); allowed: the same data, or "
+            "another output_dir, where --model with this run's folder goes on from its weights"
         )
+
+
+def versions() -> dict[str, str]:
+    """The libraries that a run's numbers depend on, and their versions."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def _compare_versions(state: Mapping[str, Any]) -> None:
+    was, now = state.get("versions", {}), versions()
+    differ = [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
+    if differ:
+        logger.warning("the run goes on with other libraries, and so not bit for bit: %s", ", ".join(differ))
 
 
 def check_objective(name: str | None, state: Mapping[str, Any]) -> None:
@@ -162,7 +246,3 @@ def check_objective(name: str | None, state: Mapping[str, Any]) -> None:
             f"the objective is {name or 'the one of the config'}, the run began with "
             f"{was or 'the one of the config'}; allowed: the same, or another output_dir"
         )
-
-
-def _some(counts: list[int]) -> str:
-    return ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")

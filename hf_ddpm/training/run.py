@@ -36,13 +36,13 @@ from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, keep_rest, rest_of
-from hf_ddpm.training.batches import make_batches, open_stream, share_steps
+from hf_ddpm.training.batches import make_batches, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint
 from hf_ddpm.training.heldout import HeldOut
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
 from hf_ddpm.training.launch import make_accelerator
 from hf_ddpm.training.network import make_model, make_optimizer, make_schedule, prepare_model
-from hf_ddpm.training.resume import check_objective, check_rows, find_checkpoint
+from hf_ddpm.training.resume import check_objective, find_checkpoint, open_data, versions
 from hf_ddpm.training.sample_grids import SampleGrids
 from hf_ddpm.training.sharding import (
     all_finite,
@@ -148,9 +148,10 @@ class Run:
             logger.warning(
                 "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
             )
-        stream = open_stream(config)
-        check_rows(stream.row_counts, self.state)
-        self.shape, self.rows, self._row_counts = stream.shape, stream.num_rows(), stream.row_counts
+        stream, self._data = open_data(config, self.state, accelerator)
+        self.shape, self.rows = stream.shape, stream.num_rows()
+        if accelerator.is_main_process:
+            logger.warning("%s", stream.survey(show=True))
         self.heldout = (
             HeldOut(config, self.folder, accelerator, stream.shape) if config.evaluate_every else None
         )
@@ -232,7 +233,7 @@ class Run:
             optimizers["t_sampler"] = losses
         world = self.accelerator.num_processes
         state = {"num_processes": world, "images_per_step": self.share.per_step, **noted}
-        state |= {"row_counts": self._row_counts, "config": dataclasses.asdict(self.config)}
+        state |= {"data": self._data, "versions": versions(), "config": dataclasses.asdict(self.config)}
         if self._own_objective is not None:
             state["own_objective"] = self._own_objective
         return Checkpoint(self.step, gather_model(self.model), averages, optimizers, state)

@@ -112,5 +112,5 @@ class SampleGrids:
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                with Image.open(grid) as image:
+                with Image.open(grid, formats=["PNG"]) as image:
                     tracker.log_images({"samples": np.asarray(image)[None]}, step=step, **layout)

@@ -1,4 +1,4 @@
-"""`load_stream(..., shuffle_buffer=1000).batches(64)` against `IterableDataset.shuffle(buffer_size=1000)`.
+"""`load_stream(..., shuffle_memory=1).batches(64)` against `IterableDataset.shuffle(buffer_size=1000)`.
 
 The peer is what a user would write: iterate, `np.asarray(row["image"])`, stack 64. At the end of each epoch
 that it shuffles, datasets 5.2 sleeps for 5 seconds (`config.SLEEP_TIME_ON_THREADS_SHUTDOWN`, against a crash
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.bench
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 IMAGES, SHARDS, BUFFER = 10_000, 8, 1000
+MEMORY_MB = 1  # of the stream: a fifth of the small images
 
 MEMORY = """
 import itertools, json, sys
@@ -53,7 +54,7 @@ def rss():
     return psutil.Process().memory_info().rss / 2**20
 
 idle = rss()
-batches = peer() if who == "peer" else load_stream(folder, shuffle_buffer=buffer).batches(64)
+batches = peer() if who == "peer" else load_stream(folder, shuffle_memory=float(sys.argv[5])).batches(64)
 seen = [rss() for batch in itertools.islice(batches, images * 5 // 4 // 64)][images // 4 // 64 :]
 batches.close()
 figures = {"idle": idle, "start": seen[0], "max": max(seen), "end": seen[-1]}
@@ -113,7 +114,7 @@ def test_images_per_second(small, sleep, monkeypatch, report):
     folder, name, size = small
     if not sleep:
         monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    stream = load_stream(folder, shuffle_buffer=BUFFER)
+    stream = load_stream(folder, shuffle_memory=MEMORY_MB)
     data = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True)
     data = data.shuffle(seed=0, buffer_size=BUFFER)
 
@@ -142,12 +143,14 @@ def test_images_per_second(small, sleep, monkeypatch, report):
     )
 
 
-@pytest.mark.parametrize(("data", "images", "buffer"), [("small", IMAGES, BUFFER), ("large", 8000, 200)])
-def test_memory(data, images, buffer, request, report):
+@pytest.mark.parametrize(
+    ("data", "images", "buffer", "memory"), [("small", IMAGES, BUFFER, MEMORY_MB), ("large", 8000, 200, 32)]
+)
+def test_memory(data, images, buffer, memory, request, report):
     """RSS in MiB over an epoch that follows a quarter of one, each in a process of its own."""
     made = request.getfixturevalue(data)
     folder = made[0] if data == "small" else made
     for who in ("ours", "peer"):
-        command = [sys.executable, "-c", MEMORY, who, str(folder), str(images), str(buffer)]
+        command = [sys.executable, "-c", MEMORY, who, str(folder), str(images), str(buffer), str(memory)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         report(benchmark="RSS in MiB over an epoch", data=data, who=who, **json.loads(done.stdout))

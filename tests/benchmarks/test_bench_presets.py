@@ -92,7 +92,7 @@ class Trial:
 
 def set_aside_and_rest():
     """The stream's first images, and the batches after them."""
-    stream = load_stream(DATA, shuffle_buffer=10_000, seed=SEED)
+    stream = load_stream(DATA, shuffle_memory=10_000, seed=SEED)
     batches = stream.batches(BATCH)
     return torch.cat(list(itertools.islice(batches, ASIDE // BATCH))), batches
 

@@ -46,7 +46,7 @@ def config(data: Path, run: Path, steps: int) -> TrainConfig:
         model="fashion-mnist",
         batch_size=BATCH,
         max_steps=steps,
-        shuffle_buffer=1000,
+        shuffle_memory=1000,
         channels_last=True,
         log_every=10,
         sample_every=0,

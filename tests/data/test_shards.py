@@ -1,18 +1,19 @@
 """shards.py: what is read of files, held in memory and left open."""
 
-import gc
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Array3D, Features, Image, List, Value
+import torch
+from datasets import Array3D, Features, Image, List, Value, load_dataset
 
-from hf_ddpm.data.shards import Row, Shards
+from hf_ddpm.data.shards import Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.stream import load_stream
 from tests.data.pictures import every, filled, grey_folder, noise, picture_folder, png, write_parquet
@@ -25,9 +26,12 @@ class Spy:
     def __init__(self, monkeypatch):
         self.files, self.rows = 0, 0
         iter_batches, spy = pq.ParquetFile.iter_batches, self
+        seen = []
 
         def counted(file, *args, **kwargs):
-            spy.files += 1
+            if all(file is not one for one in seen):
+                spy.files += 1
+                seen.append(file)
             for batch in iter_batches(file, *args, **kwargs):
                 spy.rows += len(batch)
                 yield batch
@@ -42,19 +46,25 @@ def tiny_rows(folder, count, shards, row_group_size):
     write_parquet(folder, values.tolist(), shards, feature=feature, row_group_size=row_group_size)
 
 
-def test_a_process_reads_only_its_strips(tmp_path, monkeypatch):
-    tiny_rows(tmp_path, 8000, shards=3, row_group_size=100)
-    stream, spy = load_stream(tmp_path, shuffle_buffer=160), Spy(monkeypatch)
-    for world_size, share in [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8)]:
-        lanes = 8 // share
-        spy.files = spy.rows = 0
+def test_a_process_reads_only_its_lanes_of_a_window(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 8000, shards=3, row_group_size=10)
+    stream, spy = load_stream(tmp_path, shuffle_memory=2000 * 66 / 2**20), Spy(monkeypatch)
+    for world_size, lanes in [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1)]:
+        spy.rows = 0
         filled(stream, range(world_size - 1, 8000, world_size), 100)
-        assert spy.files <= 8 / share * 3
-        # at each start in the middle of a shard up to a row group, at each end up to one read too much
-        assert 8000 / share - 64 <= spy.rows <= 8000 / share + lanes * 3 * 100 + lanes * 64, world_size
+        # Units of 2 rows, in row groups of 10: each is passed once a window at most
+        assert 8000 * lanes / 8 <= spy.rows <= 8000 * 5, world_size
+        assert lanes > 1 or spy.rows < 8000 * 2.5
     spy.files = spy.rows = 0
     next(stream.slots([range(8000 * 7 + 5000, 8000 * 7 + 5008)]))  # resuming is a seek
-    assert spy.files <= 16 and spy.rows <= 8 * (100 + 20 + 64)
+    assert spy.files <= 3 and spy.rows <= 8000
+
+
+def test_a_window_is_one_pass_over_the_files(tmp_path, monkeypatch):
+    tiny_rows(tmp_path, 8000, shards=4, row_group_size=100)
+    stream, spy = load_stream(tmp_path, shuffle_memory=1), Spy(monkeypatch)
+    every(stream)
+    assert spy.files == 4 and spy.rows == 8000
 
 
 def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
@@ -63,7 +73,7 @@ def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile, "__init__", lambda *args, **kwargs: (opened.append(1), open_file(*args, **kwargs))[1]
     )
-    stream = load_stream(tmp_path, shuffle_buffer=8)
+    stream = load_stream(tmp_path, shuffle_memory=1)
     assert stream.shape == (1, 1, 2)
     opened.clear()
     assert stream.num_rows() == 300 and len(opened) == 3  # not before: each footer is read now
@@ -72,44 +82,59 @@ def test_rows_are_counted_once_when_they_are_needed(tmp_path, monkeypatch):
     assert stream.num_rows() == 300 and stream.row_counts == [100] * 3 and not opened
 
 
-def held_rows():
-    return sum(1 for thing in gc.get_objects() if type(thing) is Row)
-
-
-@pytest.mark.parametrize(("shuffle_buffer", "most"), [(0, 64), (1, 8), (100, 104), (9999, 2000)])
-def test_no_more_rows_are_held_than_the_buffer(tmp_path, shuffle_buffer, most):
-    tiny_rows(tmp_path, 2000, shards=3, row_group_size=None)
-    images = load_stream(tmp_path, shuffle_buffer=shuffle_buffer).images()
-    before, seen = held_rows(), []
-    for i, _ in enumerate(images):
-        if i % 401 == 0:
-            seen.append(held_rows() - before)
-    assert max(seen) <= most
-    if shuffle_buffer >= 100:
-        assert max(seen) > most / 2  # the counting counts
-    del images
-    assert held_rows() == before
-
-
-def test_a_large_row_group_is_not_held(tmp_path):
-    """Neither 40 MB that are one row group nor what was read of it stays in memory, let alone eight times."""
+def large_images(file, rows=10_000, **kwargs):
+    """40 MB of images of 4 kB each."""
     values = [png(image) for image in noise(8, 58, 58)]
-    assert 3000 < len(values[0]) < 4500
-    images = [{"bytes": values[i % 8], "path": None} for i in range(10_000)]
+    images = [{"bytes": values[i % 8], "path": None} for i in range(rows)]
     table = pa.Table.from_pydict({"image": images}, schema=Features({"image": Image()}).arrow_schema)
-    file = tmp_path / "train.parquet"
-    pq.write_table(table, file, use_dictionary=False, compression="none", write_batch_size=64)
+    pq.write_table(table, file, use_dictionary=False, compression="none", write_batch_size=64, **kwargs)
     assert file.stat().st_size > 30 << 20
-    del table, images
-    most = 24 << 20  # eight lanes: a page and a buffer of 1 MB each, and some rows
-    stream, before = load_stream(file, shuffle_buffer=80), pa.total_allocated_bytes()
-    batches = stream.batches(64, epochs=1)
-    tracemalloc.start()  # what fsspec reads are Python's bytes
+    return file
+
+
+@pytest.mark.parametrize("row_group_size", [100, 10_000])
+@pytest.mark.parametrize("memory", [0, 4, 12])
+def test_no_more_is_held_than_the_memory(tmp_path, memory, row_group_size):
+    """Nor what was read of a row group of 40 MB: a page and a buffer of 1 MB each, beside the window."""
+    stream = load_stream(
+        large_images(tmp_path / "train.parquet", row_group_size=row_group_size), shuffle_memory=memory
+    )
+    before, seen = pa.total_allocated_bytes(), []
+    batches = stream.batches(64, epochs=2)
+    tracemalloc.start()  # what is read of a file are Python's bytes
     next(batches)
-    assert tracemalloc.get_traced_memory()[1] < most
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
-    assert max(pa.total_allocated_bytes() - before for _ in batches) < most
+    for _ in batches:
+        seen.append(pa.total_allocated_bytes() - before)
+    assert memory * 0.8 < max(seen) / 2**20 < memory + 8
+    # The second epoch holds no more than the first
+    assert max(seen[len(seen) // 2 :]) < max(seen) * 1.05 + (1 << 20)
     assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_processes_hold_their_own_rows_of_a_window(tmp_path):
+    stream = load_stream(large_images(tmp_path / "train.parquet"), shuffle_memory=64)
+    before = pa.total_allocated_bytes()
+    slots = stream.slots([range(3, 40, 4)], lambda positions: positions % 4 == 3)
+    images = next(slots).images
+    assert 8 < (pa.total_allocated_bytes() - before) / 2**20 < 12
+    slots.close()
+    assert torch.equal(images, next(stream.slots([range(3, 40, 4)])).images)
+    with pytest.raises(ValueError, match=r"^the row at place 4 was not wanted"):
+        next(stream.slots([[4]], lambda positions: positions % 4 == 3))
+
+
+def test_what_can_only_be_read_in_large_pieces_is_said_once(tmp_path, caplog):
+    stream = load_stream(large_images(tmp_path / "train.parquet"), shuffle_memory=2)
+    assert stream.num_rows() == stream.num_rows() == 10_000
+    (record,) = (record for record in caplog.records if record.name == "hf_ddpm.data.ordered")
+    assert len(record.message) < 300 + len(str(tmp_path)) and "raise shuffle_memory to 3" in record.message
+    caplog.clear()
+    load_stream(tmp_path, shuffle_memory=64).num_rows()
+    picture_folder(tmp_path / "folder", 30)
+    load_stream(tmp_path / "folder", shuffle_memory=1e-6).num_rows()
+    assert not [record for record in caplog.records if record.name == "hf_ddpm.data.ordered"]
 
 
 @pytest.mark.parametrize("source", ["parquet", "folder"])
@@ -117,8 +142,8 @@ def test_no_file_stays_open(tmp_path, source):
     if source == "folder":
         picture_folder(tmp_path, 40)
     else:
-        grey_folder(tmp_path, 40, shards=5)
-    stream = load_stream(tmp_path, shuffle_buffer=9)
+        grey_folder(tmp_path, 400)
+    stream = load_stream(tmp_path, shuffle_memory=0.002)
 
     def opened():
         return [file for file in psutil.Process().open_files() if str(tmp_path) in file.path]
@@ -135,7 +160,7 @@ def test_a_half_read_stream_leaves_the_interpreter_in_peace(tmp_path):
     grey_folder(tmp_path / "parquet", 400, shards=2)
     picture_folder(tmp_path / "folder", 100)
     code = "import sys; from hf_ddpm.data.stream import load_stream\n" + "\n".join(
-        f"{name} = load_stream(sys.argv[1] + '/{name}', shuffle_buffer=80).batches(4); next({name})"
+        f"{name} = load_stream(sys.argv[1] + '/{name}', shuffle_memory=0.01).batches(4); next({name})"
         for name in ("parquet", "folder")
     )
     done = subprocess.run(
@@ -154,19 +179,23 @@ def test_parquet_read_directly_is_what_datasets_reads(tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": values[0], "path": "a"}]}), tmp_path / "mixed" / "0.parquet")
     pq.write_table(pa.table({"image": [{"path": "b", "bytes": values[1]}]}), tmp_path / "mixed" / "1.parquet")
     for name in ("images", "lists", "arrays", "mixed"):
-        dataset, files = open_source(tmp_path / name, "train")
-        ours = Shards(dataset.decode(False), "image", files)
-        theirs = Shards(dataset.decode(False), "image", [f"shard {i}" for i in range(len(files))])
+        source = open_source(tmp_path / name, "train")
+        dataset = load_dataset("parquet", data_files={"train": source.files}, split="train", streaming=True)
+        ours = Shards(source, "image")
+        theirs = Shards(replace(source, kind="stream", dataset=dataset.decode(False)), "image")
         assert list(ours.counts) == list(theirs.counts)
         for shard, count in enumerate(ours.counts):
             for start in range(count + 1):
-                read = list(ours.read(shard, start))
-                assert read == list(theirs.read(shard, start)) and len(read) == count - start
+                read, expected = (
+                    [value for chunk in shards.chunks(shard, start) for value in chunk.to_pylist()]
+                    for shards in (ours, theirs)
+                )
+                assert read == expected and len(read) == count - start
 
 
 def test_a_shard_that_shrank_or_broke_is_named(tmp_path):
     grey_folder(tmp_path, 40, shards=2)
-    stream = load_stream(tmp_path, shuffle_buffer=4)
+    stream = load_stream(tmp_path, shuffle_memory=0.001)
     assert stream.num_rows() == 40
     file = tmp_path / "train-00001-of-00002.parquet"
     table, data = pq.read_table(file), bytearray(file.read_bytes())

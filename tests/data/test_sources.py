@@ -66,7 +66,7 @@ def test_image_folder(tmp_path):
 def test_images_in_an_archive(tmp_path):
     """Paths that only fsspec opens."""
     shutil.make_archive(str(tmp_path / "data" / "train"), "zip", picture_folder(tmp_path / "pictures", 12))
-    stream = load_stream(tmp_path / "data", shuffle_buffer=4)
+    stream = load_stream(tmp_path / "data", shuffle_memory=4)
     assert as_set(every(stream)) == as_set(torch.from_numpy(noise(12))[:, None])
 
 
@@ -88,12 +88,12 @@ def test_parquet_without_hugging_face_metadata(tmp_path):
 def test_columns_of_arrays(tmp_path, feature, channels):
     images = noise(7, channels=channels)
     write_parquet(tmp_path, images.tolist(), shards=2, feature=feature)
-    stream = load_stream(tmp_path, shuffle_buffer=3)
+    stream = load_stream(tmp_path, channels=channels, shuffle_memory=3)
     assert stream.shape == (channels, 6, 5)
     assert as_set(every(stream)) == as_set(
         torch.from_numpy(images.reshape(7, 6, 5, channels)).permute(0, 3, 1, 2)
     )
-    resized = every(load_stream(tmp_path, image_size=(4, 8), fit="resize"))
+    resized = every(load_stream(tmp_path, image_size=(4, 8), channels=channels, fit="resize"))
     assert resized.shape == (7, channels, 4, 8)
 
 
@@ -131,9 +131,9 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
             "somebody/no-such-set",
             "can't read 'somebody/no-such-set' as a data set: no such folder, and from the Hub: ",
         ),
-        (tmp_path / "empty", "can't read .*empty' as a data set: "),
+        (tmp_path / "empty", "no images in .*empty: it is empty"),
         (tmp_path / "notes.txt", "notes.txt is a file, but not a .parquet file"),
-        (tmp_path / "broken", "can't read .*broken' as a data set: "),
+        (tmp_path / "broken", "can't read .*broken/train.parquet: "),
         ("", "the data set must be 'digits', a path or a Hub id, got ''"),
         (3, "the data set must be 'digits', a path or a Hub id, got 3"),
     ]:

@@ -1,18 +1,17 @@
 """stream.py: the order of images, resuming, positions and slots, unreadable images."""
 
-import importlib
 import itertools
 import pickle
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import List, Value
-from PIL import Image as PILImage
 
 from hf_ddpm.data.order import Order
-from hf_ddpm.data.pixels import FITS
+from hf_ddpm.data.pixels import FITS, Decoder
 from hf_ddpm.data.stream import load_stream
 from tests.data.pictures import (
     as_set,
@@ -33,28 +32,43 @@ def test_order_without_and_with_shuffle(tmp_path):
     images = grey_folder(tmp_path, 50, shards=5)
     plain = load_stream(tmp_path)
     assert torch.equal(every(plain), images) and torch.equal(every(plain, epoch=3), images)
-    shuffled = load_stream(tmp_path, shuffle_buffer=8, seed=1)
+    shuffled = load_stream(tmp_path, shuffle_memory=0.002, seed=1)
     orders = [every(shuffled, epoch) for epoch in range(3)]
-    orders.append(every(load_stream(tmp_path, shuffle_buffer=8, seed=2)))
+    orders.append(every(load_stream(tmp_path, shuffle_memory=0.002, seed=2)))
     for a, b in itertools.combinations([images, *orders], 2):
         assert as_set(a) == as_set(b) and not torch.equal(a, b)
-    assert torch.equal(every(load_stream(tmp_path, shuffle_buffer=8, seed=1), epoch=2), orders[2])
+    assert torch.equal(every(load_stream(tmp_path, shuffle_memory=0.002, seed=1), epoch=2), orders[2])
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 1, 20, 1000])
-def test_the_order_is_that_of_order(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("window", [0, 8, 16, 29])
+def test_the_order_is_that_of_order(tmp_path, window):
+    """A window has as many rows as the memory holds; what all rows take is in the footers."""
     counts = [7, 0, 20, 2]
     images = grey_folder(tmp_path, 29, shards=counts, row_group_size=6)
-    order, first = Order(counts, shuffle_buffer, 5), np.cumsum([0, *counts])
-    stream = load_stream(tmp_path, shuffle_buffer=shuffle_buffer, seed=5)
+    parquets = [pq.ParquetFile(file).metadata for file in sorted(tmp_path.iterdir())]
+    groups = [file.row_group(i) for file in parquets for i in range(file.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(2)]
+    assert {column.path_in_schema for column in columns} == {"image.bytes", "image.path"}
+    each = sum(column.total_uncompressed_size for column in columns) / 29 + 64
+    stream = load_stream(tmp_path, shuffle_memory=(window + 0.5) * each / 2**20, seed=5) if window else None
+    stream = stream or load_stream(tmp_path, seed=5)
+    order = Order([group.num_rows for group in groups], window, 5)
     for epoch in (0, 3):
         rows = [order.row(epoch, place) for place in range(29)]
-        assert torch.equal(every(stream, epoch), images[[first[shard] + row for shard, row in rows]])
+        assert torch.equal(every(stream, epoch), images[rows])
+
+
+def test_a_folder_is_permuted_as_a_whole_whatever_the_memory(tmp_path):
+    picture_folder(tmp_path, 40)
+    images, order = torch.from_numpy(noise(40))[:, None], Order([40], 40, 5)
+    for memory in (1e-9, 256):
+        stream = load_stream(tmp_path, shuffle_memory=memory, seed=5)
+        assert torch.equal(every(stream, 2), images[order.rows(2, 0, 40)])
 
 
 def test_images_start_anywhere(tmp_path):
     grey_folder(tmp_path, 20, shards=3)
-    stream = load_stream(tmp_path, shuffle_buffer=6)
+    stream = load_stream(tmp_path, shuffle_memory=0.002)
     whole = every(stream, epoch=4)
     for start in range(20):
         assert torch.equal(every(stream, epoch=4, start=start), whole[start:])
@@ -68,11 +82,11 @@ def test_skipping_does_not_decode(tmp_path):
     assert len(every(load_stream(tmp_path), start=3)) == 2
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 5, 100])
-def test_any_start_is_the_tail_of_an_unbroken_read(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("shuffle_memory", [0, 0.002, 1])
+def test_any_start_is_the_tail_of_an_unbroken_read(tmp_path, shuffle_memory):
     grey_folder(tmp_path, 17, shards=[9, 1, 7], row_group_size=4)
     flags = {"horizontal_flip": True, "image_size": (4, 4), "fit": "random_crop"}
-    first, later = (load_stream(tmp_path, shuffle_buffer=shuffle_buffer, **flags) for _ in range(2))
+    first, later = (load_stream(tmp_path, shuffle_memory=shuffle_memory, **flags) for _ in range(2))
     unbroken = torch.cat(list(first.batches(4, epochs=3)))
     assert torch.equal(unbroken, torch.cat([every(later, epoch) for epoch in range(3)]))
     for start in range(0, len(unbroken), 2):
@@ -100,7 +114,7 @@ def test_batches_and_slots_are_contiguous(tmp_path):
 
 def test_two_iterators_of_one_stream_do_not_disturb_each_other(tmp_path):
     grey_folder(tmp_path, 12, shards=2)
-    stream = load_stream(tmp_path, shuffle_buffer=4)
+    stream = load_stream(tmp_path, shuffle_memory=0.002)
     pairs = list(zip(stream.images(0), stream.images(1), strict=True))
     assert torch.equal(torch.stack([a for a, _ in pairs]), every(stream, 0))
     assert torch.equal(torch.stack([b for _, b in pairs]), every(stream, 1))
@@ -124,16 +138,16 @@ def test_slots(tmp_path):
     assert torch.equal(next(lazily).images, images[:1])
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 12, 1000])
+@pytest.mark.parametrize("shuffle_memory", [0, 0.003, 1])
 @pytest.mark.parametrize("shards", ["folder", [61], [3, 20, 0, 9, 1, 15, 13], [1, 2, 30, 4, 8, 8, 1, 7]])
-def test_any_number_of_processes_reads_one_order(tmp_path, shuffle_buffer, shards):
+def test_any_number_of_processes_reads_one_order(tmp_path, shuffle_memory, shards):
     """Process r of W takes positions r, r + W, ...: pixels, crops and flips are those of one process."""
     images = torch.from_numpy(noise(61))[:, None]
     if shards == "folder":
         picture_folder(tmp_path, 61)
     else:
         grey_folder(tmp_path, 61, shards, row_group_size=7)
-    flags = {"shuffle_buffer": shuffle_buffer, "seed": 2}
+    flags = {"shuffle_memory": shuffle_memory, "seed": 2}
     crops = {"horizontal_flip": True, "image_size": 4, "fit": "random_crop"}
     for changes in ({}, crops):
         whole = torch.cat(list(load_stream(tmp_path, **flags, **changes).batches(9, epochs=2)))
@@ -154,7 +168,7 @@ def test_slots_in_a_workers_process(tmp_path, source):
         picture_folder(tmp_path, 20)
     else:
         grey_folder(tmp_path, 20, shards=4)
-    stream = load_stream(tmp_path, shuffle_buffer=6)
+    stream = load_stream(tmp_path, shuffle_memory=0.002)
     expected = filled(stream, range(40))
 
     class Loaded(torch.utils.data.IterableDataset):
@@ -167,19 +181,19 @@ def test_slots_in_a_workers_process(tmp_path, source):
 
 def test_a_stream_can_be_sent_to_another_process(tmp_path):
     grey_folder(tmp_path, 9)
-    stream = load_stream(tmp_path, shuffle_buffer=4)
+    stream = load_stream(tmp_path, shuffle_memory=0.002)
     images = every(stream)
     assert torch.equal(every(pickle.loads(pickle.dumps(stream))), images)
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 9])
-def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_buffer):
+@pytest.mark.parametrize("shuffle_memory", [0, 1])
+def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_memory):
     images = grey_folder(tmp_path / "whole", 30, shards=3)
     values = [png(image) for image in noise(30)]
     values[5], values[13] = b"broken", truncated(noise(1)[0])
     values[20] = png(noise(1, 7, 7)[0])
     write_parquet(tmp_path / "holes", values, shards=3)
-    flags = {"shuffle_buffer": shuffle_buffer, "horizontal_flip": True}
+    flags = {"shuffle_memory": shuffle_memory, "horizontal_flip": True}
     whole = filled(load_stream(tmp_path / "whole", **flags), range(60))
     bad = {images[row].numpy().tobytes() for row in (5, 13, 20)}
     bad |= {images[row].flip(-1).numpy().tobytes() for row in (5, 13, 20)}
@@ -221,10 +235,8 @@ def test_unreadable_images_are_named_ten_times_at_most(tmp_path, caplog, broken)
 def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
     images = grey_folder(tmp_path, 10, shards)
     stream, decoded = load_stream(tmp_path), []
-    decode = importlib.import_module("hf_ddpm.data.stream").decode_pixels
-    monkeypatch.setattr(
-        "hf_ddpm.data.stream.decode_pixels", lambda *value: decoded.append(1) or decode(*value)
-    )
+    decode = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda *value: decoded.append(1) or decode(*value))
     assert stream.num_rows() == 10 and not decoded
     for rows in ([0], [9], [1, 2, 7], [], list(range(10)), np.array([3, 5])):
         decoded.clear()
@@ -238,7 +250,13 @@ def test_select_decodes_only_what_is_asked_for(tmp_path, monkeypatch, shards):
 def test_select_follows_the_order_of_the_first_epoch(tmp_path):
     """With a buffer, with crops and flips: positions are places in what `images(0)` gives."""
     grey_folder(tmp_path, 11, 2)
-    flags = {"shuffle_buffer": 4, "seed": 3, "horizontal_flip": True, "image_size": 3, "fit": "random_crop"}
+    flags = {
+        "shuffle_memory": 0.002,
+        "seed": 3,
+        "horizontal_flip": True,
+        "image_size": 3,
+        "fit": "random_crop",
+    }
     stream = load_stream(tmp_path, **flags)
     images = every(stream)
     assert stream.num_rows() == len(images)
@@ -274,9 +292,9 @@ def test_corrupt_image_names_row_and_file_or_is_skipped(tmp_path, broken):
     values = [png(image) for image in images]
     values[4] = {"truncated": truncated(images[4]), "garbage": b"not a png", "null": None}[broken]
     write_parquet(tmp_path, values, shards=2)
-    for shuffle_buffer in (0, 3):
+    for shuffle_memory in (0, 0.002):
         with pytest.raises(ValueError, match=r"^row 1 of .*train-00001-of-00002.parquet: [^\n]*$"):
-            every(load_stream(tmp_path, shuffle_buffer=shuffle_buffer))
+            every(load_stream(tmp_path, shuffle_memory=shuffle_memory))
     stream = load_stream(tmp_path, skip_corrupt=True)
     assert torch.equal(every(stream)[:, 0], torch.from_numpy(images[[0, 1, 2, 3, 5]]))
     assert stream.skipped == 1
@@ -286,7 +304,7 @@ def test_corrupt_image_names_row_and_file_or_is_skipped(tmp_path, broken):
 def test_corrupt_file_in_a_folder_is_named(tmp_path):
     for i, image in enumerate(noise(3)):
         (tmp_path / f"{i}.png").write_bytes(png(image) if i != 1 else truncated(image))
-    with pytest.raises(ValueError, match=r"^row 1 of .*1\.png\)?: corrupt image: "):
+    with pytest.raises(ValueError, match=r"^/.*/1\.png: corrupt image: "):
         every(load_stream(tmp_path))
 
 
@@ -303,22 +321,13 @@ def test_misfits_are_skipped_too(tmp_path):
     assert len(every(stream)) == 1 and stream.skipped == 2
 
 
-def test_ragged_and_out_of_range_arrays(tmp_path):
+def test_ragged_arrays_and_labels(tmp_path):
     write_parquet(tmp_path / "ragged", [[[1, 2], [3]]], feature=List(List(Value("uint8"))))
     with pytest.raises(ValueError, match=r"row 0 of .*corrupt image"):
         load_stream(tmp_path / "ragged")
-    write_parquet(tmp_path / "large", [[[1, 256]]], feature=List(List(Value("int64"))))
-    with pytest.raises(ValueError, match=r"row 0 of .*values from 1 to 256"):
-        load_stream(tmp_path / "large", column="image")
-    with pytest.raises(ValueError, match=r"row 0 of .*neither an encoded image nor an \(H, W\)"):
-        load_stream(tmp_path / "large", column="label")
-
-
-def test_decompression_bomb(tmp_path, monkeypatch):
-    write_parquet(tmp_path, [png(noise(1)[0])])
-    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"row 0 of .*decompression bomb"):
-        load_stream(tmp_path)
+    write_parquet(tmp_path / "label", [png(noise(1)[0])])
+    with pytest.raises(ValueError, match=r"row 0 of .*its numbers are int64"):
+        load_stream(tmp_path / "label", column="label")
 
 
 def test_a_stream_without_images_raises(tmp_path):
@@ -343,8 +352,8 @@ def test_a_stream_without_images_raises(tmp_path):
         ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
         ({"channels": 1.5}, "channels must be an integer of at least 1, got 1.5"),
         ({"channels": True}, "channels must be an integer of at least 1, got True"),
-        ({"shuffle_buffer": -1}, "shuffle_buffer must be an integer of at least 0, got -1"),
-        ({"shuffle_buffer": 1e3}, "shuffle_buffer must be an integer of at least 0, got 1000.0"),
+        ({"shuffle_memory": -1}, "shuffle_memory must be a number of MB, at least 0, got -1"),
+        ({"shuffle_memory": "9"}, "shuffle_memory must be a number of MB, at least 0, got '9'"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"fit": "pad"}, f"fit must be one of {', '.join(FITS)}, got 'pad'"),
     ],
@@ -370,5 +379,5 @@ def test_impossible_positions():
 
 
 def test_a_number_of_channels_the_data_does_not_have():
-    with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 2"):
-        every(load_stream("digits", "test", channels=2))
+    with pytest.raises(ValueError, match=r"row 0 of .*test-00000-of-00001.parquet: 1 channels, wanted 5$"):
+        every(load_stream("digits", "test", channels=5))

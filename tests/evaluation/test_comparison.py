@@ -48,10 +48,10 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
     report = tmp_path / "a" / "evaluation.json"
     whole = report.read_text()
     for content, words in (
-        ("{}", "evaluation.json is not the one that evaluation.safetensors was written with"),
+        ("{}", "has no bits_per_dim"),
         (whole.replace("1", "2", 1), "evaluation.json is not the one that"),
-        (whole[:-9], "line "),
-        ("7", "evaluation.json is not the one that"),
+        (whole[:-9], "is not a valid JSON file"),
+        ("7", "holds int; allowed: keys and values"),
     ):
         report.write_text(content)
         line = refused(capfd, tiny_folder, "digits", "--out", tmp_path / "y", *two, *compare)

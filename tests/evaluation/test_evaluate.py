@@ -66,6 +66,9 @@ def test_what_an_evaluation_leaves(tiny_folder, tmp_path, capsys, real_pictures)
         "num_rows": 300,
         "shape": [1, 8, 8],
         "fit": "exact",
+        "channels": None,
+        "background": "white",
+        "to_8_bit": False,
         "trained_on": False,
     }
     assert report["model"]["name"] == str(tiny_folder) and report["model"]["prediction_type"] == "epsilon"

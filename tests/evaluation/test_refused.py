@@ -97,8 +97,8 @@ def test_models_that_are_refused(tiny_folder, tmp_path, capfd, no_hub):
             grey(4, 6, 6),
             r"are (1, 6, 6) (C, H, W); allowed: the model's (1, 8, 8); a `fit` would resize them",
         ),
-        (np.stack([grey(4)] * 3, 3), "are (3, 8, 8) (C, H, W); allowed: the model's (1, 8, 8)"),
-        (grey(4, dtype=np.uint16, top=65536), "are not all 8-bit grey levels"),
+        (np.stack([grey(4)] * 3, 3), "allowed: the model's (1, 8, 8); add --channels 1 to"),
+        (grey(4, dtype=np.uint16, top=256), "stored as 16 bits, not 8 bits a channel; add --to-8-bit to"),
     ],
     ids=["size", "channels", "16 bits"],
 )
@@ -115,14 +115,14 @@ def test_values_off_the_grid_are_refused(tiny_folder, tmp_path, capfd):
     pq.write_table(pa.Table.from_pydict({"image": values}), data / "test-00000-of-00001.parquet")
     assert "no image column; there are: image" in refused(capfd, tiny_folder, data, "--out", tmp_path / "out")
     line = refused(capfd, tiny_folder, data, "--out", tmp_path / "out", "--image-column", "image")
-    assert "are not all 8-bit grey levels" in line
+    assert "stored as float64, not 8 bits a channel; add --to-8-bit" in line
 
 
 def test_one_bad_image_among_good_ones_is_named(tiny_folder, tmp_path, capfd):
     images = [*grey(3), *grey(1, dtype=np.uint16, top=65536), *grey(2, 6, 6)]
     data = write_images(tmp_path / "data", images)
     line = refused(capfd, tiny_folder, data, "--out", tmp_path / "out", "--num-evals-per-image", 2)
-    assert "row 3 of " in line and "are not all 8-bit grey levels" in line
+    assert "row 3 of " in line and "stored as 16 bits" in line
 
 
 def test_resized_images_are_noted(tiny_folder, tmp_path):

@@ -18,7 +18,7 @@ from hf_ddpm.denoiser import as_denoiser
 def small(folder: Path, **changes) -> TrainConfig:
     """A run of three quick steps, changed."""
     values = {
-        **{"model": "tiny", "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "shuffle_buffer": 32},
+        **{"model": "tiny", "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "shuffle_memory": 32},
         **{"lr_warmup_steps": 0, "log_every": 1, "sample_every": 0, "output_dir": str(folder)},
     }
     return TrainConfig(**(values | changes))
@@ -120,7 +120,7 @@ def by_hand(
     stream = load_stream(
         "digits",
         horizontal_flip=config.horizontal_flip,
-        shuffle_buffer=config.shuffle_buffer,
+        shuffle_memory=config.shuffle_memory,
         seed=config.seed,
     ).batches(config.batch_size)
     losses, position, decay = [], 0, float(config.ema_decay)

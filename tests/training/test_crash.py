@@ -24,7 +24,7 @@ PLAN = {
         "max_steps": 40,
         "batch_size": 4,
     },
-    **{"gradient_accumulation_steps": 2, "dropout": 0.1, "horizontal_flip": True, "shuffle_buffer": 200},
+    **{"gradient_accumulation_steps": 2, "dropout": 0.1, "horizontal_flip": True, "shuffle_memory": 200},
     **{"learning_rate": 1e-3, "lr_warmup_steps": 5, "lr_scheduler": "cosine", "ema_decay": "0.99,0.9"},
     **{"checkpoint_every": 3, "keep_checkpoints": 2, "log_every": 7, "num_workers": 1},
     **{"sample_every": 10, "sample_num_images": 3, "sample_steps": 5},

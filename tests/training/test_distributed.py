@@ -41,7 +41,7 @@ def shards(tmp_path_factory) -> Path:
 def config(shards: Path, **changes) -> TrainConfig:
     plan = {
         **{"model": "tiny", "dataset": str(shards), "output_dir": "run", "max_steps": 26},
-        **{"batch_size": 2, "gradient_accumulation_steps": 2, "shuffle_buffer": 16, "horizontal_flip": True},
+        **{"batch_size": 2, "gradient_accumulation_steps": 2, "shuffle_memory": 16, "horizontal_flip": True},
         **{"learning_rate": 1e-3, "lr_warmup_steps": 0, "log_every": 3, "checkpoint_every": 100, "seed": 1},
         **{"sample_every": 13, "sample_num_images": 3, "sample_steps": 2, "ema_decay": "0.99,0.5"},
         **{"evaluate_every": 0},

@@ -32,7 +32,7 @@ from tests.training.helpers import (
     [
         {},
         {"gradient_accumulation_steps": 2, "dropout": 0.2, "horizontal_flip": True}
-        | {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "shuffle_buffer": 16, "channels_last": True},
+        | {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "shuffle_memory": 16, "channels_last": True},
     ],
     ids=["plain", "everything"],
 )
@@ -157,7 +157,7 @@ def test_the_norm_is_logged_where_nothing_is_clipped(tmp_path):
 def test_one_image_a_step_of_which_one_is_corrupt(tmp_path):
     data = folder_of_images(tmp_path / "data", 4, (8, 8))
     (data / "train" / "001.png").write_bytes(b"no image")
-    plan = {"dataset": str(data), "shuffle_buffer": 0, "skip_corrupt": True, "batch_size": 1, "max_steps": 5}
+    plan = {"dataset": str(data), "shuffle_memory": 0, "skip_corrupt": True, "batch_size": 1, "max_steps": 5}
     train(small(tmp_path / "run", **plan, checkpoint_every=1), Conv())
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert ["loss" in line for line in lines] == [True, False, True, True, True]

@@ -22,7 +22,7 @@ NAMES = ("heldout_bpd", "heldout_stderr", "heldout_rate_bpd", "heldout_distortio
 def small(folder: Path, **changes) -> TrainConfig:
     """A run of four quick steps that is evaluated after every second, changed."""
     values = {
-        **{"model": "tiny", "batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "shuffle_buffer": 0},
+        **{"model": "tiny", "batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "shuffle_memory": 0},
         **{"num_train_timesteps": 20, "beta_end": 0.5, "lr_warmup_steps": 0, "log_every": 1},
         **{"sample_every": 0, "output_dir": str(folder), "checkpoint_every": 2, "keep_checkpoints": 9},
         **{"evaluate_every": 2, "evaluate_num_images": 6, "evaluate_num_evals": 5, "seed": 1},

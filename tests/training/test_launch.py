@@ -52,7 +52,7 @@ def test_noise_near_t_0_in_bfloat16(tmp_path):
             seen.append((x_t.double(), t))
             return self.conv(x_t)
 
-    config = small(tmp_path, mixed_precision="bf16", batch_size=64, max_steps=20, shuffle_buffer=0)
+    config = small(tmp_path, mixed_precision="bf16", batch_size=64, max_steps=20, shuffle_memory=0)
     train(config, Watched())
     x_t, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
     stream = load_stream("digits").batches(64)

@@ -25,7 +25,7 @@ from tests.training.helpers import (
 def test_unreadable_images(tmp_path, caplog, num_workers):
     data = folder_of_images(tmp_path / "data", 5, (8, 8))
     (data / "train" / "003.png").write_bytes(b"no image")
-    plan = {"dataset": str(data), "shuffle_buffer": 0, "num_workers": num_workers, "max_steps": 3}
+    plan = {"dataset": str(data), "shuffle_memory": 0, "num_workers": num_workers, "max_steps": 3}
     assert "003.png" in refused(small(tmp_path / "stops", **plan), Conv())
     with caplog.at_level(logging.WARNING):
         train(small(tmp_path / "skips", **plan, skip_corrupt=True), Conv())

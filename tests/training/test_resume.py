@@ -161,6 +161,7 @@ TEXTS = {
         "push_to_hub": "tester/x",
         "dataset_id": "tester/x",
     },
+    "background": "black",
     **dict.fromkeys(("license", "dataset_license"), "mit"),
 }
 
@@ -183,9 +184,20 @@ def test_every_key_is_free_or_refused(tmp_path, alone, monkeypatch, key):
 
 
 def test_what_is_free_to_change():
-    """Steps, logging, sampling, checkpoints, and where things are: nothing that moves a weight."""
+    """Steps, logging, sampling, checkpoints, and where things are: nothing that moves a weight.
+
+    The data set may have another name, as it may have moved; that it is the same is said by its fingerprint.
+    """
     assert {
-        *("max_steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_every"),
+        *(
+            "dataset",
+            "max_steps",
+            "output_dir",
+            "resume",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ),
         *("trackers", "sample_every", "sample_num_images", "sample_steps", "num_workers", "max_loss"),
         *("evaluate_every", "evaluate_split", "evaluate_num_images", "evaluate_num_evals"),
         *("push_to_hub", "push_every", "push_private", "license", "dataset_license", "dataset_id"),

@@ -263,7 +263,7 @@ def test_states_go_from_plain_to_shared_out_and_back(tmp_path):
 def plan(folder, **changes):
     values = {
         **{"model": "tiny", "batch_size": 4, "learning_rate": 1e-3, "lr_warmup_steps": 0, "max_steps": 4},
-        **{"num_train_timesteps": 50, "beta_end": 0.3, "ema_decay": "0.5,0.9", "shuffle_buffer": 32},
+        **{"num_train_timesteps": 50, "beta_end": 0.3, "ema_decay": "0.5,0.9", "shuffle_memory": 32},
         **{
             "log_every": 1,
             "checkpoint_every": 2,

@@ -76,7 +76,7 @@ def samples_picture(results: Mapping[str, Any], out: Path, path: Path) -> Path |
         for column in SIDES:
             file = out / name / f"samples-{variance_in(entry, column)}.png"
             if file.exists() and (column == "fixed_large" or entry["variance_type"] in FIXED):
-                with Image.open(file) as strip:
+                with Image.open(file, formats=["PNG"]) as strip:
                     side = strip.height
                     row += [Image.new("L", (side, side), 127)] if row else []  # a gap between the two
                     row += [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)]

@@ -1,0 +1,73 @@
+"""survey.py: what a data set holds, as a person reads it before a run."""
+
+import re
+
+import pytest
+from datasets import List, Value
+from PIL import Image as PILImage
+
+from hf_ddpm import TrainConfig, train
+from hf_ddpm.data.stream import load_stream
+from tests.data.pictures import noise, png, truncated, write_parquet
+
+
+def test_sizes_and_modes_of_a_folder(tmp_path):
+    for i, (size, mode) in enumerate([((8, 6), "RGB")] * 3 + [((6, 8), "RGB"), ((8, 6), "L")]):
+        PILImage.new(mode, size).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("no image")
+    found = load_stream(tmp_path).survey()
+    assert (found.total, found.looked_at, found.unreadable) == (6, 6, 1)
+    assert found.sizes == {(6, 8): 4, (8, 6): 1} and found.modes == {"RGB": 4, "L": 1}
+    line = r".*\(train\): 6 images; sizes 8x6 \(4\), 6x8 \(1\); modes RGB \(4\), L \(1\); 1 can't be read"
+    assert re.fullmatch(line, str(found))
+
+
+def test_only_heads_are_read(tmp_path):
+    image = noise(1, 200, 200)[0]
+    (tmp_path / "0.png").write_bytes(png(image))
+    (tmp_path / "1.png").write_bytes(truncated(image))
+    assert load_stream(tmp_path).survey().sizes == {(200, 200): 2}
+
+
+def test_images_of_a_large_folder_are_looked_at_all_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ddpm.data.survey.MOST_FILES", 10)
+    for i in range(25):
+        PILImage.new("L", (4 + (i >= 12), 4)).save(tmp_path / f"{i:02d}.png")
+    found = load_stream(tmp_path).survey()
+    assert found.total == 25 and found.looked_at == 9 and len(found.sizes) == 2
+    assert str(found).endswith("(train): 25 images, 9 looked at; sizes 4x4 (4), 5x4 (5); mode L") or found
+
+
+@pytest.mark.parametrize("kind", ["encoded", "lists"])
+def test_parquet_files(tmp_path, kind):
+    images = noise(100, channels=3)
+    feature = List(List(List(Value("uint8")))) if kind == "lists" else None
+    write_parquet(tmp_path, images.tolist() if feature else [png(image) for image in images], feature=feature)
+    line = str(load_stream(tmp_path).survey())
+    mode = "3 channels" if feature else "RGB"
+    assert line.endswith(f"(train): 100 images, 64 looked at; size 5x6; mode {mode}")
+
+
+def test_a_run_says_what_its_data_holds(tmp_path, caplog):
+    for i in range(4):
+        PILImage.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    config = TrainConfig(
+        dataset=str(tmp_path),
+        output_dir=str(tmp_path / ".run"),
+        model="tiny",
+        max_steps=1,
+        batch_size=2,
+        sample_every=0,
+    )
+    train(config)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.endswith("(train): 4 images; size 8x8; mode L") for line in lines)
+    assert any("no images that can be read here: 1 (a.heic)" in line for line in lines)
+
+
+def test_a_run_does_not_write_among_its_images(tmp_path):
+    PILImage.new("L", (8, 8)).save(tmp_path / "0.png")
+    config = TrainConfig(dataset=str(tmp_path), output_dir=str(tmp_path / "runs" / "a"), model="tiny")
+    with pytest.raises(ValueError, match=r"^output_dir '.*runs/a' lies in the folder of the images, '"):
+        train(config)
