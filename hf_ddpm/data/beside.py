@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 import yaml
 
 from hf_ddpm.data.files import read_regular, shown
+from hf_ddpm.data.listing import CARDS
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.runtime.messages import one_line
 
 _MOST_METADATA, _MOST_CARD = 1 << 30, 4 << 20
 _ENDING = "file_name"
-_CARDS = ("README.md", ".huggingface.yaml")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 # Parts of a pattern that reach any number of folders; each multiplies the work
 _MOST_DEEP = 3
@@ -131,7 +131,7 @@ def split_by_card(root: str, files: Sequence[str]) -> dict[str, list[str]]:
         ValueError: a card that can't be read, that describes several data sets, or names files that aren't
             there or that lie outside of the folder.
     """
-    for card in _CARDS:
+    for card in CARDS:
         path = os.path.join(root, card)
         if os.path.isfile(path):
             try:

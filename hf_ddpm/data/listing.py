@@ -49,6 +49,8 @@ _LOOKED_AT = 64
 # Levels of folders below which no folder is taken for a split
 _DEEPEST = 8
 
+# What may say which files are which split (beside.py)
+CARDS = ("README.md", ".huggingface.yaml")
 # Names of splits, as `datasets` knows them
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -65,7 +67,7 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{16})?")
 UNREADABLE = "no images that can be read here"
 HIDDEN = "hidden"
 LINKED = "links to folders"
-BROKEN_LINK = "links that lead nowhere"
+BROKEN_LINK = "links that lead to no file"
 SPECIAL = "no regular files"
 CLOSED = "folders that can't be opened"
 
@@ -119,7 +121,9 @@ def list_folder(root: str) -> Listing:
 
 def _list_entry(listing: Listing, entry: os.DirEntry[str], name: str) -> bool:
     """Put a file where it belongs; True for a folder that is to be listed itself."""
-    if entry.name.startswith((".", "__")):
+    if name in CARDS:
+        pass
+    elif entry.name.startswith((".", "__")):
         listing.leave_out(HIDDEN, name)
     elif entry.is_dir(follow_symlinks=False):
         return True

@@ -274,7 +274,10 @@ class Shards:
             return data
         if source.root is None:
             raise ValueError(f"the row holds no image but the path {shown(path)!r}, which is not opened")
-        return read_regular(inside(path, source.root))
+        try:
+            return read_regular(inside(path, source.root))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"there is no file {shown(path)!r} in {shown(source.root)}") from None
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
@@ -307,10 +310,10 @@ def _in_archive(path: str, source: Source) -> str | None:
     *archives, last = path.split("::")
     if not all(re.match(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://", part) for part in archives):
         return None
-    home = f"hf://datasets/{source.name}"
-    if source.root is None:
-        return path if last.startswith((f"{home}@", f"{home}/")) and "/../" not in last else None
-    return path if archives and last in source.files else None
+    if source.root is not None:
+        return path if archives and last in source.files else None
+    home = re.match(r"hf://datasets/[^@]+@[^/]+/", source.files[0]) if source.files else None
+    return path if home and last.startswith(home[0]) and ".." not in last.split("/") else None
 
 
 def _leaf_width(kind: pa.DataType) -> int:

@@ -20,7 +20,6 @@ from datasets import Array2D, Array3D, LargeList, List, Value
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -48,8 +47,6 @@ _OTHERS: dict[str, Any] = {
     ".zip": ImageFolder,
     ".tar": WebDataset,
     ".arrow": Arrow,
-    ".jsonl": Json,
-    ".json": Json,
 }
 
 
@@ -146,8 +143,9 @@ def _open_hub(name: str, split: str) -> Source:
     files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
     dataset = splits[split]
     kind = "parquet" if files and all(file.endswith(".parquet") for file in files) else "stream"
-    features = dataset.features or datasets.Features()
-    return Source(name, split, kind, files, features, dataset.decode(False))
+    if dataset.features is None:
+        raise ValueError(f"can't read {name!r}: `datasets` doesn't know its columns before reading all of it")
+    return Source(name, split, kind, files, dataset.features, dataset.decode(False))
 
 
 def _open_folder(name: str, root: str, split: str) -> Source:
@@ -216,9 +214,12 @@ def _open_other(name: str, root: str, split: str, listing: Listing) -> Source:
     found = {suffix: [file for file in unread if file.lower().endswith(suffix)] for suffix in _OTHERS}
     suffix = next((suffix for suffix, files in found.items() if files), None)
     if suffix is None:
-        raise ValueError(f"no images in {shown(name)}{_what_else(listing)}")
+        raise ValueError(
+            f"no images in {shown(name)}: {describe_left_out(listing.left_out) or 'it is empty'}"
+        )
     files = found[suffix]
-    listing.left_out[UNREADABLE] = sorted(set(unread) - set(files))
+    rest = sorted(set(listing.left_out.pop(UNREADABLE)) - set(files))
+    listing.leave_out(UNREADABLE, *rest)
     splits = split_by_folder(files)[0] or split_by_name(files) or {"train": files}
     split = _check_split(name, split, list(splits))
     paths = [os.path.join(root, file) for file in splits[split]]
@@ -231,11 +232,11 @@ def _open_other(name: str, root: str, split: str, listing: Listing) -> Source:
         builder = _OTHERS[suffix](data_files=DataFilesDict({split: DataFilesList(paths, [()] * len(paths))}))
         streams: Any = builder.as_streaming_dataset()
         dataset = streams[split]
-        features = dataset.features or dataset._resolve_features().features or datasets.Features()
+        features, dataset = dataset.features, dataset.decode(False)
     # What `datasets`, fsspec and pyarrow raise has no common class
     except Exception as error:
         raise ValueError(f"can't read {shown(name)!r} as a data set: {one_line(error, 150)}") from error
-    return Source(name, split, "stream", paths, features, dataset.decode(False), root, listing.left_out)
+    return Source(name, split, "stream", paths, features, dataset, root, listing.left_out)
 
 
 def _images_in_parquet(root: str, listing: Listing) -> bool:
@@ -244,13 +245,10 @@ def _images_in_parquet(root: str, listing: Listing) -> bool:
     return any(_holds_images(feature) for feature in features.values())
 
 
-def _what_else(listing: Listing) -> str:
-    return describe_left_out(listing.left_out) or ": it is empty"
-
-
 def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
-    """What is left out, counted and named, in words that begin with a semicolon; empty if it is nothing."""
-    return "".join(f"; {len(names):,} left out as {why}: {some(names)}" for why, names in left_out.items())
+    """What is left out, counted and named; empty if it is nothing."""
+    found = [f"{why}: {len(names):,} ({some(names)})" for why, names in left_out.items()]
+    return f"left out: {'; '.join(found)}" if found else ""
 
 
 def some(names: Sequence[str]) -> str:

@@ -194,6 +194,11 @@ class ImageStream:
         """
         return take_fingerprint(self._shards, self._order)
 
+    @property
+    def folder(self) -> str | None:
+        """The folder whose image files are the rows; None for any other source."""
+        return self._shards.source.root if self._shards.addressable else None
+
     def survey(self, show: bool = False) -> Survey:
         """What the heads of some images say of all: their sizes and modes.
 

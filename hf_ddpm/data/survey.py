@@ -46,9 +46,9 @@ def tell(source: Source, skip_corrupt: bool) -> None:
     if source.lost and not skip_corrupt:
         more = f" (and {len(source.lost) - 1:,} more such lines)" if len(source.lost) > 1 else ""
         raise ValueError(f"{source.lost[0]}{more}; skip_corrupt would pass over them")
-    parts = [describe_left_out(source.left_out)[2:], *source.notes]
+    parts = [describe_left_out(source.left_out), *source.notes]
     if source.lost:
-        parts.append(f"{len(source.lost):,} lines without an image are passed over: {source.lost[0]}")
+        parts.append(f"lines without an image, passed over: {len(source.lost):,} ({source.lost[0]})")
     for part in filter(None, parts):
         _say(f"{source.title}: {part}")
 
@@ -81,10 +81,11 @@ class Survey:
 
     def __str__(self) -> str:
         """One line for people."""
-        total = "" if self.total is None else f"{self.total:,} image{'s' * (self.total != 1)}"
-        part = "" if self.looked_at == self.total else f", of {self.looked_at:,} looked at"
+        total = f"{self.looked_at if self.total is None else self.total:,} image{'s' * (self.total != 1)}"
+        if self.looked_at != self.total:
+            total += " looked at" if self.total is None else f", {self.looked_at:,} looked at"
         sizes = Counter({f"{width}x{height}": n for (height, width), n in self.sizes.items()})
-        words = [f"{total}{part}".lstrip(", "), _most_common("size", sizes), _most_common("mode", self.modes)]
+        words = [total, _most_common("size", sizes), _most_common("mode", self.modes)]
         if self.unreadable:
             words.append(f"{self.unreadable:,} can't be read")
         return f"{self.title}: {'; '.join(filter(None, words))}"
@@ -111,7 +112,8 @@ def survey(shards: Shards, show: bool = False) -> Survey:
     found = Survey(shards.source.title, None if shards.passes_over else sum(shards.counts))
     until = time.monotonic() + _SECONDS
     most = MOST_FILES if shards.addressable else MOST_ROWS
-    with progress("look at images", min(most, found.total or most), "image", show, leave=False) as bar:
+    expected = min(most, found.total or most)
+    with progress("look at images", expected, "image", show and expected > MOST_ROWS * 8, leave=False) as bar:
         for row in itertools.islice(_some_rows(shards, most), most):
             found.looked_at += 1
             try:

@@ -7,6 +7,7 @@ image stands at a position is said in data/order.py, and what is drawn for it in
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,8 +127,12 @@ def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[st
 
 
 def open_stream(config: TrainConfig) -> ImageStream:
-    """The run's images, in the order that all processes share."""
-    return load_stream(
+    """The run's images, in the order that all processes share.
+
+    Raises:
+        ValueError: a data set that can't be read, or one in whose folder of images the run would write.
+    """
+    stream = load_stream(
         config.dataset,
         config.split,
         config.size,
@@ -141,6 +146,14 @@ def open_stream(config: TrainConfig) -> ImageStream:
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
     )
+    folder, output = os.path.realpath(stream.folder or os.devnull), os.path.realpath(config.output_dir)
+    if stream.folder and output.startswith(os.path.join(folder, "")):
+        if not any(part.startswith((".", "__")) for part in os.path.relpath(output, folder).split(os.sep)):
+            raise ValueError(
+                f"output_dir {config.output_dir!r} lies in the folder of the images, {config.dataset!r}, of "
+                "which the run's pictures would become a part; allowed: a folder outside of it, or hidden"
+            )
+    return stream
 
 
 class Batch(NamedTuple):
