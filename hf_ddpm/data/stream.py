@@ -186,11 +186,6 @@ class ImageStream:
         """Rows of each shard, on which the order depends; found once, for some sources by reading them."""
         return list(self._shards.layout.counts)
 
-    @property
-    def folder(self) -> str | None:
-        """The folder whose image files are the rows; None for any other source."""
-        return self._shards.source.root if self._shards.addressable else None
-
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set, and the order in which it is read, from another; see fingerprint.py.
 
@@ -198,6 +193,11 @@ class ImageStream:
             ValueError: a shard that can't be read.
         """
         return take_fingerprint(self._shards, self._order)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder whose image files are the rows; None for any other source."""
+        return self._shards.source.root if self._shards.addressable else None
 
     def survey(self, show: bool = False) -> Survey:
         """What the heads of some images say of all: their sizes and modes.

@@ -125,7 +125,7 @@ def test_a_data_set_that_has_changed_is_refused(tmp_path, extra):
         shutil.copy(data / "train" / "000.png", data / "train" / f"new{number}.png")
     text = refused(small(tmp_path / "run", **plan, max_steps=2), Conv())
     assert text.startswith(
-        f"the data set has {6 + extra} rows in shards of {6 + extra}, the run began with 6 in "
+        f"the images are not those that the run began with ({6 + extra} rows in shards of {6 + extra}, "
     )
 
 
