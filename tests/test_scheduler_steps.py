@@ -151,7 +151,7 @@ def test_images_that_are_none(output, sample, words):
         ([torch.Generator(), 0], "an element of generator is 0"),
         ([torch.Generator()], "1 generators for a batch of 2; allowed: one, or one per image"),
     ],
-    ids=str,
+    ids=["a seed", "a bool", "a tuple", "a seed in a list", "too few"],
 )
 def test_a_generator_that_is_none(generator, words):
     with pytest.raises(ValueError, match=re.escape(words)):
