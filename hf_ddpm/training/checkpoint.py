@@ -51,7 +51,8 @@ STATE: Mapping[str, Callable[[Any], bool]] = {
     "images_per_step": lambda value: _count(value, 1),
     "skipped": _count,
     "pending": lambda value: isinstance(value, list) and _numbers(value),
-    "row_counts": lambda value: isinstance(value, list) and all(map(_count, value)),
+    "data": lambda value: isinstance(value, dict),
+    "versions": lambda value: isinstance(value, dict),
     "config": lambda value: isinstance(value, dict),
     "log": lambda value: (
         isinstance(value, dict) and _count(value.get("lines")) and isinstance(value.get("sha256"), str)

@@ -244,7 +244,7 @@ class Run:
         Raises:
             ValueError: it is of another network, has other losses to draw t by, or values that no run saves.
         """
-        for key in ("images_per_step", "row_counts", "pending", "skipped", "config"):
+        for key in ("images_per_step", "data", "pending", "skipped", "config"):
             if key not in start.state:
                 raise ValueError(f"the checkpoint at step {start.step} lacks {key!r} in its state")
         try:
