@@ -34,12 +34,18 @@ def test_sections_that_tests_cite_exist():
     assert cited > 20
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_paths_in_pages_exist(page):
     folders = r"(?:tests|hf_ddpm|train_scripts|model_cards|docs)"
     paths = set(re.findall(rf"`({folders}/[\w./-]*)`", read(page)))
     paths |= set(re.findall(rf"\]\(({folders}/[\w./-]+|[A-Z]+\.md|pyproject\.toml)\)", read(page)))
     assert paths and [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_tests_that_the_security_page_names_exist():
+    everything = "\n".join(SOURCES.values())
+    names = set(re.findall(r"`(test_\w+)`", read("SECURITY.md")))
+    assert len(names) > 10 and [name for name in names if f"def {name}(" not in everything] == []
 
 
 def test_imports_of_the_readme():
