@@ -1,5 +1,6 @@
 """The pages beside the code say what is there: docs/maths.md, README.md, ARCHITECTURE.md, CONTRIBUTING.md."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_imports_of_the_readme():
     assert len(lines) > 5
     for line in lines:
         exec(line, {})
+
+
+def test_names_in_paper_to_code_exist():
+    page = read("docs/paper-to-code.md")
+    rows = [line.split(" | ")[-2:] for line in page.splitlines() if line.startswith("| ")]
+    text = "\n".join(cell for row in rows for cell in row)
+    names = set(re.findall(r"`((?:hf_ddpm\.|DiffusionProcess|DDPMScheduler|DDPMPipeline)[\w.]*)", text))
+    # A lower-case object in the table is one of these classes
+    for word, owner in (("process", "DiffusionProcess"), ("scheduler", "DDPMScheduler")):
+        names |= {f"{owner}.{name}" for name in re.findall(rf"`{word}\.(\w+)", text)}
+    assert len(names) > 25
+    for name in names:
+        pkgutil.resolve_name(name if name.startswith("hf_ddpm.") else f"hf_ddpm.{name}")
 
 
 def test_architecture_lists_every_file_of_the_package():
