@@ -490,6 +490,8 @@ def check_generators(generator: Any, samples: int, device: torch.device | None =
         ValueError: neither of the two, another number of them, or generators of a device that can't draw for
             the samples' one: allowed are that one and the CPU.
     """
+    if isinstance(generator, torch.Generator) and generator.device == device:  # as at most steps
+        return
     found = generator if isinstance(generator, list) else [generator]
     for one in found:
         if not isinstance(one, torch.Generator):
