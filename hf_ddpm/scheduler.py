@@ -469,9 +469,12 @@ def start_warning(process: DiffusionProcess, step: int) -> str | None:
     known = process.respaced([step]).prior_bpd_at_edges
     if known <= PRIOR_WARNING:
         return None
+    remedy = "a schedule that ends nearer to pure noise"
+    if step < len(process) - 1:
+        remedy = f"more steps, timestep_spacing='trailing', or {remedy}"
     return (
         f"sampling starts from N(0, I) at step {step}, where x_t still knows {known:.3g} bits/dim of its "
-        "image: use more steps, timestep_spacing='trailing', or a schedule that ends nearer to pure noise"
+        f"image: use {remedy}"
     )
 
 
@@ -487,6 +490,8 @@ def check_generators(generator: Any, samples: int, device: torch.device | None =
         ValueError: neither of the two, another number of them, or generators of a device that can't draw for
             the samples' one: allowed are that one and the CPU.
     """
+    if isinstance(generator, torch.Generator) and generator.device == device:  # as at most steps
+        return
     found = generator if isinstance(generator, list) else [generator]
     for one in found:
         if not isinstance(one, torch.Generator):

@@ -118,7 +118,9 @@ class Tables:
 
     def _check_index(self, t: Tensor | int, like: Tensor | None = None) -> None:
         """Refuse a t that is no index into the chain, or, given images, neither one step nor one for each."""
-        last = self.timesteps.shape[0] - 1
+        if type(t) is int and 0 <= t < self._number:  # a sampler's, before anything that costs more
+            return
+        last = self._number - 1
         if not isinstance(t, Tensor):
             if isinstance(t, int | np.integer) and not isinstance(t, bool) and 0 <= t <= last:
                 return
@@ -146,6 +148,11 @@ class Tables:
         if name not in self._copies:
             self._copies[name] = getattr(self, name).tolist()
         return self._copies[name]
+
+    @cached_property
+    def _number(self) -> int:
+        """T, for a check at every call: to ask a tensor for its shape is slow."""
+        return self.timesteps.shape[0]
 
     @cached_property
     def _copies(self) -> dict:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hf_ddpm.checks import described
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.denoiser import as_denoiser, scoring_device
-from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.likelihood import Estimate, estimate_bound
 from hf_ddpm.variances import plain_name
 
@@ -32,7 +31,9 @@ def bits_per_dim(
     decoder: Literal["exact", "tanh"],
 ) -> Estimate:
     """The bound of images, by `estimate_bound`; arguments and errors as in `DDPMPipeline.bits_per_dim`."""
-    scheduler: Any = training_scheduler(pipeline.scheduler)
+    if variance_type is None:  # a sampler that has none leaves it to what the network was trained for
+        own = pipeline.trained_scheduler.config["variance_type"]
+        variance_type = plain_name(getattr(pipeline.scheduler, "config", {}).get("variance_type", own))
     device = scoring_device(pipeline.device)
     x_0 = as_images(images, pipeline.image_shape).to(device)
     network, weight = pipeline.unet, next(iter(_weights(pipeline.unet)), None)
@@ -52,7 +53,7 @@ def bits_per_dim(
             num_evals_per_image=num_evals_per_image,
             seed=seed,
             batch_size=batch_size,
-            variance_type=plain_name(scheduler.variance_type) if variance_type is None else variance_type,
+            variance_type=variance_type,
             prediction_type=pipeline.prediction_type,
             clip_x0=clip_x0,
             decoder=decoder,
@@ -74,24 +75,34 @@ def as_images(images: Any, shape: tuple[int, int, int]) -> Tensor:
         (B, C, H, W), float32, or float64 if it was.
 
     Raises:
-        ValueError: something else, another shape, or a form that can't be told from another one.
+        ValueError: something else, another shape, a PIL image with a transparent colour, or an array
+            or tensor whose form can't be told from another one.
     """
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
         if not images:
             raise ValueError("there are no images; allowed: at least one")
         return torch.cat([as_images(image, shape) for image in images])
     if isinstance(images, Image.Image):
-        if images.mode not in PIL_MODES:
-            raise ValueError(
-                f"an image has PIL mode {images.mode}; allowed: {', '.join(PIL_MODES)} (image.convert)"
-            )
-        images = np.asarray(ImageOps.exif_transpose(images)).copy()
+        return _of_picture(images, shape)
     if isinstance(images, np.ndarray) and images.dtype in (np.uint8, np.float32, np.float64):
         images = torch.from_numpy(np.ascontiguousarray(images))
     if not isinstance(images, Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(f"images are {described(images)}; allowed: PIL images, uint8, or float32 or float64")
     found = _in_order(images, shape)
     return to_float(found) if found.dtype == torch.uint8 else found
+
+
+def _of_picture(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """A PIL image as (1, C, H, W), float32. Its form is known, so it fits a model of any shape."""
+    if image.mode not in PIL_MODES or "transparency" in image.info:
+        which = "a transparent colour" if image.mode in PIL_MODES else f"PIL mode {image.mode}"
+        raise ValueError(f"an image has {which}; allowed: {', '.join(PIL_MODES)} (image.convert)")
+    pixels = torch.from_numpy(np.asarray(ImageOps.exif_transpose(image)).copy())
+    pixels = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)
+    if pixels.shape != shape:
+        found = f"an image of PIL mode {image.mode} is {tuple(pixels.shape)}"
+        raise ValueError(f"{found}; the model's are {shape} (C, H, W)")
+    return to_float(pixels[None])
 
 
 def _in_order(x: Tensor, shape: tuple[int, int, int]) -> Tensor:

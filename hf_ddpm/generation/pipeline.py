@@ -282,7 +282,8 @@ class DDPMPipeline(PredictingPipeline):
         if bad := [step for step, good in enumerate(torch.stack(finite).tolist()) if not good]:
             raise ValueError(
                 f"the images are not finite: the network's answer at step {scheduler.timesteps[bad[0]]:g} "
-                f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, or a dtype of too small a range"
+                f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, a dtype of "
+                "too small a range, or a sampler that diverged"
             )
         if not x.isfinite().all():
             raise ValueError("the images are not finite: a bad scheduler config, or a callback's sample")

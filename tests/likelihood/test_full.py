@@ -346,7 +346,10 @@ def test_no_images_and_a_table_of_numpy_are_refused_in_one_line():
     process, x_0 = chain("linear"), levels(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"^there are no images; allowed: at least one$"):
         evaluate_bound(process, toy_model, x_0[:0], variance_type="fixed_small")
-    with pytest.raises(ValueError, match=r"^variance_type is a ndarray; allowed: .*, or a \(T,\) tensor$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^variance_type is a float64 NumPy array of shape \(1000,\); allowed: .*, or a \(T,\) tensor$",
+    ):
         evaluate_bound(process, toy_model, x_0, variance_type=np.zeros(1000))  # type: ignore[arg-type]
 
 
