@@ -1,4 +1,4 @@
-"""Data folders that nobody means: whole and damaged pictures, odd names, pipes, links, metadata, cards, parquet.
+"""Data folders that nobody means: whole and damaged pictures, odd names, pipes, links, metadata, cards.
 
 `write_folder` draws one from a seeded generator, and says which of its pictures are whole, so that what is
 read can be compared with what was written.
