@@ -143,11 +143,11 @@ def _fork(
     timer.cancel()
     with os.fdopen(read) as pipe:
         grown = int(pipe.read() or 0)
-    told = [file.read_bytes().decode(errors="replace") for file in files]
+    out, err = (file.read_bytes().decode(errors="replace") for file in files)
     for file in files:
         file.unlink()
     code = os.waitstatus_to_exitcode(status)
-    return Outcome(words, code, *told, time.monotonic() - start, grown, hung.is_set())
+    return Outcome(words, code, out, err, time.monotonic() - start, grown, hung.is_set())
 
 
 def _run(
