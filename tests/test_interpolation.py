@@ -52,8 +52,8 @@ def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
     ("a", "flags", "words"),
     [
         ("digits:test:4", "--t 20", "t is 20; allowed: steps in 0..19"),
-        ("digits:test:4", "--t 3,x", "argument --t: '3,x'; allowed: whole numbers >= 0 between commas"),
-        ("digits:test:4", "--t -1", "argument --t: '-1'; allowed: whole numbers >= 0 between commas"),
+        ("digits:test:4", "--t 3,x", "--t is '3,x'; allowed: whole numbers >= 0 between commas"),
+        ("digits:test:4", "--t -1", "--t is '-1'; allowed: whole numbers >= 0 between commas"),
         ("digits:test:4", "--steps 21", "steps is 21; allowed: whole numbers in 1..20"),
         ("digits:test:4", "--num-images 1", "--num-images is 1; allowed: whole numbers >= 2"),
         ("digits:test:4", "--out mixed.jpg", "out is 'mixed.jpg'; allowed: a file name that ends in .png"),

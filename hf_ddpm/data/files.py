@@ -46,7 +46,10 @@ def read_regular(path: str, most: int = MOST_BYTES) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= most:
-            data = file.read(most + 1)
+            try:
+                data = file.read(most + 1)
+            except OSError as error:  # a failing disk; the system's words name no file
+                raise OSError(error.errno, error.strerror, shown(path)) from error
             if len(data) <= most:
                 return data
     raise ValueError(f"{shown(path)} has {size:,} bytes; allowed: {most:,}")

@@ -263,9 +263,7 @@ def fit_pixels(pixels: np.ndarray, height: int, width: int, fit: str, draws: np.
     if (h, w) == (height, width):
         return pixels
     if fit == "exact":
-        raise ValueError(
-            f"size {h}x{w} (HxW), wanted {height}x{width}; a `fit` other than 'exact' would change it"
-        )
+        raise ValueError(f"size {h}x{w} (HxW), wanted {height}x{width}; add fit=resize to scale it")
     if fit in ("resize", "resize_crop"):
         left = top = 0.0
         if fit == "resize_crop":

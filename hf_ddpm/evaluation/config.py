@@ -84,7 +84,7 @@ class EvaluationConfig:
     steps: int | None = option(None, "steps of the chain, by default all T", least=2)
     first_variance: str = option(
         "spaced",
-        "whose second step gives the variance of L_0: that of a shorter chain, or that of the full one",
+        "chain whose second step gives the variance of L_0: the shorter one of --steps, or the full one",
         choices=("spaced", "full"),
     )
 

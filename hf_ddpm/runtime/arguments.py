@@ -50,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """Print one line to stderr, and end with exit code 2."""
+        message = re.sub(r"^argument ([\w-]+): (?=.*; allowed: )", r"\1 is ", message, flags=re.DOTALL)
         end(self.prog, f"error: {message}", 2)
 
     def format_help(self) -> str:
@@ -83,7 +84,7 @@ class Parser(argparse.ArgumentParser):
     def _refuse(self, word: str, flags: Sequence[str]) -> typing.NoReturn:
         word = word.partition("=")[0] if word.startswith("-") else word
         word = word if redact(word) != word else _dashed(word)
-        near = nearest(word, [flag for flag in flags if flag.startswith("--")])
+        near = nearest(word, [flag for flag in flags if flag.startswith("--") and flag != "--help"])
         hint = "see --help" if near is None else f"did you mean {near}?"
         self.error(f"unknown argument {shown(word)}; {hint}")
 
@@ -143,7 +144,7 @@ def spelled(words: str) -> str:
 
     A name without "_" could be an ordinary word, and is taken for an option only where it begins the text,
     ends it after "or", or follows "without". What is said of a file stays, as that has keys, and so does what
-    stands in quotes or in a path.
+    stands in quotes or in a path. Advice to add an option that the command lacks is left out.
     """
     if words.startswith("config file"):
         return words
@@ -156,6 +157,10 @@ def spelled(words: str) -> str:
         name = found.group()
         return "--" + name.replace("_", "-") if name in _OPTIONS else name
 
+    def possible(found: re.Match[str]) -> str:
+        return found.group() if found[1] in _OPTIONS else ""
+
+    words = re.sub(r"; add ([a-z]\w*)=\w+[^;]*", possible, words)
     words = re.sub(r"(?<=\badd )([a-z]\w*)=(\w+)", advice, words)
     words = re.sub(r"(?<![\w/.'\"`-])[a-z]\w*_\w+(?![\w/.'\"`-])", typed, words)
     return re.sub(r"^[a-z]\w*(?= (?:is|'))|(?<=without )[a-z]\w*|(?<= or )[a-z]\w*(?=$|;)", typed, words)

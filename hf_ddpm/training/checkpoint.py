@@ -27,6 +27,7 @@ from torch import Tensor
 from hf_ddpm.folders.layout import CHECKPOINTS, STEP, STEPS, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.untrusted import check_regular
 
 SUMS = "SHA256SUMS"
 SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
@@ -132,6 +133,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {str(folder)!r} does not exist")
     path = folder / SUMS
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         matches = [SUM.fullmatch(line.removesuffix("\n")) for line in lines]
         if not all(matches) or not all(line.endswith("\n") for line in lines):
@@ -141,7 +143,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             if name not in sums:
                 path = folder / SUMS
                 raise ValueError(f"it lacks {name}")
-            if _sha256(path := folder / name) != sums[name]:
+            check_regular(path := folder / name)  # a pipe or a device would never end
+            if _sha256(path) != sums[name]:
                 raise ValueError(f"its content is not what {SUMS} says")
         state = json.loads((path := folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict) or "step" not in state:

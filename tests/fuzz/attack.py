@@ -3,9 +3,11 @@
     outcome = attack(["train", "--batch-size", "10" * 5000], cwd=tmp_path)
     assert not outcome.faults({2})
 
-The child has the parent's imports, so a command line that is refused early takes milliseconds.
+The child has the parent's imports, so a command line that is refused early takes milliseconds. `attack_call`
+does the same with a function, which ends as a command does.
 """
 
+import gc
 import os
 import re
 import resource
@@ -14,11 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ddpm.cli import main
+from hf_ddpm.runtime.arguments import run
 
 LONGEST_LINE = 300  # characters
 MOST_MEMORY = 1_500_000_000  # bytes that a command may take on top of what the parent has
@@ -30,7 +33,7 @@ class Outcome:
     """What a command did.
 
     Attributes:
-        argv: its words.
+        argv: its words; the name of a function.
         code: its exit code; negative for the signal that ended it, as of `subprocess`.
         out: what it printed to standard output.
         err: what it printed to standard error.
@@ -89,6 +92,31 @@ def attack(
         seconds: after which it is killed.
         memory: bytes that it may allocate beyond what the parent has; further allocations fail in it.
     """
+    return _fork(lambda: main(list(argv)), argv, cwd, env or {}, seconds, memory)
+
+
+def attack_call(
+    call: Callable[[], None], cwd: Path, seconds: float = 60, memory: int = MOST_MEMORY
+) -> Outcome:
+    """Call a function in a forked child; its errors end it as they end a command, with a line and a code.
+
+    Args:
+        call: the function.
+        cwd: where it runs.
+        seconds: after which it is killed.
+        memory: bytes that it may allocate beyond what the parent has; further allocations fail in it.
+    """
+    return _fork(lambda: run(lambda *_: call(), [], "call"), ["call"], cwd, {}, seconds, memory)
+
+
+def _fork(
+    call: Callable[[], None],
+    words: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str | None],
+    seconds: float,
+    memory: int,
+) -> Outcome:
     start, read, write = time.monotonic(), *os.pipe()
     files = [cwd / f".attack-{name}-{os.getpid()}" for name in ("out", "err")]
     sys.stdout.flush()
@@ -99,7 +127,7 @@ def attack(
         try:
             os.close(read)
             os.chdir(cwd)
-            code = _run(argv, files, env or {}, memory, write)
+            code = _run(call, files, env, memory, write)
         finally:
             os._exit(code)
     os.close(write)
@@ -115,17 +143,17 @@ def attack(
     timer.cancel()
     with os.fdopen(read) as pipe:
         grown = int(pipe.read() or 0)
-    told = [file.read_bytes().decode(errors="replace") for file in files]
+    out, err = (file.read_bytes().decode(errors="replace") for file in files)
     for file in files:
         file.unlink()
     code = os.waitstatus_to_exitcode(status)
-    return Outcome(argv, code, *told, time.monotonic() - start, grown, hung.is_set())
+    return Outcome(words, code, out, err, time.monotonic() - start, grown, hung.is_set())
 
 
 def _run(
-    argv: Sequence[str], files: Sequence[Path], env: Mapping[str, str | None], memory: int, write: int
+    call: Callable[[], None], files: Sequence[Path], env: Mapping[str, str | None], memory: int, write: int
 ) -> int:
-    """The child: run the command, and write how much memory it took to the pipe."""
+    """The child: call the function, and write how much memory it took to the pipe."""
     for number, file in zip((1, 2), files, strict=True):
         place = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(place, number)
@@ -135,12 +163,13 @@ def _run(
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    gc.freeze()  # what the parent holds need not be gone through again
     before = _size("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (_size("VmSize") + memory, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     code = 0
     try:
-        main(list(argv))
+        call()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

@@ -81,14 +81,14 @@ def test_overwrite_replaces_samples_and_nothing_else(tiny_folder, tmp_path, capf
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--num-images 0", "argument --num-images: '0'; allowed: whole numbers >= 1"),
-        ("--num-images -3", "argument --num-images: '-3'; allowed: whole numbers >= 1"),
-        ("--num-images 2.5", "argument --num-images: '2.5'; allowed: whole numbers >= 1"),
-        ("--batch_size 0", "argument --batch-size: '0'; allowed: whole numbers >= 1"),
-        ("--steps 0", "argument --steps: '0'; allowed: whole numbers >= 1"),
+        ("--num-images 0", "--num-images is '0'; allowed: whole numbers >= 1"),
+        ("--num-images -3", "--num-images is '-3'; allowed: whole numbers >= 1"),
+        ("--num-images 2.5", "--num-images is '2.5'; allowed: whole numbers >= 1"),
+        ("--batch_size 0", "--batch-size is '0'; allowed: whole numbers >= 1"),
+        ("--steps 0", "--steps is '0'; allowed: whole numbers >= 1"),
         ("--steps 21", "--steps is 21; allowed: whole numbers in 1..20"),
-        ("--seed -1", "argument --seed: '-1'; allowed: whole numbers >= 0"),
-        ("--seed x", "argument --seed: 'x'; allowed: whole numbers >= 0"),
+        ("--seed -1", "--seed is '-1'; allowed: whole numbers >= 0"),
+        ("--seed x", "--seed is 'x'; allowed: whole numbers >= 0"),
         ("--scheduler dimm", "scheduler 'dimm' is unknown (did you mean 'ddim'?); allowed: ddpm, ddim, "),
         ("--scheduler unipc", "--steps is 20; allowed: fewer, UniPCMultistepScheduler would repeat a step"),
         (

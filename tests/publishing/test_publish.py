@@ -266,7 +266,7 @@ def test_a_hub_that_does_not_answer(run_folder, local_hub, capsys, monkeypatch):
         (["{run}", f"https://u:{TOKEN}@h.co/a/b"], "repo_id is 'https://***@h.co/a/b'; allowed: "),
         (["{run}", REPO, "--licence", "mit"], "unknown argument '--licence'; did you mean --license?"),
         (["{run}", REPO, "--license", "A B"], "license is 'A B'; allowed: as the Hub writes it: apache-2.0"),
-        (["{run}", REPO, "--ema-decay", "x"], "argument --ema-decay: 'x'; allowed: a number"),
+        (["{run}", REPO, "--ema-decay", "x"], "--ema-decay is 'x'; allowed: a number"),
         (["{run}"], "the following arguments are required: REPO_ID"),
     ],
 )

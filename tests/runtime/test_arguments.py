@@ -36,6 +36,7 @@ def parser():
     parser = Parser("tea", "Make tea.")
     parser.add_argument("guest", metavar="GUEST")
     parser.add_argument("--said-by")
+    parser.add_argument("--spoons", type=count, default=argparse.SUPPRESS)
     add_options(parser, Tea)
     return parser
 
@@ -61,6 +62,8 @@ def test_what_looks_like_a_flag_and_is_a_value(parser):
         (["--cup=3"], "unknown argument '--cup'; did you mean --cups?"),  # before GUEST is missed
         (["--said_bye", "x"], "unknown argument '--said-bye'; did you mean --said-by?"),
         (["me", "--zzz"], "unknown argument '--zzz'; see --help"),
+        (["me", "--hel"], "unknown argument '--hel'; see --help"),
+        (["me", "--spoons", "0"], "--spoons is '0'; allowed: whole numbers >= 1"),
         (["me", "you"], "unknown argument 'you'; see --help"),
         (["me", "--cups"], "argument --cups: expected one argument"),
         ([], "the following arguments are required: GUEST"),
@@ -73,6 +76,18 @@ def test_a_bad_line_is_one_line(words, error, parser, capsys):
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", f"tea: error: {error}\n")
     assert not ASKED
+
+
+def test_advice_to_add_an_option_that_there_is(parser, capsys):
+    parser.parse(["me"])
+    for name, words in (("cups=2", "; add --cups 2 to fill them"), ("plates=2", "")):
+        with pytest.raises(SystemExit):
+            run(lambda *_, name=name: read(f"a.png: too small; add {name} to fill them"), [], "tea")
+        assert capsys.readouterr().err == f"tea: error: a.png: too small{words}\n"
+
+
+def read(words):
+    raise ValueError(words)
 
 
 def test_help_lists_what_is_allowed(parser):
