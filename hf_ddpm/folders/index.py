@@ -102,8 +102,8 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
 
 def _allowed(part: str) -> str:
     if part == SCHEDULER:
-        return "[library, class] of a scheduler of diffusers that samples a DDPM, or scheduler= at loading"
-    return f"unet= at loading, a class after hf_ddpm.models.register_network, {', '.join(NETWORKS)}"
+        return "a scheduler of diffusers that samples a DDPM, or scheduler= at loading"
+    return f"{', '.join(NETWORKS)}, a class after register_network, or unet= at loading"
 
 
 def _known(part: str, entry: Any) -> list[str] | None:
