@@ -102,8 +102,8 @@ def resolve(index: Mapping[str, Any], given: Iterable[str] = (), strict: bool = 
 
 def _allowed(part: str) -> str:
     if part == SCHEDULER:
-        return "[library, class] of a scheduler of diffusers that samples a DDPM, or scheduler= at loading"
-    return f"unet= at loading, a class after hf_ddpm.models.register_network, {', '.join(NETWORKS)}"
+        return "a scheduler of diffusers that samples a DDPM, or scheduler= at loading"
+    return f"{', '.join(NETWORKS)}, a class after register_network, or unet= at loading"
 
 
 def _known(part: str, entry: Any) -> list[str] | None:
@@ -160,15 +160,24 @@ def _name(folder: Path, file: Path) -> str:
 
 
 def check_index(index: Mapping[str, Any]) -> None:
-    """Refuse an index with anything but names and classes in it.
+    """Refuse an index with anything but names and classes in it, or of a pipeline with further parts.
+
+    Without its other parts, such as the decoder of a latent diffusion, a pipeline would draw something else.
 
     Raises:
-        ValueError: it holds a value that diffusers writes into none.
+        ValueError: it holds a value that diffusers writes into none, or names a part that a DDPM lacks.
     """
     for key, value in index.items():
         words = value if isinstance(value, list) else [value]
         if not words or not all(word is None or isinstance(word, str | bool) for word in words):
             raise ValueError(f"{shown(key)} in {INDEX} is {shown(value)}; allowed: text, or [library, class]")
+        if (
+            isinstance(value, list)
+            and not key.startswith("_")
+            and key not in (UNET, SCHEDULER)
+            and any(value)
+        ):
+            raise ValueError(f"{shown(key)} in {INDEX} is {shown(value)}; allowed parts: {UNET}, {SCHEDULER}")
 
 
 def part_folder(folder: Path, part: str) -> Path:

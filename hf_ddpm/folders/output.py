@@ -4,7 +4,6 @@ No file that hf_ddpm did not write is ever replaced or deleted, and a folder of 
 for the place of a run. What tells that a folder is hf_ddpm's own is said here.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from hf_ddpm.folders.layout import (
 )
 from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.processes import on_main_process
+from hf_ddpm.runtime.untrusted import read_json
 
 # Files that people and batch systems put beside results: scripts, notes and what a command printed
 BESIDE = frozenset(
@@ -138,7 +138,6 @@ def _is_model(folder: Path) -> bool:
 
 def _is_evaluation(file: Path) -> bool:
     """Whether a file is the report of an evaluation."""
-    with suppress(OSError, ValueError, RecursionError):
-        report = json.loads(file.read_text(encoding="utf-8"))
-        return isinstance(report, dict) and "bits_per_dim" in report
+    with suppress(ValueError):
+        return "bits_per_dim" in read_json(file)
     return False

@@ -7,27 +7,30 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+from safetensors import SafetensorError
 from torch import nn
 
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
 from hf_ddpm.folders.layout import INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
-from hf_ddpm.generation.samplers import diffusers_messages, load_reason
+from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
-from hf_ddpm.runtime.messages import one_line, redact
+from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
 
 logger = logging.getLogger(__name__)
 # Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
 PASSED: ContextVar[frozenset[str]] = ContextVar("PASSED", default=frozenset())
-LONG = 120  # characters of a folder's name in an error, which leave room for the reason
+LONG = 120  # characters of a folder's name in an error
+LEAST = 40  # to so many of them it is shortened where the reason is long
 Pipeline = TypeVar("Pipeline", bound="PortablePipeline")
 
 
@@ -158,7 +161,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
                 take more memory than `folders.guard.MAX_ACTIVATIONS`.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        where = repr(redact(name if len(name) <= LONG else f"{name[:LONG]}…"))
+        where = repr(shorten(redact(name), LONG))
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would load a pickle; allowed: safetensors only")
         folder, from_hub = _local_folder(name, where)
@@ -182,20 +185,44 @@ class PortablePipeline(diffusers.DDPMPipeline):
                 _refuse_not_finite(pipeline.unet)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "no such folder, and from the Hub: " if from_hub else ""
-            reason = redact(words := load_reason(error), token)
+            line = _not_loaded(name, tried + _reason(error, token))
             # An error whose own words hold a secret is not handed on
-            cause = error if words == reason else None
-            line = one_line(f"can't load a pipeline from {where}: {tried}{reason}")
-            raise ValueError(line) from cause
+            secret = any(redact(str(x), token) != str(x) for x in _chain(error))
+            raise ValueError(line) from (None if secret else error)
         for message in messages:
             if "newly initialized" in message:  # diffusers fills in what the weights file lacks, at random
-                raise ValueError(one_line(f"can't load a pipeline from {where}: {message}"))
+                raise ValueError(_not_loaded(name, one_line(message)))
             logger.warning(one_line(redact(message)))
         if SCHEDULER in passed and not (from_hub and trusted):
             _remember_process(pipeline, folder)
         if from_hub:
             pipeline.register_to_config(_name_or_path=name)  # not the cache's folder
         return pipeline
+
+
+def _not_loaded(name: str, reason: str) -> str:
+    """The line that says why nothing was loaded: the name gives way to the reason, down to `LEAST`."""
+    room = LIMIT - len("can't load a pipeline from '': ")
+    reason = shorten(reason, room - LEAST)
+    return one_line(f"can't load a pipeline from {shorten(redact(name), room - len(reason))!r}: {reason}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _reason(error: Exception, token: Any) -> str:
+    """Why loading failed, in one line: diffusers' words, and those of safetensors if it was the cause."""
+    words = one_line(redact(str(error), token) or error)
+    cause = next((x for x in _chain(error) if isinstance(x, SafetensorError)), None)
+    more = "" if cause is None else one_line(cause)
+    return words if more in words else f"{words} {more}"
 
 
 def _remember_process(pipeline: Any, folder: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 
 from hf_ddpm import variances
 from hf_ddpm.checks import described
@@ -330,12 +329,3 @@ def diffusers_messages() -> Iterator[list[str]]:
         library.setLevel(level)
         if bar:
             diffusers_logging.enable_progress_bar()
-
-
-def load_reason(error: Exception) -> str:
-    """Why loading failed, in one line: diffusers' words, and those of safetensors if it was the cause."""
-    cause: Any = error
-    while cause is not None and not isinstance(cause, SafetensorError):
-        cause = cause.__cause__ or cause.__context__
-    words, more = one_line(error), "" if cause is None else one_line(cause)
-    return words if more in words else f"{words} {more}"

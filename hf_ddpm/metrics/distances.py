@@ -31,6 +31,7 @@ from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
 from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.untrusted import check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def load_reference(path: str | os.PathLike[str], extractor_name: str, facts: Map
         ValueError: no such file, a damaged one, or another one; the message names what differs.
     """
     try:
+        check_regular(Path(path))
         tensors, metadata = load_tensors(Path(path))
         found = {**json.loads(metadata["facts"]), "extractor": metadata["extractor"]}
         features = Features(metadata["extractor"], **tensors)

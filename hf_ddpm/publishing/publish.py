@@ -52,7 +52,7 @@ from hf_ddpm.publishing.card import MARK, CardFacts, make_card
 from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
 from hf_ddpm.runtime.hub import check_repo_id
 from hf_ddpm.runtime.messages import one_line, redact
-from hf_ddpm.runtime.untrusted import read_bytes, read_json, shown
+from hf_ddpm.runtime.untrusted import check_regular, read_bytes, read_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -378,6 +378,7 @@ def _text(path: Path) -> str:
 
 def _readable_picture(path: Path) -> Path:
     try:
+        check_regular(path)
         with Image.open(path, formats=["PNG"]):
             pass
     except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -159,7 +159,8 @@ def test_a_folder_from_a_stranger(kind, from_hub, tiny_folder, tmp_path, local_h
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         DDPMPipeline.from_pretrained(where)
     message = str(error.value)
-    assert message.startswith(f"can't load a pipeline from '{where}': ") and "\n" not in message
+    assert message.startswith(f"can't load a pipeline from '{where[:9]}") and f"{where[-9:]}': " in message
+    assert "\n" not in message
     assert not mark.exists()
 
 
@@ -177,7 +178,7 @@ def test_a_bomb_in_a_data_set(tmp_path):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    with pytest.raises(ValueError, match="decompression bomb"):
+    with pytest.raises(ValueError, match="says that it has more than 89,478,485 pixels"):
         load_stream(str(tmp_path))
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     assert load_stream(str(tmp_path)).shape == (1, 8, 8)

@@ -51,9 +51,14 @@ def spelled(source):
     return sorted({(node.lineno, node.value) for node in found})
 
 
+# Names of others that are spelled alike: a data set's card, and what no branch of git may end with
+OF_OTHERS = {"data/listing.py": {"README.md"}, "runtime/hub.py": {".lock"}}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_other_module_spells_a_files_name(path):
-    assert spelled(path.read_text(encoding="utf-8")) == []
+    found = {text for _, text in spelled(path.read_text(encoding="utf-8"))}
+    assert found == OF_OTHERS.get(path.relative_to(PACKAGE).as_posix(), set())
 
 
 def test_the_check_finds_a_name_in_each_disguise():

@@ -58,10 +58,14 @@ def test_metrics_of_samples_are_numbers_beside_those_of_real_images(report):
 
 def test_odd_lines_of_a_log_are_left_out(tmp_path):
     lines = ['{"step": 3, "images": 12, "loss": 0.5}', "[1]", "7", "null", "{", "[" * 100_000]
-    lines += ['{"images": "x", "loss": [1], "heldout_bpd": NaN}', '{"images": 13, "seconds": true}']
+    lines += [
+        '{"images": "x", "loss": [1], "heldout_bpd": NaN}',
+        '{"images": 13}',
+        '{"step": 4, "seconds": true}',
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     found = last_numbers(tmp_path / "log.jsonl")
-    assert found == {"step": 3, "images": 13, "loss": 0.5}
+    assert found == {"step": 3, "images": 12, "loss": 0.5}
     assert training_words(found)["loss"] == "0.5000"
 
 

@@ -1,6 +1,7 @@
 """output.py: a folder of somebody's photos is no place for a run, and nothing in it is touched."""
 
 import json
+import os
 
 import pytest
 from accelerate import PartialState
@@ -54,6 +55,14 @@ def test_a_folder_of_other_things_is_refused_by_name(name, tmp_path):
 def test_a_file_that_a_run_would_replace(name, tmp_path):
     text = refused(check_run_folder, fill(tmp_path, name))
     assert f"holds '{name.split('/')[0]}', which hf_ddpm did not write; allowed: another folder" in text
+
+
+def test_an_evaluation_that_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "evaluation.json")
+    assert "did not write" in refused(check_evaluation_folder, tmp_path, True)
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "evaluation.json").symlink_to("/dev/zero")
+    assert "did not write" in refused(check_evaluation_folder, tmp_path, True)
 
 
 @pytest.mark.parametrize("name", ["nearest.png", "evaluation.json", "bits-per-step.png"])

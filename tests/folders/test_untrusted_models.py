@@ -175,6 +175,14 @@ def test_values_that_are_refused(file, key, value, allowed, model):
     assert file in words and f"{value!r}; allowed: {allowed}" in words and key in words
 
 
+def test_a_pipeline_of_further_parts_is_refused(model):
+    """The network of a latent diffusion draws no images: its decoder makes them."""
+    edit(model / INDEX, vae=[None, None])
+    DDPMPipeline.from_pretrained(model)
+    edit(model / INDEX, _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"])
+    assert "'vqvae' in model_index.json is ['diffusers', 'VQModel']; allowed parts: unet, " in refused(model)
+
+
 def test_two_million_betas_are_refused(model):
     text = (model / SCHEDULER).read_text()
     betas = "[" + "0.1," * 1_999_999 + "0.1]"

@@ -1,4 +1,8 @@
-"""Changes of a model's folder, one at a time, and what must come of each: images, or one line."""
+"""Changes of a model's folder, one at a time, and what must come of each.
+
+A change is a label, what makes it, and the outcome that must come of it: `REFUSED`, in one line when the
+folder is loaded, `DRAWN`, or `EITHER` of them.
+"""
 
 import json
 import logging
@@ -19,6 +23,7 @@ from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.samplers import swap_scheduler
 from tests.folders.files import INDEX, SCHEDULER, UNET, WEIGHTS
 
+REFUSED, DRAWN, EITHER = "refused", "drawn", "refused or drawn"
 SECONDS, MEMORY, LINE = 20, 2**31, 300  # of one change; bytes beyond what the process has; characters
 DEEP = json.loads("[" * 15 + "1" + "]" * 15)
 VALUES = {
@@ -64,8 +69,35 @@ FURTHER = {
 }
 
 
+# Values that no key takes that a class has, and those that any other key may have
+NEVER = {"10^400", "half a character", "deep", "keys", "a list in a list"}
+ANYWHERE = {"text", "null", "true", "1", "0.5", "a list"}
+
+
+def kind_of(value):
+    return "number" if type(value) in (int, float) else type(value)
+
+
+def expected(file, key, name, value, before):
+    """What must come of a value in a key's place; `before` is what stood there, None for nothing."""
+    if file == INDEX:
+        return REFUSED if kind_of(value) in ("number", dict) or name in NEVER else EITHER
+    if key == "x":
+        return DRAWN if name in ANYWHERE else EITHER
+    if key.startswith("_"):
+        return EITHER
+    if name in NEVER or (name == "long text" and before is not None):
+        return REFUSED
+    if before is None or value is None or (key == "sample_size" and isinstance(value, list)):
+        return EITHER
+    if value == before and type(value) is type(before):
+        return DRAWN
+    odd = isinstance(value, float) and not math.isfinite(value)
+    return REFUSED if odd or kind_of(value) != kind_of(before) else EITHER
+
+
 def values(folder):
-    """Each value of each JSON file, in turn of each odd value: label and what makes the change."""
+    """Each value of each JSON file, in turn of each odd value."""
 
     def change(file, key, value):
         return lambda model: (model / file).write_text(
@@ -73,9 +105,11 @@ def values(folder):
         )
 
     for file, further in FURTHER.items():
-        for key in (*json.loads((folder / file).read_text()), *further):
+        content = json.loads((folder / file).read_text())
+        for key in (*content, *further):
             for name, value in VALUES.items():
-                yield f"{file}: {key}: {name}", change(file, key, value)
+                outcome = expected(file, key, name, value, content.get(key))
+                yield f"{file}: {key}: {name}", change(file, key, value), outcome
 
 
 def files():
@@ -142,9 +176,12 @@ def files():
         return change
 
     for file in (INDEX, UNET, SCHEDULER, WEIGHTS):
-        yield f"{file}: huge", lambda model, file=file: huge(model, file)
-        yield from ((f"{file}: {name}", put(file, content)) for name, content in contents.items())
-        yield from ((f"{file}: {name}", replace(file, make)) for name, make in kinds.items())
+        yield f"{file}: huge", lambda model, file=file: huge(model, file), REFUSED
+        for name, content in contents.items():
+            # Older versions of diffusers wrote few keys of a scheduler
+            outcome = EITHER if file == SCHEDULER and name in ("no keys", "NaN") else REFUSED
+            yield f"{file}: {name}", put(file, content), outcome
+        yield from ((f"{file}: {name}", replace(file, make), REFUSED) for name, make in kinds.items())
 
 
 def tensors():
@@ -177,18 +214,17 @@ def tensors():
     dtypes = (torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64)
     dtypes += (torch.float8_e4m3fn, torch.complex64)
     for name, edit in edits.items():
-        yield f"{WEIGHTS}: {name}", change(edit)
+        yield f"{WEIGHTS}: {name}", change(edit), {"very large": EITHER, "zeros": DRAWN}.get(name, REFUSED)
     for dtype in dtypes:
-        yield f"{WEIGHTS}: {dtype}", change(lambda x, dtype=dtype: x.update({first: x[first].to(dtype)}))
-        yield (
-            f"{WEIGHTS}: all {dtype}",
-            change(lambda x, dtype=dtype: x.update({k: v.to(dtype) for k, v in x.items()})),
-        )
+        outcome = DRAWN if dtype in (torch.float16, torch.bfloat16, torch.float64) else REFUSED
+        one = change(lambda x, dtype=dtype: x.update({first: x[first].to(dtype)}))
+        yield f"{WEIGHTS}: {dtype}", one, outcome
+        every = change(lambda x, dtype=dtype: x.update({k: v.to(dtype) for k, v in x.items()}))
+        yield f"{WEIGHTS}: all {dtype}", every, outcome
 
 
-def draw(model):
-    """Load the folder, and draw an image with its own sampler and two others in one step."""
-    pipeline = DDPMPipeline.from_pretrained(model)
+def draw(pipeline):
+    """Draw an image with the pipeline's own sampler and two others, in one step."""
     pipeline.set_progress_bar_config(disable=True)
     for sampler in (None, "ddim", "dpm-solver++"):
         if sampler is not None:
@@ -196,16 +232,23 @@ def draw(model):
         pipeline(num_inference_steps=1)
 
 
-def attempt(model):
-    """What is wrong with what comes of a folder; None where that is an image or one line."""
+def attempt(model, outcome):
+    """What is wrong with what comes of a folder; None where that is the outcome, in one line if refused."""
+    loaded = False
     try:
-        draw(model)
+        pipeline = DDPMPipeline.from_pretrained(model)
+        loaded = True
+        if outcome == REFUSED:
+            return "it was loaded"
+        draw(pipeline)
     except (ValueError, OSError) as error:
         words = str(error)
         if len(words) > LINE or "\n" in words:
             return f"a line of {len(words)} characters: {words[:400]!r}"
         if any(word in words for word in ("object has no attribute", "unexpected keyword", "NoneType")):
             return f"Python's own words: {words!r}"
+        if outcome == DRAWN:
+            return f"{'not drawn' if loaded else 'refused'}: {words!r}"
     except BaseException:
         return traceback.format_exc()
     return None
@@ -226,7 +269,7 @@ def attack(folder, changes, scratch):
         logging.disable()
         status = 1
         try:
-            for label, change in changes:
+            for label, change, outcome in changes:
                 model = scratch / "model"
                 shutil.rmtree(model, ignore_errors=True)
                 shutil.copytree(folder, model)
@@ -234,7 +277,7 @@ def attack(folder, changes, scratch):
                 with report.open("a") as file:
                     file.write(json.dumps([label, "the process ended"]) + "\n")
                     signal.alarm(SECONDS)
-                    found = attempt(model)
+                    found = attempt(model, outcome)
                     signal.alarm(0)
                     file.write(json.dumps([label, found]) + "\n")
             status = 0

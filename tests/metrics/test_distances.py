@@ -185,6 +185,11 @@ class TestReference:
         with pytest.raises(ValueError, match="r' is missing or damaged"):
             load_reference(tmp_path / "r", "net@0", {})
 
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "r")
+        with pytest.raises(ValueError, match=r"r' is missing or damaged: r is a pipe; allowed: a regular"):
+            load_reference(tmp_path / "r", "net@0", {})
+
     def test_a_flipped_bit_is_noticed(self, tmp_path):
         save_reference(tmp_path / "r", features(normal(6)), FACTS)
         data = bytearray((tmp_path / "r").read_bytes())

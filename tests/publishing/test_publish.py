@@ -136,6 +136,9 @@ def test_a_picture_of_ones_own_and_the_custom_pipeline(run_folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"picture '.*x.png' can't be read: .*; allowed: a PNG file"):
         collect(run_folder, REPO, picture=tmp_path / "x.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe.png' can't be read: pipe.png is a pipe; allowed: a regular"):
+        collect(run_folder, REPO, picture=tmp_path / "pipe.png")
 
 
 def test_push_to_hub_is_the_same_code(tiny_folder, local_hub):
