@@ -177,7 +177,7 @@ def test_a_bomb_in_a_data_set(tmp_path):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    with pytest.raises(ValueError, match="decompression bomb"):
+    with pytest.raises(ValueError, match="says that it has more than 89,478,485 pixels"):
         load_stream(str(tmp_path))
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     assert load_stream(str(tmp_path)).shape == (1, 8, 8)
