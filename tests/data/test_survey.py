@@ -1,7 +1,5 @@
 """survey.py: what a data set holds, as a person reads it before a run."""
 
-import re
-
 import pytest
 from datasets import List, Value
 from PIL import Image as PILImage
@@ -18,8 +16,8 @@ def test_sizes_and_modes_of_a_folder(tmp_path):
     found = load_stream(tmp_path).survey()
     assert (found.total, found.looked_at, found.unreadable) == (6, 6, 1)
     assert found.sizes == {(6, 8): 4, (8, 6): 1} and found.modes == {"mode RGB": 4, "mode L": 1}
-    line = r".*\(train\): 6 images; sizes 6x8 \(4\), 8x6 \(1\) \(HxW\); mode RGB \(4\), mode L \(1\); 1 can't be read"
-    assert re.fullmatch(line, str(found))
+    line = "6 images; sizes 6x8 (4), 8x6 (1) (HxW); mode RGB (4), mode L (1); 1 can't be read"
+    assert str(found).endswith(f"(train): {line}")
 
 
 def test_only_heads_are_read(tmp_path):
