@@ -39,11 +39,10 @@ def take_fingerprint(shards: Shards, order: Order) -> dict[str, Any]:
     Raises:
         ValueError: a shard that can't be read.
     """
-    counts, groups, num_bytes = shards.layout
-    sizes = _sizes(shards)
+    layout, sizes = shards.layout, _sizes(shards)
     return {
-        "rows": counts,
-        "layout": _digest(repr((groups, num_bytes)).encode()),
+        "rows": layout.counts,
+        "layout": _digest(repr((layout.groups, layout.num_bytes)).encode()),
         "order": order.shape,
         "files": sizes if len(sizes) <= _NAMED else [],
         "all_files": _digest("\0".join(f"{name}\0{size}" for name, size in sizes).encode()),
@@ -73,9 +72,9 @@ def _sample(shards: Shards) -> list[list[str]]:
 
 def _sampled_places(shards: Shards) -> list[int]:
     """Rows spread over the source, near the beginnings of groups, as what lies before them is read too."""
-    counts, groups, num_bytes = shards.layout
+    groups, num_bytes = shards.layout.groups, shards.layout.num_bytes
     if shards.addressable:
-        return np.unique(np.linspace(0, counts[0] - 1, _ROWS).astype(int)).tolist()
+        return np.unique(np.linspace(0, groups[0] - 1, _ROWS).astype(int)).tolist()
     if not shards.local:
         return []
     rows = np.array(groups)
@@ -83,7 +82,7 @@ def _sampled_places(shards: Shards) -> list[int]:
     rows = rows[rows > 0]
     met = np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).astype(int))
     each = -(-_ROWS // len(met))
-    reach = max(each, _BYTES * sum(counts) // max(num_bytes, 1) // len(met))
+    reach = max(each, _BYTES * sum(groups) // max(num_bytes, 1) // len(met))
     places = [first[k] + np.linspace(0, min(rows[k], reach) - 1, min(each, rows[k])).astype(int) for k in met]
     return np.unique(np.concatenate(places)).tolist()
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 from PIL import features
 
 from hf_ddpm.data.files import open_regular, shown
@@ -50,7 +51,7 @@ _LOOKED_AT = 64
 _DEEPEST = 8
 
 # What may say which files are which split (beside.py)
-CARDS = ("README.md", ".huggingface.yaml")
+CARDS = (REPOCARD_FILENAME, REPOYAML_FILENAME)
 # Names of splits, as `datasets` knows them
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),

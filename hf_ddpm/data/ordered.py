@@ -34,6 +34,8 @@ Wanted = Callable[[np.ndarray], np.ndarray]  # see `OrderedRows`
 _FEW_UNITS = 16
 # Places of an order without windows that are looked up together, as one alone costs as much
 _PLACES_PER_LOOK = 1024
+# How much larger rows may be in memory than the footers of their groups say, and what is always allowed
+_MOST_REPEATED, _ALLOWED_BYTES = 2, 256 << 20
 
 
 def make_order(shards: Shards, memory: float, seed: int) -> Order:
@@ -44,8 +46,8 @@ def make_order(shards: Shards, memory: float, seed: int) -> Order:
         memory: MB (2^20 bytes) that the undecoded rows of a window may take; 0 for the source's order.
         seed: of the order, at least 0.
     """
-    counts, groups, num_bytes = shards.layout
-    rows = sum(counts)
+    groups, num_bytes = shards.layout.groups, shards.layout.num_bytes
+    rows = sum(groups)
     window = int(memory * 2**20 * rows / max(num_bytes, 1)) or int(memory > 0)
     if shards.addressable and memory:
         window = rows
@@ -118,10 +120,28 @@ class OrderedRows:
         index = np.full(sum(len(order.places(window, lane)) for lane in range(order.lanes)), -1)
         for at, row in zip(places, rows, strict=True):
             index[at - begin] = np.searchsorted(held, row)
-        runs = [
-            run for stretch in sorted(met) for run in self._reader.take(stretch.start, stretch.stop, held)
-        ]
-        return _Window((epoch, window), begin, index, runs)
+        return _Window((epoch, window), begin, index, self._take(sorted(met), held))
+
+    def _take(self, stretches: list[Stretch], held: np.ndarray) -> list[_Run]:
+        """Those rows of some stretches that are among `held` (ascending), unless they fill the memory.
+
+        Parquet stores a value that is repeated once, so that rows may take far more than their file.
+        """
+        sizes, ends = self._shards.layout.sizes, np.cumsum(self._shards.layout.groups)
+        groups = set(np.searchsorted(ends, [stretch.start for stretch in stretches], side="right").tolist())
+        allowed = _ALLOWED_BYTES + _MOST_REPEATED * sum(sizes[group] for group in groups)
+        runs: list[_Run] = []
+        taken = 0
+        for stretch in stretches:
+            for run in self._reader.take(stretch.start, stretch.stop, held):
+                runs.append(run)
+                taken += run.values.nbytes
+                if taken > allowed and not self._shards.passes_over:
+                    raise ValueError(
+                        f"{shown(self._shards.names[run.shard])} repeats rows, which take more than "
+                        f"{allowed >> 20:,} MB in memory: lower shuffle_memory or save it with no dictionary"
+                    )
+        return runs
 
     def _look_up(self, epoch: int, place: int) -> int:
         block, index = divmod(place, _PLACES_PER_LOOK)

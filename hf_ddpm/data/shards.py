@@ -63,12 +63,17 @@ class Layout(NamedTuple):
     Attributes:
         counts: rows of each shard.
         groups: rows of each group that can be read from its beginning alone, in the order of the rows.
-        num_bytes: of all rows in memory, undecoded: by the footers of parquet files, else as they were read.
+        sizes: bytes of each group's rows, undecoded: by the footers of parquet files, else as they were read.
     """
 
     counts: list[int]
     groups: list[int]
-    num_bytes: int
+    sizes: list[int]
+
+    @property
+    def num_bytes(self) -> int:
+        """What all rows take in memory, undecoded."""
+        return sum(self.sizes) + _BYTES_PER_ROW * sum(self.counts)
 
 
 class Shards:
@@ -135,30 +140,32 @@ class Shards:
             ValueError: a shard that can't be read.
         """
         if self.addressable:
-            return Layout([len(self.source.files)], [len(self.source.files)], 0)
+            return Layout([len(self.source.files)], [len(self.source.files)], [0])
         # In threads, as reading a remote footer is mostly waiting
         with ThreadPoolExecutor(8 if self.source.kind == "parquet" else 1) as threads:
             found = list(threads.map(self._lay_out, range(len(self.names))))
-        counts, num_bytes = [sum(groups) for groups, _ in found], sum(size for _, size in found)
-        groups = list(itertools.chain.from_iterable(groups for groups, _ in found))
-        return Layout(counts, groups, num_bytes + _BYTES_PER_ROW * sum(counts))
+        groups, sizes = (list(itertools.chain.from_iterable(part)) for part in zip(*found, strict=True))
+        return Layout([sum(rows) for rows, _ in found], groups, sizes)
 
-    def _lay_out(self, shard: int) -> tuple[list[int], int]:
-        """Rows of each group of a shard, and the bytes of all."""
+    def _lay_out(self, shard: int) -> tuple[list[int], list[int]]:
+        """Rows of each group of a shard, and their bytes."""
         if self.source.kind == "stream":
             sizes = [(len(chunk), chunk.nbytes) for chunk in self.chunks(shard)]
-            return [sum(rows for rows, _ in sizes)], sum(size for _, size in sizes)
+            return [sum(rows for rows, _ in sizes)], [sum(size for _, size in sizes)]
         with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
             if self._column not in parquet.schema_arrow.names:
                 raise ValueError(f"{shown(self.names[shard])} has no column {shown(self._column)!r}")
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             width = _leaf_width(parquet.schema_arrow.field(self._column).type)
-            return [group.num_rows for group in groups], sum(
-                leaf.num_values * width if width else leaf.total_uncompressed_size
+            leaves = [
+                [
+                    leaf.num_values * width if width else leaf.total_uncompressed_size
+                    for leaf in map(group.column, range(group.num_columns))
+                    if leaf.path_in_schema.split(".")[0] == self._column
+                ]
                 for group in groups
-                for leaf in map(group.column, range(group.num_columns))
-                if leaf.path_in_schema.split(".")[0] == self._column
-            )
+            ]
+            return [group.num_rows for group in groups], [sum(sizes) for sizes in leaves]
 
     def chunks(self, shard: int, start: int = 0) -> Generator[pa.Array, None, None]:
         """The column's values from row `start` of a shard on, some rows at a time; not of image files.

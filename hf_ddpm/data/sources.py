@@ -37,7 +37,7 @@ from hf_ddpm.data.listing import (
 from hf_ddpm.runtime.messages import one_line
 
 BESIDE = "beside the folders of the splits"
-OTHER_KIND = "not of the kind that is read here"
+NO_IMAGES_READ, NO_PARQUET_READ = "images beside parquet files", "parquet files beside images"
 UNNAMED = "not named by the card's data_files"
 NO_LINE = "without a line in the metadata"
 _NAMED = 3
@@ -161,7 +161,7 @@ def _open_folder(name: str, root: str, split: str) -> Source:
     files, others = listing.parquet, listing.images
     if not parquet:
         files, others = others, files
-    listing.leave_out(OTHER_KIND, *others)
+    listing.leave_out(NO_IMAGES_READ if parquet else NO_PARQUET_READ, *others)
     if named:
         splits = {split: [file for file in some if file in set(files)] for split, some in splits.items()}
         listing.leave_out(UNNAMED, *sorted(set(files) - set(named)))

@@ -68,8 +68,9 @@ class Survey:
         total: rows; None where counting them means reading them.
         looked_at: images whose heads were read.
         sizes: how many of these have each size, (H, W).
-        modes: how many have each of Pillow's modes, or number of channels.
+        modes: how many have each of Pillow's modes, as "mode RGB", or of an array's, as "3 channels".
         unreadable: how many are no images that can be read.
+        spread: whether those that were looked at are spread over all rows; else they are the first ones.
     """
 
     title: str
@@ -78,25 +79,31 @@ class Survey:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
+    spread: bool = False
 
     def __str__(self) -> str:
         """One line for people."""
         total = f"{self.looked_at if self.total is None else self.total:,} image{'s' * (self.total != 1)}"
         if self.looked_at != self.total:
-            total += " looked at" if self.total is None else f", {self.looked_at:,} looked at"
-        sizes = Counter({f"{width}x{height}": n for (height, width), n in self.sizes.items()})
-        words = [total, _most_common("size", sizes), _most_common("mode", self.modes)]
+            which = f"{self.looked_at:,} of them" if self.spread else f"the first {self.looked_at:,}"
+            total += " looked at" if self.total is None else f", {which} looked at"
+        sizes = Counter({f"{height}x{width}": n for (height, width), n in self.sizes.items()})
+        words = [total]
+        if sizes:
+            order = " (HxW)" * any(height != width for height, width in self.sizes)
+            words += [f"size{'s' * (len(sizes) > 1)} {_most_common(sizes)}{order}", _most_common(self.modes)]
         if self.unreadable:
             words.append(f"{self.unreadable:,} can't be read")
-        return f"{self.title}: {'; '.join(filter(None, words))}"
+        return f"{self.title}: {'; '.join(words)}"
 
 
-def _most_common(what: str, found: Counter[str]) -> str:
-    if len(found) <= 1:
-        return "".join(f"{what} {name}" for name in found)
+def _most_common(found: Counter[str]) -> str:
+    """The most common of some sizes or modes, with how many images have it where there are several."""
+    if len(found) == 1:
+        return next(iter(found))
     first = ", ".join(f"{name} ({n:,})" for name, n in found.most_common(_NAMED))
     more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
-    return f"{what}s {first}{more}"
+    return first + more
 
 
 def survey(shards: Shards, show: bool = False) -> Survey:
@@ -109,10 +116,11 @@ def survey(shards: Shards, show: bool = False) -> Survey:
     Raises:
         ValueError: a shard that can't be read.
     """
-    found = Survey(shards.source.title, None if shards.passes_over else sum(shards.counts))
+    total = None if shards.passes_over else sum(shards.counts)
+    found = Survey(shards.source.title, total, spread=shards.addressable)
     until = time.monotonic() + _SECONDS
     most = MOST_FILES if shards.addressable else MOST_ROWS
-    expected = min(most, found.total or most)
+    expected = min(most, total or most)
     with progress("look at images", expected, "image", show and expected > MOST_ROWS * 8, leave=False) as bar:
         for row in itertools.islice(_some_rows(shards, most), most):
             found.looked_at += 1
@@ -137,10 +145,11 @@ def _some_rows(shards: Shards, most: int) -> Iterator[Row]:
 
 
 def _head(shards: Shards, row: Row) -> tuple[tuple[int, int], str]:
-    """An image's (H, W), and its mode."""
+    """An image's (H, W), and its mode or channels."""
     file = shards.head(row)
     if file is None:
         shape = np.asarray(row.value).shape
-        return (shape[0], shape[1]), f"{shape[2] if len(shape) == 3 else 1} channels"
+        count = shape[2] if len(shape) == 3 else 1
+        return (shape[0], shape[1]), f"{count} channel{'s' * (count != 1)}"
     with file, PILImage.open(file, formats=FORMATS) as image:
-        return (image.height, image.width), image.mode
+        return (image.height, image.width), f"mode {image.mode}"

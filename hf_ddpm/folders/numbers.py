@@ -35,6 +35,7 @@ from huggingface_hub import EvalResult
 
 from hf_ddpm.folders.layout import EVALUATION, LOG
 from hf_ddpm.folders.values import fits, words_of
+from hf_ddpm.runtime.messages import shorten
 from hf_ddpm.runtime.untrusted import check_regular, shown
 
 TASK = "unconditional-image-generation"
@@ -245,7 +246,9 @@ def describe(report: Mapping[str, Any]) -> str:
 def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:
     """Section "memorisation" in a sentence; `dataset` is what to call the data set, by default its name."""
     ours, floor = found["samples"], found["heldout"]
-    where = f"one of the {found['num_rows']} images of {dataset or found['dataset']}, {found['split']}"
+    # A long path would push what follows it out of a printed line
+    dataset = dataset or shorten(found["dataset"], 45)
+    where = f"one of the {found['num_rows']} images of {dataset}, {found['split']}"
     where += "" if found["trained_on"] else " (on which no record says that it was trained)"
     return (
         f"{ours['share_near']:.1%} of {ours['num_images']} samples lie within {found['near']:.1f} grey "

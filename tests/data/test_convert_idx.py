@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,11 +53,13 @@ def test_convert_idx(convert_idx, idx_folder, tmp_path):
 
 def test_convert_idx_refuses(convert_idx, idx_folder, tmp_path, capsys):
     def refused(message, *arguments):
-        assert convert_idx.main([str(idx_folder), str(tmp_path / "out"), *arguments]) == 2
+        with pytest.raises(SystemExit) as left:
+            sys.exit(convert_idx.main([str(idx_folder), str(tmp_path / "out"), *arguments]))
+        assert left.value.code == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
-    refused("--shards must be 1 to 11 (the number of train images), got 0", "--shards", "0")
+    refused("argument --shards: '0'; allowed: whole numbers >= 1", "--shards", "0")
     refused("--shards must be 1 to 11 (the number of train images), got 12", "--shards", "12")
     labels = idx_folder / "t10k-labels-idx1-ubyte"
     write_idx(labels, np.zeros(5, dtype=np.uint8))

@@ -190,5 +190,5 @@ def test_parquet_files_among_images(tmp_path, caplog):
     write_parquet(tmp_path / "set" / "data", [PICTURE] * 5)
     fill(tmp_path / "set", ["assets/logo.png"])
     assert load_stream(tmp_path / "set").num_rows() == 5
-    for name in ("embeddings.parquet", "assets/logo.png"):
-        assert f"not of the kind that is read here: 1 ({name})" in caplog.text
+    assert "parquet files beside images: 1 (embeddings.parquet)" in caplog.text
+    assert "images beside parquet files: 1 (assets/logo.png)" in caplog.text

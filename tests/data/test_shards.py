@@ -113,6 +113,21 @@ def test_no_more_is_held_than_the_memory(tmp_path, memory, row_group_size):
     assert pa.total_allocated_bytes() - before < 1 << 20
 
 
+@pytest.mark.parametrize("encoding", ["a dictionary", "prefixes"])
+def test_rows_that_a_file_repeats_do_not_fill_the_memory(tmp_path, monkeypatch, encoding):
+    """A file of 30 kB says what its rows are, not what they take."""
+    monkeypatch.setattr("hf_ddpm.data.ordered._ALLOWED_BYTES", 4 << 20)
+    rows = [{"bytes": png(noise(1, 100, 100, 3)[0]), "path": None}] * 500
+    table = pa.Table.from_pydict({"image": rows}, schema=Features({"image": Image()}).arrow_schema)
+    how = {"use_dictionary": False, "column_encoding": {"image.bytes": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(table, tmp_path / "train.parquet", **({} if encoding == "a dictionary" else how))
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ValueError, match=r"train.parquet repeats rows, which take more than 4 MB in memory"):
+        next(load_stream(tmp_path, shuffle_memory=8).batches(4))
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    assert len(next(load_stream(tmp_path).batches(100))) == 100
+
+
 def test_processes_hold_their_own_rows_of_a_window(tmp_path):
     stream = load_stream(large_images(tmp_path / "train.parquet"), shuffle_memory=64)
     before = pa.total_allocated_bytes()

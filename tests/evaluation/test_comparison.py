@@ -35,7 +35,7 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
             (["--num-evals-per-image", 5], "evaluations_per_image 4, this one has 5; allowed: equal"),
             (["--decoder", "tanh"], "decoder 'exact', this one has 'tanh'; allowed: equal"),
             (["--steps", 5], "steps 20, this one has 5; allowed: equal"),
-            (["--pilot-images", 2], "pilot_images 0, this one has 2; allowed: equal"),
+            (["--pilot-images", 2], "--pilot-images 0, this one has 2; allowed: equal"),
         ]
     ):
         out = tmp_path / str(i)

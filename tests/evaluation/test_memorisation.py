@@ -151,7 +151,7 @@ def test_training_images_that_hold_the_held_out_ones_say_nothing(tiny_folder, tm
         main([*map(str, words)])
     assert (
         stop.value.code == 2
-        and "held-out images are among those of nearest_dataset" in capfd.readouterr().err
+        and "held-out images are among those of --nearest-dataset" in capfd.readouterr().err
     )
 
 

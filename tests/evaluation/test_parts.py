@@ -154,7 +154,8 @@ def test_any_flipped_bit_of_a_part_is_noticed_or_changes_nothing(tmp_path):
     made.save(0, part(1))
     (file,) = tmp_path.rglob("00000.safetensors")
     whole, harmless = file.read_bytes(), 0
-    for bit in range(8 * len(whole)):
+    # Every third one, so that each place of a byte is met
+    for bit in range(0, 8 * len(whole), 3):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)

@@ -67,7 +67,7 @@ def test_bad_argument(arguments, words):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 def test_saved_as_lossless_png(mode, tmp_path):
     (image,) = pictures(1, mode=mode)
-    path = save_image(image, tmp_path / "new" / "folder" / "image.png")
+    path = save_image(image, tmp_path / "new" / "image.png")
     read = Image.open(path)
     assert (read.format, read.mode) == ("PNG", mode)
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
