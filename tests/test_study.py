@@ -162,7 +162,7 @@ def test_what_is_not_finite_is_a_finding(scripts, tiny_folder, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(tiny_folder, folder)
     unet = DDPMPipeline.from_pretrained(folder).unet
-    unet.conv_out.bias.data.fill_(math.nan)
+    unet.conv_in.weight.data.fill_(3e38)  # finite, but what they give is not
     unet.save_pretrained(folder / "unet")
     few = stages.Study(tmp_path, 6, 12, 3, study.RUNS, 0.0)
     assert stages.score_run(folder)["failed"] == "not finite"
@@ -178,10 +178,10 @@ def test_bad_input_is_one_line(scripts, tmp_path, capsys):
     (tmp_path / "file").touch()
     for words, line in (
         (("--only", "eps,epss"), "only has 'epss'; allowed: eps, "),
-        (("--max-steps", 0), "max_steps is 0; allowed"),
-        (("--num-samples", 1), "num_samples is 1; allowed"),
-        (("--jobs", 0), "jobs is 0; allowed"),
-        ((), "max_steps is 6, but out .* holds a study with 5; allowed"),
+        (("--max-steps", 0), "--max-steps is 0; allowed"),
+        (("--num-samples", 1), "--num-samples is 1; allowed"),
+        (("--jobs", 0), "--jobs is 0; allowed"),
+        ((), "--max-steps is 6, but out .* holds a study with 5; allowed"),
         (("--out", tmp_path / "file"), "out .* can't be written"),
     ):
         with pytest.raises(SystemExit, match="2"):

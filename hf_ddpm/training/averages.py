@@ -14,7 +14,7 @@ The file knows networks as lists of tensors; how averages are saved is said in r
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ def average_of(model: nn.Module) -> nn.Module:
     average = copy.deepcopy(model).eval().requires_grad_(False)
     rest = copy.deepcopy(average)
     torch._foreach_zero_(list(rest.parameters()))
-    return keep_rest(average, rest)
+    return _keep_rest(average, rest)
 
 
-def keep_rest(average: nn.Module, rest: nn.Module) -> nn.Module:
+def _keep_rest(average: nn.Module, rest: nn.Module) -> nn.Module:
     """Put a rest beside an average, out of its weights' list and its state; returns the average."""
     average.__dict__["_rest"] = rest
     return average
@@ -46,6 +46,12 @@ def keep_rest(average: nn.Module, rest: nn.Module) -> nn.Module:
 def rest_of(average: nn.Module) -> nn.Module:
     """What the weights of an average leave out of it: a network of the same form, with the same names."""
     return average.__dict__["_rest"]
+
+
+def prepare_average(average: nn.Module, prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The average after `prepare`, FSDP's sharing out for one, was done to it and to its rest."""
+    rest = prepare(rest_of(average))
+    return _keep_rest(prepare(average), rest)
 
 
 @torch.no_grad()

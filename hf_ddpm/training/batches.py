@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,10 +23,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
 
 logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5  # that the system has to tell of a process's end
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,7 @@ def make_batches(
 
     Raises:
         ValueError: an image that can't be read.
+        RuntimeError: a worker process is gone.
     """
     loader = DataLoader(
         _Batches(stream, share, first_step),
@@ -217,7 +222,25 @@ def make_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    for batch in loader:
+    for batch in _told_by_torch(iter(loader)) if config.num_workers else loader:
         if isinstance(batch, ValueError):
             raise batch
+        yield batch
+
+
+def _told_by_torch(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches of worker processes, one of which may end while it hands over a batch.
+
+    Raises:
+        RuntimeError: it did; the message begins with `disk.WORKER`, as torch's own.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # The connection broke before the system told of the worker's end; when it does, torch raises here
+            time.sleep(GRACE_SECONDS)
+            raise RuntimeError(f"{WORKER} exited unexpectedly") from error
         yield batch

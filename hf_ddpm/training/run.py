@@ -35,7 +35,7 @@ from hf_ddpm.runtime.disk import delete_partials, update_folder
 from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.training.averages import REST, average_of, keep_rest, rest_of
+from hf_ddpm.training.averages import REST, average_of, prepare_average, rest_of
 from hf_ddpm.training.batches import make_batches, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint
 from hf_ddpm.training.heldout import HeldOut
@@ -189,9 +189,9 @@ class Run:
         called = torch.compile(self.model) if config.compile else self.model
         self.network, self.stepper = accelerator.prepare(called, self.optimizer)
         if sharded:
-            for name, mean in self.averages.items():
-                rest = fsdp2_prepare_model(accelerator, rest_of(mean))
-                self.averages[name] = keep_rest(fsdp2_prepare_model(accelerator, mean), rest)
+            share_out = functools.partial(fsdp2_prepare_model, accelerator)
+            for name, average in self.averages.items():
+                self.averages[name] = prepare_average(average, share_out)
         self.denoiser = as_denoiser(self.network)
         if start is not None:
             self.restore(start)

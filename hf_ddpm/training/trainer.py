@@ -21,6 +21,7 @@ from torch import nn
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.publishing.background import BackgroundPush
 from hf_ddpm.publishing.upload import PublishError
+from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
 from hf_ddpm.training.averages import decay_at
@@ -34,7 +35,7 @@ from hf_ddpm.training.step import optimizer_step
 logger = logging.getLogger(__name__)
 
 # How torch says that a process of a data loader died
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?:.*killed by signal: ([\w ]+))?")
+DEAD_WORKER = re.compile(WORKER + r"(?: \(pid(?:\(s\))?( [\d, ]+)\))?(?:.*killed by signal: ([\w ]+))?")
 STOPPED_PUSH_SECONDS = 10  # that a run which was told to stop waits for an upload
 
 
@@ -132,8 +133,9 @@ def _told() -> Iterator[None]:
         if not (found := DEAD_WORKER.match(str(error))):
             raise
         raise RuntimeError(
-            f"the process {found[1]} that reads images was ended ({found[2] or 'unexpectedly'}), as systems "
-            "do where memory is short; checkpoints from before stand; allowed: fewer num_workers, or 0"
+            f"the process{found[1] or ''} that reads images was ended ({found[2] or 'unexpectedly'}), as "
+            "systems do where memory is short; checkpoints from before stand; allowed: fewer num_workers, "
+            "or 0"
         ) from error
 
 

@@ -115,7 +115,8 @@ def test_five_channels(tmp_path):
     (tmp_path / "data").mkdir()
     data.to_parquet(tmp_path / "data" / "train-0.parquet")
     plan = {"dataset": str(tmp_path / "data"), "sample_every": 2, "sample_num_images": 5, "sample_steps": 2}
-    train(small(tmp_path / "run", **plan, max_steps=2))
+    assert "; add channels=5 if it is (H, W, 5)" in refused(small(tmp_path / "run", **plan))
+    train(small(tmp_path / "run", **plan, channels=5, max_steps=2))
     grid = np.load(tmp_path / "run" / "samples" / "step-00000002.npy")
     assert grid.shape == (5, 8, 8, 5) and grid.min() >= 0 and grid.max() <= 1
     assert DDPMPipeline.from_pretrained(tmp_path / "run").image_shape == (5, 8, 8)

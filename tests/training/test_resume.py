@@ -32,6 +32,8 @@ def alone():
 def save(run: Path, *steps: int, **changes) -> TrainConfig:
     """Checkpoints of a run at some steps, and its config."""
     config = TrainConfig(output_dir=str(run), mixed_precision="no", **changes)
+    if steps:
+        run.mkdir(exist_ok=True)
     for step in steps:
         weight = {"w": torch.full((2,), float(step))}
         state = {"config": dataclasses.asdict(config)}

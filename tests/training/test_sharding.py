@@ -1,6 +1,7 @@
 """sharding.py: whole states by name, of one process and of networks that processes share out with FSDP."""
 
 import copy
+import functools
 import json
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.optim import AdamW
 import hf_ddpm.training.run
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.folders.layout import variant_name
-from hf_ddpm.training.averages import average_of, update_average
+from hf_ddpm.training.averages import average_of, prepare_average, rest_of, update_average
 from hf_ddpm.training.checkpoint import list_checkpoints, load_checkpoint
 from hf_ddpm.training.sharding import (
     all_finite,
@@ -201,14 +202,14 @@ def sharded_run(start=None, numbers=range(4)):
     rank, model = accelerator.process_index, plain()
     average = average_of(model)
     model, optimizer = accelerator.prepare(model, adamw(model))
-    average = fsdp2_prepare_model(accelerator, average)
+    average = prepare_average(average, functools.partial(fsdp2_prepare_model, accelerator))
     if start is not None:
         restore_model(model, start[0])
         restore_model(average, start[1])
         restore_optimizer(model, optimizer, start[2])
     before = copy.deepcopy((gather_model(model), gather_model(average), gather_optimizer(model, optimizer)))
     averaged_steps(model, average, optimizer, numbers, slice(4 * rank, 4 * rank + 4))
-    weights = list(model.parameters()) + list(average.parameters())
+    weights = [*model.parameters(), *average.parameters(), *rest_of(average).parameters()]
     sharded = all(isinstance(weight, DTensor) for weight in weights)
     pieces = sum(local(weight).numel() for weight in model.parameters())
     total = sum(whole(weight).numel() for weight in model.parameters())
