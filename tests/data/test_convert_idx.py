@@ -59,7 +59,7 @@ def test_convert_idx_refuses(convert_idx, idx_folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
-    refused("argument --shards: '0'; allowed: whole numbers >= 1", "--shards", "0")
+    refused("--shards is '0'; allowed: whole numbers >= 1", "--shards", "0")
     refused("--shards must be 1 to 11 (the number of train images), got 12", "--shards", "12")
     labels = idx_folder / "t10k-labels-idx1-ubyte"
     write_idx(labels, np.zeros(5, dtype=np.uint8))

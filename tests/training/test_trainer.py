@@ -172,9 +172,9 @@ def test_after_step_sees_the_run_at_each_step(tmp_path):
     def look(run):
         model, average = (dict(net.state_dict()) for net in (run.model, run.averages["0.5"]))
         seen.append((run.step, run.config, {name: weight.clone() for name, weight in model.items()}))
-        assert model.keys() == average.keys() and len(log(tmp_path)) == run.step - 1
+        assert model.keys() == average.keys()
+        assert len(log(tmp_path) if run.step > 1 else []) == run.step - 1
 
-    (tmp_path / "log.jsonl").touch()
     config = small(tmp_path, ema_decay="0.5", checkpoint_every=1, mixed_precision="no")
     train(config, after_step=look)
     assert [(step, config) for step, config, _ in seen] == [(n, config) for n in (1, 2, 3)]
