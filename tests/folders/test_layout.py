@@ -51,7 +51,7 @@ def spelled(source):
     return sorted({(node.lineno, node.value) for node in found})
 
 
-# Names of others that are spelled alike: a data set's card, and what no branch of git may end with
+# Names of others that are spelled alike: what no branch of git may end with
 OF_OTHERS = {"runtime/hub.py": {".lock"}}
 
 
