@@ -48,7 +48,7 @@ EMPTY = -1
 _PLAIN_WINDOW = 64
 # Units of a window that are enough to mix it, and into how many a group may be cut to come near that, if an
 # epoch has more than so many windows
-_UNITS, _PARTS, _FEW = 512, 4, 4
+_UNITS, _PARTS, _FEW = 512, 8, 8
 # With fewer than twelve rounds, counting finds a bias in permutations of five or six things
 _ROUNDS = 12
 
