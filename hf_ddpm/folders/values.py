@@ -114,8 +114,10 @@ def check_network_values(network: type, config: Mapping[str, Any], file: str) ->
     if config.get("quantization_config") is not None:  # it would choose a library that reads the weights
         raise ValueError(f"{file}: quantization_config is given; allowed: weights that are not quantized")
     hints, rules = dict(_hints(network)), UNET_RULES if network is UNet2DModel else {}
-    if network is UNet2DModel:
-        hints["norm_num_groups"] = int | None  # as its code takes it, and the oldest configs have it
+    blocks = [config.get("down_block_types"), config.get("up_block_types")]
+    skips = all(isinstance(names, list) and all("Skip" in str(name) for name in names) for names in blocks)
+    if network is UNet2DModel and skips:
+        hints["norm_num_groups"] = int | None  # as these blocks take it, and the oldest configs have it
     for key, value in config.items():
         _check(file, key, value, hints.get(key, ADDED.get(key, Any)), rules.get(key))
 
