@@ -35,7 +35,7 @@ MEMORY = """
 import itertools, json, sys
 import numpy as np, psutil, torch
 from datasets import load_dataset
-from hf_ddpm.data import load_stream
+from hf_ddpm import load_stream
 
 who, folder, images, buffer = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
