@@ -5,6 +5,7 @@ library's fork server, with its own working directory, environment, standard out
 real one.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -124,7 +125,11 @@ def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: f
         process.start()
         started.append(process)
     codes = finish(started, timeout)
-    answers = [torch.load(place, weights_only=False) if place.exists() else (None, "") for place in places]
+    died = [(None, f"rank {rank} ended with {code} and said nothing") for rank, code in enumerate(codes)]
+    answers = [
+        torch.load(place, weights_only=False) if place.exists() else silent
+        for place, silent in zip(places, died, strict=True)
+    ]
     assert all(error is None for _, error in answers), "\n".join(str(error) for _, error in answers)
     assert codes == [0] * processes
     return [answer for answer, _ in answers]
@@ -133,6 +138,7 @@ def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: f
 def _work(env: dict[str, str], place: Path, work: Callable) -> None:
     os.environ.clear()
     os.environ.update(env)
+    faulthandler.enable()  # a native crash says where
     torch.set_num_threads(1)
     answer, error = None, None
     try:
