@@ -19,8 +19,9 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hf_ddpm.checks import check_seed
+from hf_ddpm.checks import check_seed, described
 
 
 class Use(IntEnum):
@@ -70,3 +71,19 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
         ValueError: the seed or an index is no whole number ≥ 0.
     """
     return [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
+
+
+def draw_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise ε ~ N(0, I) of the shape, dtype and device of images.
+
+    Args:
+        like: images, any shape.
+        generator: on the CPU or on the images' device; by default torch's global one of that device.
+
+    Raises:
+        ValueError: it is no generator.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is {described(generator)}; allowed: a torch.Generator")
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
