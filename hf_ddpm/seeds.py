@@ -83,7 +83,24 @@ def draw_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor
     Raises:
         ValueError: it is no generator.
     """
+    device = _device_of(generator, like)
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def draw_steps(num_steps: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Steps t ~ Uniform{0, …, T − 1}, one for each image, shape (B,) int64.
+
+    Args:
+        num_steps: T.
+        like: images, shape (B, ...), on whose device the steps are.
+        generator: as in `draw_noise`, and so the errors.
+    """
+    device = _device_of(generator, like)
+    return torch.randint(num_steps, like.shape[:1], generator=generator, device=device).to(like.device)
+
+
+def _device_of(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where to draw: a generator draws on its own device only."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator is {described(generator)}; allowed: a torch.Generator")
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return like.device if generator is None else generator.device

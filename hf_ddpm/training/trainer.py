@@ -24,6 +24,7 @@ from hf_ddpm.publishing.upload import PublishError
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
 from hf_ddpm.training.launch import start_pushing
@@ -58,6 +59,7 @@ class TrainResult:
     images_per_second: float
 
 
+@suggest_keywords
 def train(
     config: TrainConfig,
     model: nn.Module | None = None,
