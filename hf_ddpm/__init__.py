@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_ddpm.evaluation.config import EvaluationConfig
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.generation.pipeline import DDPMPipeline
+    from hf_ddpm.generation.runs import load_run
     from hf_ddpm.models import create_model
     from hf_ddpm.objectives import simple_loss
     from hf_ddpm.process import DiffusionProcess
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "create_model",
     "evaluate",
+    "load_run",
     "load_stream",
     "publish",
     "simple_loss",
@@ -62,6 +64,7 @@ _HOMES = {
     "TrainingStopped": "runtime.signals",
     "create_model": "models",
     "evaluate": "evaluation.evaluate",
+    "load_run": "generation.runs",
     "load_stream": "data.stream",
     "publish": "publishing.publish",
     "simple_loss": "objectives",

@@ -57,7 +57,7 @@ def test_documented_modules(name):
 def test_public_names():
     expected = """
         DDPMPipeline DDPMScheduler DiffusionProcess EvaluationConfig PublishError TrainConfig TrainingStopped
-        __version__ create_model evaluate load_stream publish simple_loss train
+        __version__ create_model evaluate load_run load_stream publish simple_loss train
     """.split()
     assert sorted(hf_ddpm.__all__) == dir(hf_ddpm) == expected
     starred: dict = {}

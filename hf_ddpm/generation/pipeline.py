@@ -65,6 +65,7 @@ class DDPMPipeline(PredictingPipeline):
             assigned later (`pipeline.scheduler = ...`) is checked at the next call, and refused if it runs
             another process or reads another prediction type. A network of another process gets a new
             pipeline.
+        image_shape: (C, H, W) of the images, for a network whose config doesn't say it.
 
     Example:
         ```py
@@ -74,12 +75,13 @@ class DDPMPipeline(PredictingPipeline):
     """
 
     @suggest_keywords
-    def __init__(self, unet: Any, scheduler: Any):
+    def __init__(self, unet: Any, scheduler: Any, image_shape: tuple[int, int, int] | None = None):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
         require_config(scheduler)
         super().__init__(unet=unet if isinstance(unet, nn.Module) else as_denoiser(unet), scheduler=scheduler)  # type: ignore[arg-type]
         self.trained_with(scheduler)
+        self._image_shape = None if image_shape is None else _as_shape(image_shape)
         self._said: set[str] = set()
 
     @suggest_keywords
@@ -328,9 +330,7 @@ class DDPMPipeline(PredictingPipeline):
             check_generators(generator, batch_size, self._execution_device)
         _require(output_type in OUTPUT_TYPES, "output_type", output_type, ", ".join(OUTPUT_TYPES))
 
-        shape = self.image_shape if image_shape is None else image_shape
-        counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
-        _require(counts, "image_shape", shape, f"(C, H, W), {count}")
+        shape = self.image_shape if image_shape is None else _as_shape(image_shape)
         self.check_shape(shape)
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
@@ -385,6 +385,13 @@ def _called(callback: Callback, pipeline: Any, step: int, t: Tensor, x: Tensor) 
             f"{{'sample': floating-point tensor of shape {tuple(x.shape)}}}"
         )
     return new.to(x.device, x.dtype)
+
+
+def _as_shape(shape: Any) -> tuple[int, int, int]:
+    """(C, H, W) as it was given, if it is one."""
+    counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
+    _require(counts, "image_shape", shape, "(C, H, W), whole numbers >= 1")
+    return shape[0], shape[1], shape[2]
 
 
 def _is_count(value: Any) -> bool:
