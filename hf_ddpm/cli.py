@@ -128,6 +128,12 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser.late_help[variance] = lambda: (
         f"reverse variance of the sampler ddpm ({', '.join(_fixed_variances())})"
     )
+    parser.add_argument(
+        "--timestep-spacing",
+        metavar="NAME",
+        help="which of the T steps those of --steps are, by default as the sampler chooses (linspace, "
+        "leading, trailing)",
+    )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
         "--batch-size",

@@ -1,6 +1,6 @@
 """A denoiser, which is a function of (x_t, t), and how any model becomes one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +33,16 @@ class _Adapted:
         device = x_t.device if self.device is None else self.device
         answer = self.model(x_t.to(device), t.to(device))
         # What counts is the answer's type. The model's class says nothing: DDP and torch.compile wrap it.
-        output = answer[0] if isinstance(answer, tuple) and answer else getattr(answer, "sample", answer)
+        if isinstance(answer, tuple) and answer:
+            output = answer[0]
+        elif isinstance(answer, Mapping):
+            output = answer.get("sample")
+        else:
+            output = getattr(answer, "sample", answer)
         if not isinstance(output, Tensor):
-            raise ValueError(f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample")
+            raise ValueError(
+                f"the model answered {type(answer).__name__}; allowed: Tensor, tuple, .sample, ['sample']"
+            )
         batch, channels, *sides = x_t.shape
         if output.shape not in (x_t.shape, torch.Size((batch, 2 * channels, *sides))):
             raise ValueError(
@@ -55,7 +62,8 @@ def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -
 
     Args:
         model: module or function of (x_t, t) that answers a tensor, an object whose `.sample` is one
-            (diffusers' `UNet2DModel`, bare, in DDP or compiled), or a tuple that begins with one.
+            (diffusers' `UNet2DModel`, bare, in DDP or compiled), a dict with one under "sample", or a tuple
+            that begins with one.
         device: where the model is, if not where its inputs are: these go there, and the answer comes back.
 
     Raises:

@@ -50,9 +50,9 @@ PUBLISH_FLAGS = """
     --custom-pipeline --commit-message
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
-SAMPLE_FLAGS = (
-    "--num-images --out --steps --scheduler --variance-type --seed --batch-size --overwrite".split()
-)
+SAMPLE_FLAGS = """
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --seed --batch-size --overwrite
+""".split()
 
 
 # Help

@@ -39,6 +39,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
+from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ _DRAWS_PER_BLOCK = 1024
 _NAMED = 10
 
 
+@suggest_keywords
 def load_stream(
     source: str | os.PathLike[str],
     split: str = "train",

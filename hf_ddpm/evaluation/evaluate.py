@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -36,16 +37,22 @@ from hf_ddpm.folders.output import check_evaluation_folder, output_folder
 from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.spelling import suggest_keywords
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
 
-def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
+@suggest_keywords
+def evaluate(
+    config: EvaluationConfig, command: str = "", *, network: nn.Module | None = None
+) -> dict[str, Any]:
     """Score a model, and leave `evaluation.json`, `evaluation.safetensors` and pictures in a folder.
 
     Args:
         config: what to do.
         command: the command line, for the record.
+        network: for a run of a module of your own, whose folder `config.model` is: such a module, as
+            `load_run` takes it.
 
     Returns:
         The content of `evaluation.json`, on every process.
@@ -58,7 +65,7 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
     """
     out, state = _out(config), process_state()
     with output_folder(out, "out", lambda out: check_evaluation_folder(out, config.overwrite), state) as lock:
-        plan = prepare(config)
+        plan = prepare(config, network)
         if state.is_main_process:
             delete_partials(out, MEASURED.__contains__)
         results = measure(plan)
@@ -66,8 +73,12 @@ def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
         return write(plan, results, command)
 
 
-def prepare(config: EvaluationConfig) -> Plan:
+def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     """Look at the model, the images, the extractor and the folder, before anything is made or written.
+
+    Args:
+        config: what to do.
+        network: as in `evaluate`.
 
     Raises:
         ValueError: something can't be done; the message names the culprit.
@@ -81,6 +92,7 @@ def prepare(config: EvaluationConfig) -> Plan:
         config.variance_type,
         config.steps,
         config.first_variance,  # type: ignore[arg-type]
+        network,
     )
     config = settle_reading(config, model)
     stream = open_images(config, model)

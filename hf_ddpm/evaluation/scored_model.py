@@ -18,6 +18,7 @@ from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.runs import load_run
 from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
@@ -89,6 +90,7 @@ def load_scored_model(
     variance_type: str | None = None,
     steps: int | None = None,
     first_variance: Literal["spaced", "full"] = "spaced",
+    network: nn.Module | None = None,
 ) -> ScoredModel:
     """Load a pipeline folder or Hub id, also one that plain diffusers wrote.
 
@@ -99,12 +101,15 @@ def load_scored_model(
             scheduler's.
         steps: K of the respaced chain, by the scheduler's own spacing; by default all T.
         first_variance: σ_0² of a respaced chain, see `DiffusionProcess.respaced`.
+        network: for a run of a module of somebody's own: such a module, as `load_run` takes it.
 
     Raises:
         ValueError: a bad model, a scheduler that contradicts the training record, a variance that the network
             can't be scored with, or an impossible number of steps.
     """
-    pipeline = DDPMPipeline.from_pretrained(model).to(device)
+    pipeline = (DDPMPipeline.from_pretrained(model) if network is None else load_run(model, network)).to(
+        device
+    )
     if isinstance(pipeline.unet, nn.Module):
         pipeline.unet.eval()
     try:

@@ -32,6 +32,7 @@ from hf_ddpm.likelihood import Estimate
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
+from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -64,6 +65,7 @@ class DDPMPipeline(PredictingPipeline):
             assigned later (`pipeline.scheduler = ...`) is checked at the next call, and refused if it runs
             another process or reads another prediction type. A network of another process gets a new
             pipeline.
+        image_shape: (C, H, W) of the images, for a network whose config doesn't say it.
 
     Example:
         ```py
@@ -72,14 +74,17 @@ class DDPMPipeline(PredictingPipeline):
         ```
     """
 
-    def __init__(self, unet: Any, scheduler: Any):
+    @suggest_keywords
+    def __init__(self, unet: Any, scheduler: Any, image_shape: tuple[int, int, int] | None = None):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
         require_config(scheduler)
         super().__init__(unet=unet if isinstance(unet, nn.Module) else as_denoiser(unet), scheduler=scheduler)  # type: ignore[arg-type]
         self.trained_with(scheduler)
+        self._image_shape = None if image_shape is None else _as_shape(image_shape)
         self._said: set[str] = set()
 
+    @suggest_keywords
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -154,6 +159,7 @@ class DDPMPipeline(PredictingPipeline):
             return (images,) if x_0s is None else (images, x_0s)
         return DDPMPipelineOutput(images=images, pred_original_images=x_0s)
 
+    @suggest_keywords
     @torch.no_grad()
     def denoise(
         self,
@@ -199,6 +205,7 @@ class DDPMPipeline(PredictingPipeline):
         self.maybe_free_model_hooks()
         return x_0
 
+    @suggest_keywords
     def bits_per_dim(
         self,
         images: Any,
@@ -323,9 +330,7 @@ class DDPMPipeline(PredictingPipeline):
             check_generators(generator, batch_size, self._execution_device)
         _require(output_type in OUTPUT_TYPES, "output_type", output_type, ", ".join(OUTPUT_TYPES))
 
-        shape = self.image_shape if image_shape is None else image_shape
-        counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
-        _require(counts, "image_shape", shape, f"(C, H, W), {count}")
+        shape = self.image_shape if image_shape is None else _as_shape(image_shape)
         self.check_shape(shape)
         as_picture = output_type == "pil" and shape[0] not in PIL_CHANNELS
         _require(not as_picture, "output_type", output_type, f"np, pt for images of {shape[0]} channels")
@@ -380,6 +385,13 @@ def _called(callback: Callback, pipeline: Any, step: int, t: Tensor, x: Tensor) 
             f"{{'sample': floating-point tensor of shape {tuple(x.shape)}}}"
         )
     return new.to(x.device, x.dtype)
+
+
+def _as_shape(shape: Any) -> tuple[int, int, int]:
+    """(C, H, W) as it was given, if it is one."""
+    counts = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(map(_is_count, shape))
+    _require(counts, "image_shape", shape, "(C, H, W), whole numbers >= 1")
+    return shape[0], shape[1], shape[2]
 
 
 def _is_count(value: Any) -> bool:

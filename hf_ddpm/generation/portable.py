@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
-from hf_ddpm.folders.layout import INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET
+from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, UNET
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
@@ -78,7 +78,8 @@ class PortablePipeline(diffusers.DDPMPipeline):
             raise ValueError("safe_serialization=False would write a pickle; allowed: safetensors only")
         if not hasattr(self.unet, "save_pretrained"):
             raise ValueError(
-                f"{type(self.unet).__name__} can't be saved in a pipeline; allowed: a diffusers ModelMixin"
+                f"{type(self.unet).__name__} can't be saved in a pipeline; allowed: a diffusers ModelMixin "
+                "(hf_ddpm.models.register_network), or torch.nn.Module's own state_dict"
             )
         saving = {key: kwargs.pop(key) for key in ("variant", "max_shard_size") if key in kwargs}
         if kwargs and not push_to_hub:
@@ -182,7 +183,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
                 finally:
                     PASSED.reset(reset)
             if UNET not in passed:
-                _refuse_not_finite(pipeline.unet)
+                refuse_not_finite(pipeline.unet)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = "no such folder, and from the Hub: " if from_hub else ""
             line = _not_loaded(name, tried + _reason(error, token))
@@ -257,6 +258,10 @@ def _local_folder(name: str, where: str) -> tuple[Path, bool]:
         if "\0" in name or (looks_local and not there):
             raise ValueError(f"model folder {where} does not exist")
         if there and not (folder / INDEX).is_file():
+            if (folder / NETWORK_FILE).is_file() and (folder / RECORD).is_file():
+                raise ValueError(
+                    f"the network of {where} is its owner's; allowed: hf_ddpm.load_run(folder, model=...)"
+                )
             raise ValueError(f"model folder {where} has no {INDEX}: it is not a pipeline folder")
     # A name that is too long, or ~nobody
     except (OSError, RuntimeError) as error:
@@ -265,7 +270,12 @@ def _local_folder(name: str, where: str) -> tuple[Path, bool]:
     return folder, not there
 
 
-def _refuse_not_finite(network: nn.Module) -> None:
+def refuse_not_finite(network: nn.Module) -> None:
+    """Refuse a network with weights that are not finite.
+
+    Raises:
+        ValueError: the message names the first.
+    """
     for name, weight in network.state_dict().items():
         if weight.is_floating_point() and weight.device.type != "meta" and not weight.isfinite().all():
             raise ValueError(f"the weights of {name!r} hold NaN or infinite numbers; allowed: finite ones")

@@ -37,6 +37,8 @@ def check_images(x_t: Any) -> None:
 class PredictingPipeline(PortablePipeline):
     """A network and its process, to be asked about noisy images; the base of `DDPMPipeline`."""
 
+    _image_shape: tuple[int, int, int] | None = None  # as the pipeline was told
+
     def trained_with(self, scheduler: Any) -> None:
         """Take note of the scheduler whose config says what the network was trained for.
 
@@ -143,11 +145,13 @@ class PredictingPipeline(PortablePipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, from the network's config.
+        """(C, H, W) of the images, as the pipeline was told, or from the network's config.
 
         Raises:
-            ValueError: the network has no config that says it.
+            ValueError: neither says it.
         """
+        if self._image_shape is not None:
+            return self._image_shape
         config = getattr(self.unet, "config", None)
         if config is None or getattr(config, "sample_size", None) is None:
             raise ValueError(

@@ -23,7 +23,7 @@ from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
-from hf_ddpm.generation.samplers import sampler_class, swap_scheduler, whole_config
+from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import weights_digest
 from hf_ddpm.runtime.disk import delete_partials
 from hf_ddpm.runtime.lasting import Lasting
@@ -48,6 +48,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     overwrite: bool = False,
+    timestep_spacing: str | None = None,
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
 
@@ -65,6 +66,8 @@ def sample(
         seed: of all noise, ≥ 0.
         batch_size: images at once in each process.
         overwrite: whether samples that the folder holds may be replaced.
+        timestep_spacing: how so many steps out of T are chosen, "leading", "trailing" or "linspace"; by
+            default as the sampler does.
 
     Returns:
         The grid's path.
@@ -82,9 +85,13 @@ def sample(
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
     if scheduler is not None:
         sampler_class(scheduler)  # an unknown one is refused before a model is loaded
+    if timestep_spacing is not None:
+        check_spacing(timestep_spacing)
+        if steps is None:
+            raise ValueError(f"timestep_spacing is {timestep_spacing!r}, but has no use without steps")
     state, folder = process_state(), Path(out).expanduser()
     with output_folder(folder, "out", lambda folder: _check_folder(folder, overwrite), state) as lock:
-        pipeline = _load(model, scheduler, variance_type, steps)
+        pipeline = _load(model, scheduler, variance_type, steps, timestep_spacing)
         if state.device is None or state.device.type == "cpu":
             check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
         key = _key(pipeline, seed, steps)
@@ -106,7 +113,13 @@ def sample(
     return grid
 
 
-def _load(model: str, scheduler: str | None, variance_type: str | None, steps: int | None) -> DDPMPipeline:
+def _load(
+    model: str,
+    scheduler: str | None,
+    variance_type: str | None,
+    steps: int | None,
+    timestep_spacing: str | None,
+) -> DDPMPipeline:
     """The model with its sampler.
 
     Raises:
@@ -115,6 +128,8 @@ def _load(model: str, scheduler: str | None, variance_type: str | None, steps: i
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     if scheduler is not None:
         swap_scheduler(pipeline, scheduler)
+    if timestep_spacing is not None:
+        respace(pipeline, timestep_spacing)
     if variance_type is not None:
         if not isinstance(pipeline.scheduler, DDPMScheduler):
             raise ValueError(f"variance_type is {variance_type!r}; allowed: only with the sampler ddpm")

@@ -62,6 +62,7 @@ STRIDING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.
 # diffusers multiplies t + 1 factors in float32. Most tables err by 1.5e-6, a small constant β by more.
 SAME_PROCESS = 1e-5
 ROUNDING = 2.0**-24
+SPACINGS = ("linspace", "leading", "trailing")  # Lin et al. 2023, table 2, by diffusers' words
 LCM_WARNING = (
     "LCMScheduler draws with networks that were distilled for it; the images of any other come out too smooth"
 )
@@ -114,6 +115,36 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     check_sampler(scheduler, trained.config["prediction_type"])  # `changes` may have changed what it reads
     check_process(scheduler, trained)
     pipeline.scheduler = scheduler
+
+
+def check_spacing(spacing: Any) -> None:
+    """Refuse what is no word for how the steps of a shorter chain are spaced.
+
+    Raises:
+        ValueError: it is not one of `SPACINGS` (the nearest is named).
+    """
+    if not isinstance(spacing, str) or spacing not in SPACINGS:
+        hint = did_you_mean(spacing, SPACINGS)
+        raise ValueError(f"timestep_spacing is {described(spacing)}{hint}; allowed: {', '.join(SPACINGS)}")
+
+
+def respace(pipeline: DiffusionPipeline, spacing: str) -> None:
+    """Give the pipeline the same sampler with another spacing of its steps.
+
+    Args:
+        pipeline: whose `scheduler` is replaced.
+        spacing: one of `SPACINGS`.
+
+    Raises:
+        ValueError: it is none of them, or the sampler has no such choice.
+    """
+    check_spacing(spacing)
+    kind: Any = type(pipeline.scheduler)
+    if "timestep_spacing" not in inspect.signature(kind.__init__).parameters:
+        raise ValueError(
+            f"timestep_spacing is {spacing!r}, but {kind.__name__} has no such key; allowed: none"
+        )
+    pipeline.scheduler = kind.from_config(whole_config(pipeline.scheduler), timestep_spacing=spacing)
 
 
 def require_config(scheduler: Any) -> None:

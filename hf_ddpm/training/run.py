@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, UNET, variant_name
 from hf_ddpm.folders.output import check_run_folder, output_folder
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.runs import save_own_network
 from hf_ddpm.objectives import Objective, make_objective, per_example
 from hf_ddpm.process import PRIOR_WARNING
 from hf_ddpm.runtime.disk import delete_partials, update_folder
@@ -177,7 +178,10 @@ class Run:
         self.steps: LossSecondMoment | UniformSteps = kind(len(self.process), accelerator.device)
 
         # The network, its averages and its optimizer
-        unet = model if model is not None else make_model(config, stream, self.scheduler)
+        if model is None:
+            unet = make_model(config, stream, self.scheduler)
+        else:  # the launch wraps it, and the config says whether it is compiled
+            unet = extract_model_from_parallel(model, keep_torch_compile=False)
         self.model = prepare_model(unet, config, stream, accelerator)
         sharded = accelerator.distributed_type == DistributedType.FSDP
         # Where processes share the averages out, a whole network to save them from
@@ -321,15 +325,17 @@ class Run:
     def _write_pipeline(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The first average as the folder's pipeline, the others beside it as variants of the weights.
 
-        Nothing is written for a network that is not one of diffusers' kind.
+        Of a network that is not of diffusers' kind, the same without `model_index.json`, for `load_run`.
 
         Args:
             averages: whole weights by decay, as gathered.
         """
-        if not isinstance(self.averaged, ModelMixin):
-            return
 
         def fill(place: Path) -> None:
+            if not isinstance(self.averaged, ModelMixin):
+                weights = {name: averages[name] for name in self.averages}
+                save_own_network(place, weights, type(self.model).__name__, self.shape, self.scheduler)
+                return
             for name, average in self.averages.items():
                 if self._shell is not None:
                     self._shell.load_state_dict(averages[name])

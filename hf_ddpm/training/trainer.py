@@ -10,20 +10,27 @@ loses nothing: when it goes on it makes what is missing.
 """
 
 import contextlib
+import copy
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.runs import load_run
 from hf_ddpm.publishing.background import BackgroundPush
 from hf_ddpm.publishing.upload import PublishError
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
 from hf_ddpm.training.launch import start_pushing
@@ -49,6 +56,7 @@ class TrainResult:
         images: images seen in all, over every process.
         loss: mean loss of the last logged interval, NaN if this call logged none.
         images_per_second: throughput of this call, without sampling and saving; NaN if it took no step.
+        network: the module that the caller handed over, with the weights of the last step; None without one.
     """
 
     output_dir: Path
@@ -56,8 +64,25 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
+    network: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def pipeline(self) -> DDPMPipeline:
+        """The run's pipeline, with its averaged weights; of a network of the caller's, around a copy of it.
+
+        Raises:
+            ValueError: it can't be loaded, as of a network whose weights FSDP has shared out.
+        """
+        if self.network is None:
+            return load_run(self.output_dir)
+        if any(isinstance(weight, DTensor) for weight in self.network.parameters()):
+            raise ValueError(
+                "FSDP shares the network out; allowed: load_run(folder, model=...), with a new one"
+            )
+        return load_run(self.output_dir, copy.deepcopy(self.network))
 
 
+@suggest_keywords
 def train(
     config: TrainConfig,
     model: nn.Module | None = None,
@@ -73,8 +98,8 @@ def train(
     Args:
         config: the run.
         model: the network, by default the one that `config.model` names. It is trained in place, in float32.
-            A module that is not a diffusers model is trained and checkpointed, but no pipeline folder can be
-            written for it.
+            For a module that is not a diffusers model, the folder has no `model_index.json`, as no other
+            program can make it: `result.pipeline` or `hf_ddpm.load_run(folder, model=...)` is its pipeline.
         objective: what is minimised, by default what `config.objective` names: another name, which then is
             the config's; or an `Objective` or a function, as `make_objective` takes it. A run that began with
             a function is gone on with by passing it again: its name is in the checkpoints, but not in
@@ -114,7 +139,7 @@ def train(
             if run.step == run.first and not stopped:
                 _keep_again(run, push)
         _close(run, log, stopped)
-        return _finish(run, log, stop, push, stopped)
+        return _finish(run, log, stop, push, stopped, model)
 
 
 @contextlib.contextmanager
@@ -213,7 +238,12 @@ def _close(run: Run, log: RunLog, stopped: bool) -> None:
 
 
 def _finish(
-    run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None, stopped: bool
+    run: Run,
+    log: RunLog,
+    stop: StopSignals,
+    push: BackgroundPush | None,
+    stopped: bool,
+    own: nn.Module | None,
 ) -> TrainResult:
     """Wait for the last upload, and say what the run came to.
 
@@ -232,4 +262,11 @@ def _finish(
         )
     if push is not None:
         push.finish()
-    return TrainResult(run.folder, run.step, run.step * run.share.per_step, log.loss, log.images_per_second)
+    if own is not None and not isinstance(run.model, ModelMixin) and run.accelerator.is_main_process:
+        logger.warning(
+            "its pipeline is hf_ddpm.load_run(%r, model=...) with a %s, or the result's .pipeline",
+            str(run.folder),
+            type(run.model).__name__,
+        )
+    images = run.step * run.share.per_step
+    return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, own)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, create_model
+from hf_ddpm.seeds import image_generators
 from tests.commands import pixels, refused, same_images, sample
 from tests.launching import ROOT, forked
 
@@ -60,6 +61,34 @@ def test_sampler_and_variance(tiny_folder, tmp_path):
     assert not same_images(default, small) and not same_images(default, ddim)
 
 
+def test_timestep_spacing(tiny_folder, tmp_path):
+    few = ["--num-images", 2, "--steps", 4]
+    found = {
+        spacing: sample(tiny_folder, tmp_path / spacing, *few, "--timestep-spacing", spacing)
+        for spacing in ("leading", "trailing", "linspace")
+    }
+    assert same_images(found["leading"], sample(tiny_folder, tmp_path / "own", *few))
+    # By hand: T = 20 and the steps of Lin et al. 2023, table 2
+    for spacing, steps in {"trailing": [19, 14, 9, 4], "linspace": [19, 13, 6, 0]}.items():
+        pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+        pipeline.scheduler.register_to_config(timestep_spacing=spacing)
+        (image,) = pipeline(1, image_generators(0, [0]), 4).images
+        assert pipeline.scheduler.timesteps.tolist() == steps
+        assert np.abs(np.asarray(image).astype(int) - found[spacing]["00000.png"]).max() <= 1
+    ddim = [*few, "--scheduler", "ddim"]
+    trailing = sample(tiny_folder, tmp_path / "ddim", *ddim, "--timestep-spacing", "trailing")
+    assert not same_images(trailing, sample(tiny_folder, tmp_path / "ddim-own", *ddim))
+
+
+def test_a_drawing_knows_its_spacing(tiny_folder, tmp_path, capfd):
+    few = ["--num-images", 2, "--steps", 4]
+    sample(tiny_folder, tmp_path / "out", *few, "--timestep-spacing", "trailing")
+    (tmp_path / "out" / "grid.png").unlink()  # as if it had been stopped
+    command = ["sample", tiny_folder, "--out", tmp_path / "out", *few, "--timestep-spacing"]
+    assert "holds samples already" in refused(capfd, *command, "linspace")
+    assert sample(tiny_folder, tmp_path / "out", *few, "--timestep-spacing", "trailing")["grid.png"].any()
+
+
 def test_overwrite_replaces_samples_and_nothing_else(tiny_folder, tmp_path, capfd):
     out = tmp_path / "out"
     old = sample(tiny_folder, out, "--num-images", 3, "--steps", 3)
@@ -96,6 +125,15 @@ def test_overwrite_replaces_samples_and_nothing_else(tiny_folder, tmp_path, capf
             "--variance-type is 'fixed_small'; allowed: only with",
         ),
         ("--variance-type fixed", "--variance-type is 'fixed'; allowed: fixed_small, fixed_large"),
+        (
+            "--timestep-spacing trailling --steps 4",
+            "--timestep-spacing is 'trailling' (did you mean 'trailing'?); allowed: linspace, leading, ",
+        ),
+        ("--timestep-spacing trailing", "--timestep-spacing is 'trailing', but has no use without --steps"),
+        (
+            "--scheduler ddim --steps 7 --timestep-spacing trailing",
+            "goes down by 2 from each step, but --timestep-spacing 'trailing' lists",
+        ),
         ("--num-image 3", "unknown argument '--num-image'; did you mean --num-images?"),
     ],
 )
