@@ -84,7 +84,9 @@ def literal_texts() -> Iterator[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "'␀'" for part in node.values]
-                yield spelled("".join(map(str, parts)))
+                text = "".join(map(str, parts))
+                yield text
+                yield spelled(text)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield spelled(node.value)
 
