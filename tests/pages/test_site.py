@@ -1,26 +1,26 @@
 """`make docs`: the site is built, strictly, and fetches nothing."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
 
 import hf_ddpm
 from tests.pages.reading import ROOT
 
 
-def test_the_site(tmp_path):
+def test_the_site(tmp_path, monkeypatch, caplog):
     """It is built once for all that is asked of it; any warning, as of a dead link or anchor, is an error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    try:
+        build(config)
+    except Abort as error:
+        pytest.fail(f"{error}: {caplog.text[-3000:]}")
     pages = {
         path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8")
         for path in tmp_path.rglob("*.html")
