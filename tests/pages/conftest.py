@@ -12,7 +12,7 @@ from tests.pages.reading import ROOT
 
 # Not of a clone, or made by the blocks
 OWN = {"runs", "data", "site", "dist", ".venv", ".git"}
-SIZES = [(40, 32), (32, 48), (64, 64), (33, 50), (80, 45), (32, 32), (50, 70), (36, 36)]
+SIZES = [(40, 32), (32, 48), (64, 64), (33, 50), (80, 45), (32, 32), (50, 70), (36, 36)] * 10
 
 
 def draw_photos(folder: Path) -> None:
@@ -46,8 +46,8 @@ def clone(made, tmp_path, monkeypatch):
     for path in ROOT.iterdir():
         if path.name not in OWN:
             (tmp_path / path.name).symlink_to(path)
-    for path in made.iterdir():
-        copy = shutil.copytree if path.is_dir() else shutil.copy
-        copy(path, tmp_path / path.name)
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    for name in ("photos", "photos-test", "run.toml"):
+        (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path

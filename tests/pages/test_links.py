@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hf_ddpm
 from hf_ddpm.config import TrainConfig, tomllib
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.runtime.arguments import Parser, add_options, spelled
@@ -71,7 +72,7 @@ def test_badges_and_citation_say_what_pyproject_says():
 
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (citation["version"], citation["license"]) == (hf_ddpm.__version__, PROJECT["license"])
 
 
 def literal_texts() -> Iterator[str]:
