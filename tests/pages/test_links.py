@@ -65,7 +65,7 @@ def test_badges_and_citation_say_what_pyproject_says():
     wanted = {
         "licence": PROJECT["license"],
         "python": PROJECT["requires-python"],
-        "version": PROJECT["version"],
+        "version": hf_ddpm.__version__,
     }
     assert {key: text.replace("&gt;", ">").replace(" ", "") for key, text in texts.items()} == wanted
     assert {f"docs/badges/{key}.svg" for key in wanted} <= set(links(ROOT / "README.md"))
