@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/digits
 STUDY ?= runs/study
 
-.PHONY: install demo study cards format lint types test test-slow bench check clean
+.PHONY: install demo study cards docs format lint types test test-slow bench check clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ study: install
 
 cards: install
 	$(BIN)/python train_scripts/make_cards.py
+
+# Strict: a link or an anchor that leads nowhere is an error. mkdocs is held below 2, and says so at length.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -47,4 +51,4 @@ bench: install
 check: lint types test
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,7 @@
-"""The pages beside the code say what is there: docs/maths.md, README.md, ARCHITECTURE.md, CONTRIBUTING.md."""
+"""The pages for developers say what is there: docs/maths.md, ARCHITECTURE.md, SECURITY.md.
+
+The pages for users, their links and their code have the tests in tests/pages/.
+"""
 
 import pkgutil
 import re
@@ -35,7 +38,7 @@ def test_sections_that_tests_cite_exist():
     assert cited > 20
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_paths_in_pages_exist(page):
     folders = r"(?:tests|hf_ddpm|train_scripts|model_cards|docs)"
     paths = set(re.findall(rf"`({folders}/[\w./-]*)`", read(page)))
@@ -47,14 +50,6 @@ def test_tests_that_the_security_page_names_exist():
     everything = "\n".join(SOURCES.values())
     names = set(re.findall(r"`(test_\w+)`", read("SECURITY.md")))
     assert len(names) > 10 and [name for name in names if f"def {name}(" not in everything] == []
-
-
-def test_imports_of_the_readme():
-    blocks = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if re.match(r"(from|import) ", line)]
-    assert len(lines) > 5
-    for line in lines:
-        exec(line, {})
 
 
 def test_names_in_paper_to_code_exist():

@@ -1,4 +1,4 @@
-"""README's swaps: our scheduler in diffusers scripts that exist, diffusers' samplers in our pipeline."""
+"""docs/scheduler.md's swaps: our scheduler in diffusers scripts, diffusers' samplers in our pipeline."""
 
 import diffusers
 import numpy as np
