@@ -152,9 +152,10 @@ class Run:
         self.shape, self.rows = stream.shape, stream.num_rows()
         if accelerator.is_main_process:
             logger.warning("%s", stream.survey(show=True))
-        self.heldout = (
-            HeldOut(config, self.folder, accelerator, stream.shape) if config.evaluate_every else None
-        )
+            if config.holdout is not None:
+                held = stream.chosen.left_out
+                logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
+        self.heldout = HeldOut(config, self.folder, accelerator, stream) if config.evaluate_every else None
         self.grids = SampleGrids(config, self.folder, accelerator, self.scheduler, stream.shape)
 
         # What is minimised, and at which steps
