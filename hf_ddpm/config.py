@@ -37,10 +37,15 @@ def _fits() -> Iterable[str]:
     return FITS
 
 
-def _check_holdout(name: str, value: float) -> None:
-    from hf_ddpm.data.holdout import check_holdout
+def check_holdout(name: str, value: float) -> None:
+    """Refuse what is neither a share of the images nor a number of images, see `data.holdout`.
 
-    check_holdout(name, value)
+    Raises:
+        ValueError: the message names the option and what is allowed.
+    """
+    from hf_ddpm.data.holdout import check_holdout as check
+
+    check(name, value)
 
 
 def _presets() -> Iterable[str]:
@@ -120,7 +125,7 @@ class TrainConfig:
         None,
         "share of the images (0.05), or how many (500), that are never trained on; seed and row choose them",
         above=0.0,
-        check=_check_holdout,
+        check=check_holdout,
     )
     image_column: str | None = option(None, "column of the images, by default the only one")
     image_size: str | None = option(

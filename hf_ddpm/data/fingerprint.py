@@ -7,6 +7,7 @@ of its files say is taken instead.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,9 +33,10 @@ def take_fingerprint(shards: Shards, order: Order) -> dict[str, Any]:
         order: of the chosen rows.
 
     Returns:
-        "rows": of each shard. "chosen": which rows are read, where not all are. "layout": a digest of the groups of rows and their bytes. "order": rows of a
+        "rows": of each shard. "layout": a digest of the groups of rows and their bytes. "order": rows of a
         window, and units. "files": (name in the data's folder, bytes) of each file, where they are few.
-        "all_files": a digest of these of all files. "sample": (name, digest) of some rows.
+        "all_files": a digest of these of all files. "sample": (name, digest) of some rows. "chosen": how many
+        rows are read, and a digest of which, where not all are.
 
     Raises:
         ValueError: a shard that can't be read.
@@ -105,6 +107,13 @@ def _row_digest(shards: Shards, row: Row) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def digest_of(fingerprint: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of the data and of the rows that are read, in any order; they name no file."""
+    parts = ("rows", "all_files", "sample", "chosen")
+    said = json.dumps({part: fingerprint.get(part) for part in parts})
+    return _digest(said.encode())
 
 
 def compare_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -93,9 +93,14 @@ def check_holdout(name: str, value: float) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (0 < value < 1 or (2 <= value < math.inf and value == math.floor(value))):
         raise ValueError(
-            f"{name} is {shown(value)}; allowed: a share of the images above 0 and below 1, or how many, 2 or "
-            "more"
+            f"{name} is {shown(value)}; allowed: a share of the images, above 0 and below 1, or how many, "
+            "2 or more"
         )
+
+
+def titled(title: str, words: str) -> str:
+    """A title such as "photos/ (train)" with more words in its brackets."""
+    return f"{title.removesuffix(')')}{words})"
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Choice:
         words = self.split.removeprefix(name_of_split(self.split))
         if self.holdout is not None and self.part != "all":
             words += f", {'held-out images' if self.part == 'held-out' else 'those to train on'}"
-        return f"{source.removesuffix(')')}{words})"
+        return titled(source, words)
 
     def rows(self, total: int) -> Rows:
         """The wanted rows of a split of `total` rows.
@@ -161,7 +166,9 @@ def count_of(holdout: float, rows: int) -> int:
     count = math.floor(holdout * rows + 0.5) if holdout < 1 else int(holdout)
     if not 0 < count < rows:
         what = f"none of the {rows:,}" if count == 0 else f"not fewer than the {rows:,}"
-        raise ValueError(f"holdout is {holdout:g}, {what} images; allowed: what makes 1 to {rows - 1:,} of them")
+        raise ValueError(
+            f"holdout is {holdout:g}, {what} images; allowed: what makes 1 to {rows - 1:,} of them"
+        )
     return count
 
 
@@ -213,6 +220,16 @@ class Rows:
         """How many rows between the first and the last of the slice are not among them."""
         return len(self._span) - len(self)
 
+    @property
+    def all(self) -> np.ndarray:
+        """The source's rows, ascending, int64."""
+        return self.of(np.arange(len(self)))
+
+    @property
+    def others(self) -> Rows:
+        """The rows of the slice that are not among them."""
+        return Rows(self._span, self._some, not self._listed)
+
     def of(self, numbers: Any) -> np.ndarray:
         """The source's rows with these numbers, int64; each number is 0 to `len` − 1."""
         numbers = np.asarray(numbers, np.int64)
@@ -233,10 +250,9 @@ class Rows:
             return Rows(self._span, np.delete(self._some, numbers), listed=True)
         return Rows(self._span, np.union1d(self._some, self.of(numbers)).astype(np.int64))
 
-    def common(self, others: Rows) -> int:
-        """How many rows are among these and those."""
-        ours = self.of(np.arange(len(self)))
-        return int(np.isin(ours, others.of(np.arange(len(others))), assume_unique=True).sum())
+    def both(self, others: Rows) -> Rows:
+        """The rows that are among these and those."""
+        return Rows(self._span, np.intersect1d(self.all, others.all, assume_unique=True), listed=True)
 
     @property
     def digest(self) -> str:

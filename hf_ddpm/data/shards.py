@@ -34,7 +34,7 @@ from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
 from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, shown
-from hf_ddpm.data.holdout import Choice, Rows
+from hf_ddpm.data.holdout import Choice, Rows, titled
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
@@ -155,10 +155,10 @@ class Shards:
             return self._choice
         return Rows(range(total)) if self._choice is None else self._choice.rows(total)
 
-    def choose(self, rows: Rows) -> Shards:
-        """The same shards with these rows of the source."""
+    def choose(self, rows: Rows, words: str = "") -> Shards:
+        """The same shards with these rows of the source; `words` are added to the title."""
         found = Shards(self.source, self._column, rows)
-        found.whole, found.title = self.whole, self.title
+        found.whole, found.title = self.whole, titled(self.title, words)
         return found
 
     @cached_property
@@ -173,9 +173,7 @@ class Shards:
             left = np.diff(self.chosen.count_before(np.cumsum([0, *groups])))
             counts = np.diff(self.chosen.count_before(np.cumsum([0, *self.whole.counts])))
             shares = zip(sizes, left.tolist(), groups, strict=True)
-            return Layout(
-                counts.tolist(), left.tolist(), [size * n // max(of, 1) for size, n, of in shares]
-            )
+            return Layout(counts.tolist(), left.tolist(), [size * n // max(of, 1) for size, n, of in shares])
         if self.addressable:
             return Layout([len(self.source.files)], [len(self.source.files)], [0])
         # In threads, as reading a remote footer is mostly waiting

@@ -20,7 +20,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Integral, Real
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.encoded import MAX_PIXELS
-from hf_ddpm.data.fingerprint import take_fingerprint
+from hf_ddpm.data.fingerprint import digest_of, take_fingerprint
 from hf_ddpm.data.holdout import Choice, Part, Rows, name_of_split
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
@@ -204,6 +204,23 @@ class ImageStream:
         """
         return take_fingerprint(self._shards, self._order)
 
+    def facts(self, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Which images these are, without the name of any: what a run leaves, and an evaluation compares.
+
+        Args:
+            fingerprint: of this stream, where it is known already.
+
+        Returns:
+            "num_rows": of the whole split. "chosen": how many of them are read. "left_out": of those that the
+            split's slice has, how many are not. "fingerprint": of the data and of the choice, 16 hex digits.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        total, chosen = sum(self._shards.whole.counts), self.chosen
+        counts = {"num_rows": total, "chosen": len(chosen), "left_out": chosen.left_out}
+        return counts | {"fingerprint": digest_of(fingerprint or self.fingerprint())}
+
     @property
     def folder(self) -> str | None:
         """The folder whose image files are the rows; None for any other source."""
@@ -254,15 +271,19 @@ class ImageStream:
             raise ValueError(f"no usable image in {self._shards}")
         return bad
 
-    def without(self, positions: Sequence[int]) -> ImageStream:
-        """The same images without those at some places, of a stream in its source's order.
+    def only(self, rows: Rows, words: str = "") -> ImageStream:
+        """Images of the same split, in its order: those with these numbers in the whole split.
+
+        Args:
+            rows: which.
+            words: what messages add to the name of the split.
 
         Raises:
-            ValueError: the order is another.
+            ValueError: there are none, or the first of them can't be read.
         """
-        if self._memory:
-            raise ValueError(f"shuffle_memory is {self._memory:g}; allowed: 0, where images are left out")
-        return replace(self, _shards=self._shards.choose(self.chosen.without(positions)))
+        if not len(rows):
+            raise ValueError(f"no images are left of {self._shards.title}")
+        return replace(self, _shards=self._shards.choose(rows, words), _memory=0.0)
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""

@@ -86,7 +86,7 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, trained: ImageStream):
         stream = open_heldout(config, trained.shape)
-        common = stream.chosen.common(trained.chosen) if stream.split == trained.split else 0
+        common = len(stream.chosen.both(trained.chosen)) if stream.split == trained.split else 0
         if common and accelerator.is_main_process:
             what = "is the split that the run trains on"
             if common < stream.num_rows():
