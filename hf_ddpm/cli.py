@@ -5,6 +5,7 @@ of `runtime.arguments`. Each command imports what it needs once its words have b
 mistyped words are answered without loading torch.
 """
 
+import argparse
 import math
 import shlex
 import sys
@@ -176,7 +177,7 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         type=path,
         metavar="DATASET",
         nargs="?",
-        default="",
+        default=argparse.SUPPRESS,
         help="Hub id, folder of images or of parquet files, or 'digits'; by default the run's own data set: "
         "the images that the run held out, else its test split",
     )

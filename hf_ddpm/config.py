@@ -124,7 +124,6 @@ class TrainConfig:
     holdout: float | None = option(
         None,
         "share of the images (0.05), or how many (500), that are never trained on; seed and row choose them",
-        above=0.0,
         check=check_holdout,
     )
     image_column: str | None = option(None, "column of the images, by default the only one")

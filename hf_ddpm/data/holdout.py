@@ -252,7 +252,17 @@ class Rows:
 
     def both(self, others: Rows) -> Rows:
         """The rows that are among these and those."""
-        return Rows(self._span, np.intersect1d(self.all, others.all, assume_unique=True), listed=True)
+        few, many = sorted((self, others), key=len)
+        rows = few.all
+        return Rows(self._span, rows[many.has(rows)], listed=True)
+
+    def has(self, rows: np.ndarray) -> np.ndarray:
+        """Whether rows of the source are among them, bool, shape of `rows`."""
+        at = np.searchsorted(self._some, rows)
+        found = np.zeros(len(rows), np.bool_)
+        inside = at < len(self._some)
+        found[inside] = self._some[at[inside]] == rows[inside]
+        return found if self._listed else ~found & (rows >= self._span.start) & (rows < self._span.stop)
 
     @property
     def digest(self) -> str:

@@ -40,6 +40,7 @@ NEEDS = {
     "reference": ("extractor",),
     "nearest_split": ("nearest_dataset",),
     "first_variance": ("steps",),
+    "holdout_seed": ("holdout",),
 }
 
 
@@ -71,7 +72,6 @@ class EvaluationConfig:
     holdout: float | None = option(
         None,
         "share of the images, or how many, that are held out, as in training; by default as the run had it",
-        above=0.0,
         check=check_holdout,
     )
     holdout_seed: int | None = option(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.holdout import name_of_split
+from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -79,7 +80,8 @@ class Trained:
     """What of a data set a model was trained on.
 
     Attributes:
-        stream: the images that its run trained on, or would train on if it began now; None if they are gone.
+        stream: the images that its run trained on, or would train on if it began now; None if they are gone,
+            or where images of another split are looked for.
         split: the name of their split.
         held: whether the run held other images of their split, or of its slice, out.
         changed: how the data set is not the one that the run began with, in words; None if it is the same, as
@@ -93,7 +95,7 @@ class Trained:
 
     def shares(self, stream: ImageStream) -> bool:
         """Whether another stream of the data set is of their split."""
-        return stream.split == (self.split if self.stream is None else self.stream.split)
+        return _known(stream.split) == _known(self.split)
 
     def count(self, stream: ImageStream) -> int:
         """How many images of another stream of the data set are among these."""
@@ -102,7 +104,30 @@ class Trained:
         return len(stream.chosen.both(self.stream.chosen))
 
 
-def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str) -> Trained | None:
+def _known(split: str) -> str:
+    """The name of a split, without a slice, as data sets have it: "validation" for "val"."""
+    name = name_of_split(split)
+    return SPLITS.get(name.lower(), name)
+
+
+def default_split(config: EvaluationConfig, record: TrainConfig | None, own: bool) -> str:
+    """The split that is scored.
+
+    Args:
+        config: the evaluation.
+        record: of the model's training run.
+        own: whether the data set is the run's.
+    """
+    if config.split is not None:
+        return config.split
+    if record is None or not own:
+        return "test" if config.holdout is None else "train"
+    if config.holdout is not None or record.holdout is not None:
+        return record.split
+    return record.evaluate_split or "test"
+
+
+def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str, split: str) -> Trained | None:
     """What of a data set the model was trained on; None if it is another data set, or nobody knows.
 
     A data set is the run's if it has the run's name for it, or the same files and images in another place.
@@ -111,6 +136,7 @@ def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str) -> 
         config: how images are read, settled.
         model: with the records of its run.
         dataset: its name.
+        split: the split that is looked at, or a slice.
     """
     record, known = model.record, model.data_record
     if record is None:
@@ -118,7 +144,9 @@ def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str) -> 
     named = same_place(dataset, record.dataset)
     if not named and (known is None or not os.path.exists(os.path.expanduser(dataset))):
         return None
-    split, held = name_of_split(record.split), record.holdout is not None
+    held = record.holdout is not None
+    if _known(split) != _known(record.split):
+        return Trained(None, record.split, held, None) if named else None
     as_trained = dataclasses.replace(
         config, holdout=record.holdout, holdout_seed=record.seed if held else None, part="train"
     )
@@ -127,12 +155,12 @@ def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str) -> 
         facts = stream.facts()
     except ValueError as error:
         # What is asked for may be there all the same
-        return Trained(None, split, held, one_line(error, 120)) if named else None
+        return Trained(None, record.split, held, one_line(error, 120)) if named else None
     if known is None or facts == known:
-        return Trained(stream, split, held, None)
+        return Trained(stream, record.split, held, None)
     was, now = known.get("num_rows"), facts["num_rows"]
     what = f"{now:,} images, then {shown(was)}" if was != now else "other names, sizes or images"
-    return Trained(stream, split, held, what) if named else None
+    return Trained(stream, record.split, held, what) if named else None
 
 
 def _sides(config: EvaluationConfig, model: ScoredModel) -> tuple[int, int] | None:
@@ -193,7 +221,8 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
     """
     given = config.dataset
     config = settle_reading(config, model)
-    trained = find_trained(config, model, config.dataset)
+    split = default_split(config, model.record, own=True)
+    trained = find_trained(config, model, config.dataset, split)
     try:
         config, stream = _open_part(config, model, trained)
     except ValueError as error:
@@ -210,7 +239,8 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
         logger.warning("%s has changed since the run began (%s)", config.dataset, trained.changed)
     if is_main and seen:
         which = f"{seen:,} of these {stream.num_rows():,} images: their"
-        which = "this split: its" if seen == stream.num_rows() else which
+        if seen == stream.num_rows():
+            which = "these images: their" if config.part == "train" else "this split: its"
         logger.warning("the model was trained on %s bits/dim here say nothing about new images", which)
     return Images(config, stream, trained, seen, skipped)
 
@@ -231,16 +261,11 @@ def _open_part(
 ) -> tuple[EvaluationConfig, ImageStream]:
     """The config with split, part and holdout settled, and the images that it then means."""
     record, sides = model.record, _sides(config, model)
-    held = trained is not None and trained.held
+    held, split = trained is not None and trained.held, default_split(config, record, trained is not None)
     if config.holdout is not None:
         seed = config.holdout_seed if config.holdout_seed is not None else record.seed if record else 0
-        split = config.split or (record.split if record and trained else "train")
         config = dataclasses.replace(config, split=split, part=config.part or "held-out", holdout_seed=seed)
         return config, load_images(config, config.dataset, split, sides)
-    if record is None or trained is None:
-        split = config.split or "test"
-    else:
-        split = config.split or (record.split if held else record.evaluate_split or "test")
     config, part = dataclasses.replace(config, split=split, part="all"), config.part
     whole = load_images(config, config.dataset, split, sides)
     if part is None:
@@ -254,8 +279,8 @@ def _open_part(
         )
     if trained.changed is not None or trained.stream is None:
         raise ValueError(
-            f"{shown(config.dataset)} has changed since the run began ({trained.changed}), so that it can't be "
-            f"told which of its images are {part}; allowed: the same data, or part all"
+            f"{shown(config.dataset)} has changed since the run began ({trained.changed}), so nobody knows "
+            f"which of its images are {part}; allowed: the same data, or part all"
         )
     if model.data_record is None and process_state().is_main_process:
         logger.warning("no %s says whether %s is as it was when the run began", TRAINED_ON, config.dataset)
@@ -289,7 +314,7 @@ def open_nearest(config: EvaluationConfig, model: ScoredModel, images: Images) -
     plain = dataclasses.replace(config, holdout=None, holdout_seed=None, part="all")
     stream = load_images(plain, dataset, split, None if config.fit == "exact" else images.stream.shape[1:])
     same = same_place(dataset, config.dataset)
-    trained = images.trained if same else find_trained(config, model, dataset)
+    trained = find_trained(config, model, dataset, split)
     if trained is not None and trained.held and trained.stream is not None and trained.count(stream):
         stream = stream.only(stream.chosen.both(trained.stream.chosen), ", those trained on")
     elif same and config.part == "held-out" and stream.split == images.stream.split:

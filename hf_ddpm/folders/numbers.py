@@ -239,7 +239,8 @@ def describe(report: Mapping[str, Any]) -> str:
     fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
     fitted += ", converted to 8 bits" if data.get("to_8_bit") else ""
     part = {"held-out": "held-out ", "train": "trained-on "}.get(data.get("part"), "")
-    seen = f", {data['num_trained_on']} of them trained on" if data.get("num_trained_on") and not part else ""
+    seen = f", {data['num_trained_on']} of them trained on" if data.get("num_trained_on") else ""
+    seen = "" if data.get("part") == "train" else seen
     lines.append(
         f"{data['num_images']} of {data['num_rows']} {part}images of {data['dataset']}, {data['split']}"
         f"{_holdout_words(data)}{seen}{fitted}; "
