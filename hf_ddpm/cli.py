@@ -5,6 +5,7 @@ of `runtime.arguments`. Each command imports what it needs once its words have b
 mistyped words are answered without loading torch.
 """
 
+import argparse
 import math
 import shlex
 import sys
@@ -172,7 +173,7 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         "plots, and optionally the quality of its samples. If it was killed, the same command continues it. "
         "The numbers of an image depend on the seed and on the image's row only; start it with `accelerate "
         "launch` to use several processes.",
-        "example: %(prog)s runs/photos photos/ --split test --num-images 1000",
+        "example: %(prog)s runs/photos photos/ --num-images 1000",
     )
     parser.add_argument(
         "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
@@ -181,7 +182,10 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         "dataset",
         type=path,
         metavar="DATASET",
-        help="Hub id, folder of images or of parquet files, or 'digits'",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="Hub id, folder of images or of parquet files, or 'digits'; by default the run's own data set: "
+        "the images that the run held out, else its test split",
     )
     add_options(parser, EvaluationConfig, but=("model", "dataset"))
     config = EvaluationConfig(**vars(parser.parse(argv)))

@@ -38,6 +38,17 @@ def _fits() -> Iterable[str]:
     return FITS
 
 
+def check_holdout(name: str, value: float) -> None:
+    """Refuse what is neither a share of the images nor a number of images, see `data.holdout`.
+
+    Raises:
+        ValueError: the message names the option and what is allowed.
+    """
+    from hf_ddpm.data.holdout import check_holdout as check
+
+    check(name, value)
+
+
 def _presets() -> Iterable[str]:
     from hf_ddpm.models import PRESETS
 
@@ -112,7 +123,12 @@ class TrainConfig:
     dataset: str = option(
         "digits", "Hub id, folder of images or of parquet files, or 'digits' (embedded)", path=True
     )
-    split: str = option("train", "split of the data set to train on")
+    split: str = option("train", "split of the data set to train on, or a slice as in 'train[:90%]'")
+    holdout: float | None = option(
+        None,
+        "share of the images (0.05), or how many (500), that are never trained on; seed and row choose them",
+        check=check_holdout,
+    )
     image_column: str | None = option(None, "column of the images, by default the only one")
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
@@ -241,7 +257,9 @@ class TrainConfig:
     evaluate_every: int = option(
         0, "steps between measurements of held-out images in bits/dim, 0 for never", least=0
     )
-    evaluate_split: str = option("test", "split of the held-out images")
+    evaluate_split: str | None = option(
+        None, "split of the held-out images, by default those of --holdout, else test"
+    )
     evaluate_num_images: int = option(256, "how many held-out images, at most", least=2)
     evaluate_num_evals: int = option(
         20, "network evaluations for each held-out image", least=2, most=MOST_EVALS
@@ -262,6 +280,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.holdout is not None and self.holdout >= 1:
+            object.__setattr__(self, "holdout", int(self.holdout))
         self.size  # noqa: B018  raises for text that is no size
         self.ema_decays  # noqa: B018  raises for text that is no list of decays
         if self.sample_steps is not None and self.sample_steps > self.num_train_timesteps:

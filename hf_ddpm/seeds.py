@@ -31,6 +31,7 @@ class Use(IntEnum):
     SHARDS = 0  # then seed, epoch
     ROWS = 1  # then seed, epoch, lane, block
     CROPS = 2  # then seed, epoch, block of places
+    HOLDOUT = 14  # which rows are held out: a key of `numpy.random.SeedSequence`; then seed
 
     # Training: keys of `numpy.random.default_rng`
     STEPS = 6  # then seed, block of positions

@@ -26,7 +26,7 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --image-column --image-size --channels --background --fit
+    --config --dataset --split --holdout --image-column --image-size --channels --background --fit
     --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout
     --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
@@ -40,8 +40,8 @@ TRAIN_FLAGS = """
     --push-to-hub --push-every --push-private --license --dataset-license --dataset-id
 """.split()
 EVALUATE_FLAGS = """
-    --split --num-images --image-column --channels --background --fit --to-8-bit --exact --num-evals-per-image
-    --pilot-images --variance-type
+    --split --part --holdout --holdout-seed --num-images --image-column --channels --background --fit
+    --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
     --clip-x0 --decoder --steps --first-variance --extractor --nearest-dataset --nearest-split --num-samples
     --sampling-steps --num-reference --reference --compare-with --out --overwrite --seed --batch-size
 """.split()
@@ -113,7 +113,7 @@ for line in sys.argv[1:]:
 def test_help_and_mistyped_words_load_no_torch():
     lines = ["", "--help", "--version", "help", "tarin", "help tarin", "train --bacth-size 3"]
     lines += ["train --batch-size", "sample x --stepz 3", "sample x", "sample x --out y --steps 0"]
-    lines += ["evaluate x", "interpolate x a b --out c --seed -1", "publish", "publish a b --privat"]
+    lines += ["evaluate", "interpolate x a b --out c --seed -1", "publish", "publish a b --privat"]
     done = subprocess.run(
         [sys.executable, "-c", ANSWERS, *lines], env=environment(), cwd=ROOT, capture_output=True, text=True
     )

@@ -7,6 +7,7 @@ of its files say is taken instead.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,19 +29,22 @@ def take_fingerprint(shards: Shards, order: Order) -> dict[str, Any]:
     """The fingerprint of a source and of the order in which it is read, as plain values (JSON).
 
     Args:
-        shards: where the rows are.
-        order: their order.
+        shards: where the rows are; the fingerprint is of all rows of the source, chosen or not.
+        order: of the chosen rows.
 
     Returns:
         "rows": of each shard. "layout": a digest of the groups of rows and their bytes. "order": rows of a
         window, and units. "files": (name in the data's folder, bytes) of each file, where they are few.
-        "all_files": a digest of these of all files. "sample": (name, digest) of some rows.
+        "all_files": a digest of these of all files. "sample": (name, digest) of some rows. "chosen": how many
+        rows are read, and a digest of which, where not all are.
 
     Raises:
         ValueError: a shard that can't be read.
     """
+    chosen = {} if shards.whole is shards else {"chosen": [len(shards.chosen), shards.chosen.digest]}
+    shards = shards.whole
     layout, sizes = shards.layout, _sizes(shards)
-    return {
+    return chosen | {
         "rows": layout.counts,
         "layout": _digest(repr((layout.groups, layout.num_bytes)).encode()),
         "order": order.shape,
@@ -105,6 +109,13 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def digest_of(fingerprint: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of the data and of the rows that are read, in any order; they name no file."""
+    parts = ("rows", "all_files", "sample", "chosen")
+    said = json.dumps({part: fingerprint.get(part) for part in parts})
+    return _digest(said.encode())
+
+
 def compare_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What differs between two fingerprints, in a few words; None if nothing does."""
     if was["rows"] != now["rows"]:
@@ -121,6 +132,8 @@ def compare_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> str 
         return "names or sizes of its files"
     if (was["layout"], was["sample"]) != (now["layout"], now["sample"]):
         return "how the rows lie in its files"
+    if was.get("chosen") != now.get("chosen"):
+        return "which of the rows are read"
     return None if list(was["order"]) == list(now["order"]) else "the order, as it was read from elsewhere"
 
 

@@ -228,8 +228,8 @@ def permuted(indices: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray
     while len(walking):
         left, right = np.divmod(found[walking], np.uint64(b))
         for i in range(0, _ROUNDS, 2):
-            left = (left + _hashed(right + keys[i]) % np.uint64(a)) % np.uint64(a)
-            right = (right + _hashed(left + keys[i + 1]) % np.uint64(b)) % np.uint64(b)
+            left = (left + hashed(right + keys[i]) % np.uint64(a)) % np.uint64(a)
+            right = (right + hashed(left + keys[i + 1]) % np.uint64(b)) % np.uint64(b)
         found[walking] = left * np.uint64(b) + right
         walking = walking[found[walking] >= size]
     return found.astype(np.int64)
@@ -241,7 +241,7 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
     return np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)[:, None]
 
 
-def _hashed(x: np.ndarray) -> np.ndarray:
+def hashed(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014), uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

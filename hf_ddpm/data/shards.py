@@ -27,12 +27,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.table import table_cast
 
 from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, shown
+from hf_ddpm.data.holdout import Choice, Rows, titled
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
@@ -48,7 +50,7 @@ class Row(NamedTuple):
 
     Attributes:
         shard: number of its shard.
-        number: of the row in that shard.
+        number: of the row among those of that shard which were chosen.
         value: what its image column holds: {"bytes": ..., "path": ...}, or nested lists of grey levels.
     """
 
@@ -79,15 +81,24 @@ class Layout(NamedTuple):
 class Shards:
     """The shards of a source, by number.
 
-    Images that are files are one shard; each parquet file is one.
+    Images that are files are one shard; each parquet file is one. Where rows are chosen, the shards are as if
+    they had no others: these are numbered anew, and counts, groups and sizes are of these.
 
     Args:
         source: the rows.
         column: the column to read.
+        choice: which rows; None for all of them.
+
+    Attributes:
+        source: as given.
+        whole: the shards with all rows; itself where none are chosen.
+        title: what messages call the rows.
     """
 
-    def __init__(self, source: Source, column: str):
-        self.source, self._column = source, column
+    def __init__(self, source: Source, column: str, choice: Choice | Rows | None = None):
+        self.source, self._column, self._choice = source, column, choice
+        self.whole = self if choice is None else Shards(source, column)
+        self.title = source.title if not isinstance(choice, Choice) else choice.title(source.title)
         # Rows of each row group that may be read at once, where its headers have been looked at
         self._checked: dict[tuple[int, int], int] = {}
         self._schema = datasets.Features({column: source.features[column]}).arrow_schema
@@ -133,12 +144,36 @@ class Shards:
         return self.layout.counts
 
     @cached_property
+    def chosen(self) -> Rows:
+        """The rows, by their numbers in the source; it counts those of the source.
+
+        Raises:
+            ValueError: a shard that can't be read, or a choice that no row or every row is left by.
+        """
+        total = sum(self.whole.counts)
+        if isinstance(self._choice, Rows):
+            return self._choice
+        return Rows(range(total)) if self._choice is None else self._choice.rows(total)
+
+    def choose(self, rows: Rows, words: str = "") -> Shards:
+        """The same shards with these rows of the source; `words` are added to the title."""
+        found = Shards(self.source, self._column, rows)
+        found.whole, found.title = self.whole, titled(self.title, words)
+        return found
+
+    @cached_property
     def layout(self) -> Layout:
         """From the footers of parquet files; a stream is read once.
 
         Raises:
-            ValueError: a shard that can't be read.
+            ValueError: a shard that can't be read, or a choice of rows that can't be made.
         """
+        if self.whole is not self:
+            _, groups, sizes = self.whole.layout
+            left = np.diff(self.chosen.count_before(np.cumsum([0, *groups])))
+            counts = np.diff(self.chosen.count_before(np.cumsum([0, *self.whole.counts])))
+            shares = zip(sizes, left.tolist(), groups, strict=True)
+            return Layout(counts.tolist(), left.tolist(), [size * n // max(of, 1) for size, n, of in shares])
         if self.addressable:
             return Layout([len(self.source.files)], [len(self.source.files)], [0])
         # In threads, as reading a remote footer is mostly waiting
@@ -195,7 +230,17 @@ class Shards:
                     else:
                         yield from self._read_stream(shard, start)
 
-            yield chunks_from
+            if self.whole is self:
+                yield chunks_from
+            else:
+                rows = self._chosen_of(shard)
+                yield lambda start: _chosen_values(chunks_from, rows[start:])
+
+    def _chosen_of(self, shard: int) -> np.ndarray:
+        """The chosen rows of a shard, by their numbers among all of its rows."""
+        before = sum(self.whole.counts[:shard])
+        first, last = self.chosen.count_before([before, before + self.whole.counts[shard]])
+        return self.chosen.of(np.arange(first, last)) - before
 
     def _read_stream(self, shard: int, start: int) -> Iterator[pa.Array]:
         part = self._dataset.shard(len(self.names), shard)
@@ -291,12 +336,13 @@ class Shards:
 
     def image_file(self, number: int) -> Row:
         """A row of a folder of images."""
-        return Row(0, number, {"bytes": None, "path": self.source.files[number]})
+        at = number if self.whole is self else int(self.chosen.of(number))
+        return Row(0, number, {"bytes": None, "path": self.source.files[at]})
 
     def rows(self) -> Iterator[Row]:
         """All rows in the order of the source."""
         if self.addressable:
-            yield from map(self.image_file, range(len(self.source.files)))
+            yield from map(self.image_file, range(self.counts[0]))
             return
         for shard in range(len(self.names)):
             values = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self.chunks(shard))
@@ -312,7 +358,24 @@ class Shards:
         if path and self.source.kind == "images":
             return shown(path)
         own = f" ({shown(path, 60)})" if path and path != self.names[row.shard] else ""
-        return f"row {row.number} of {shown(self.names[row.shard])}{own}"
+        number = row.number if self.whole is self else self._chosen_of(row.shard)[row.number]
+        return f"row {number} of {shown(self.names[row.shard])}{own}"
+
+
+def _chosen_values(
+    chunks_from: Callable[[int], Generator[pa.Array, None, None]], rows: np.ndarray
+) -> Generator[pa.Array, None, None]:
+    """The values of some ascending rows of a shard; none is read before the first or after the last."""
+    at = int(rows[0]) if len(rows) else 0
+    for chunk in chunks_from(at) if len(rows) else ():
+        first, last = np.searchsorted(rows, [at, at + len(chunk)])
+        if last - first == len(chunk):
+            yield chunk
+        elif last > first:
+            yield chunk.take(pa.array(rows[first:last] - at))
+        at += len(chunk)
+        if last == len(rows):
+            return
 
 
 def _in_archive(path: str, source: Source) -> str | None:

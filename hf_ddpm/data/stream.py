@@ -20,8 +20,8 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Integral, Real
 from typing import Any, NamedTuple, final
@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.encoded import MAX_PIXELS
-from hf_ddpm.data.fingerprint import take_fingerprint
+from hf_ddpm.data.fingerprint import digest_of, take_fingerprint
+from hf_ddpm.data.holdout import Choice, Part, Rows, name_of_split
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
 from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
@@ -64,12 +65,15 @@ def load_stream(
     shuffle_memory: float = 0,
     seed: int = 0,
     skip_corrupt: bool = False,
+    holdout: float | None = None,
+    part: Part = "train",
 ) -> ImageStream:
     """Open a data set for streaming and read its first image.
 
     Args:
         source: "digits" (embedded, 8x8), a folder of images or of parquet files, a parquet file, or a Hub id.
-        split: name of the split.
+        split: name of the split, or a slice of it as `datasets` spells it, such as "train[:90%]"; see
+            `data.holdout.slice_of`.
         image_size: side, or (H, W); None takes the first image's.
         channels: 1 (grey), 3 (RGB), and 2 and 4 (the same with alpha) convert; others must be those of the
             data's arrays. None takes the first image's, grey or RGB.
@@ -86,8 +90,13 @@ def load_stream(
         shuffle_memory: 0 keeps the source's order. A folder of image files is permuted as a whole by any
             other number. Of parquet files, n holds as many images as n MB (2^20 bytes) take undecoded, drawn
             from all over the data, and permutes them; if all images take less, that is all of them.
-        seed: of order, crops and flips.
+        seed: of order, crops, flips, and of the choice of held-out images.
         skip_corrupt: pass over (and count) images that can't be decoded or don't fit, instead of raising.
+        holdout: the share of the split's (or slice's) images that are held out, above 0 and below 1, or how
+            many, 2 or more; None holds none out. Which ones is a function of (seed, row) alone, for a given
+            number of rows: the `data.holdout.held_out`. A split whose rows have to be read to be counted is
+            read once for this.
+        part: "train": the images that aren't held out. "held-out": those that are. "all": both.
 
     Returns:
         The stream.
@@ -115,11 +124,12 @@ def load_stream(
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
     decoder = Decoder(channels, background, to_8_bit or fit != "exact")
-    found, column = open_source(source, split).select_column(column)
+    choice = Choice(str(split), holdout, part, seed)
+    found, column = open_source(source, name_of_split(choice.split)).select_column(column)
     tell(found, skip_corrupt)
     decoder.storage = array_storage(found.features[column])
     return ImageStream(
-        _shards=Shards(found, column),
+        _shards=Shards(found, column, None if choice.whole else choice),
         _decoder=decoder,
         _size=size,
         _fit=fit,
@@ -196,6 +206,23 @@ class ImageStream:
         """
         return take_fingerprint(self._shards, self._order)
 
+    def facts(self, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Which images these are, without the name of any: what a run leaves, and an evaluation compares.
+
+        Args:
+            fingerprint: of this stream, where it is known already.
+
+        Returns:
+            "num_rows": of the whole split. "chosen": how many of them are read. "left_out": of those that the
+            split's slice has, how many are not. "fingerprint": of the data and of the choice, 16 hex digits.
+
+        Raises:
+            ValueError: a shard that can't be read.
+        """
+        total, chosen = sum(self._shards.whole.counts), self.chosen
+        counts = {"num_rows": total, "chosen": len(chosen), "left_out": chosen.left_out}
+        return counts | {"fingerprint": digest_of(fingerprint or self.fingerprint())}
+
     @property
     def folder(self) -> str | None:
         """The folder whose image files are the rows; None for any other source."""
@@ -211,6 +238,54 @@ class ImageStream:
             ValueError: a file of the data set that can't be read.
         """
         return survey(self._shards, show)
+
+    @property
+    def chosen(self) -> Rows:
+        """Which rows of the split these are; counted as `num_rows` does."""
+        return self._shards.chosen
+
+    @property
+    def split(self) -> str:
+        """The split's name as the data set has it, without a slice."""
+        return self._shards.source.split
+
+    def unreadable(self, positions: Sequence[int] | np.ndarray) -> list[int]:
+        """Which places of epoch 0's order have images that `skip_corrupt` passes over.
+
+        Args:
+            positions: the places to look at, ascending; their images are decoded.
+
+        Raises:
+            ValueError: an image that can't be read, and isn't to be passed over, or none that can be.
+        """
+        bad = []
+        with OrderedRows(self._shards, self._order) as rows:
+            for place in map(int, positions):
+                row = rows.row(0, place)
+                try:
+                    self._pixels(row, 0, place)
+                except ValueError as error:
+                    if not self._may_skip(error):
+                        raise ValueError(f"{self._shards.name(row)}: {error}") from error
+                    self._pass_over(row, error)
+                    bad.append(place)
+        if len(bad) == len(positions):
+            raise ValueError(f"no usable image in {self._shards}")
+        return bad
+
+    def only(self, rows: Rows, words: str = "") -> ImageStream:
+        """Images of the same split, in its order: those with these numbers in the whole split.
+
+        Args:
+            rows: which.
+            words: what messages add to the name of the split.
+
+        Raises:
+            ValueError: there are none, or the first of them can't be read.
+        """
+        if not len(rows):
+            raise ValueError(f"no images are left of {self._shards.title}")
+        return replace(self, _shards=self._shards.choose(rows, words), _memory=0.0)
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""

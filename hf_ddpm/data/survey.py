@@ -117,7 +117,7 @@ def survey(shards: Shards, show: bool = False) -> Survey:
         ValueError: a shard that can't be read.
     """
     total = None if shards.passes_over else sum(shards.counts)
-    found = Survey(shards.source.title, total, spread=shards.addressable)
+    found = Survey(shards.title, total, spread=shards.addressable)
     until = time.monotonic() + _SECONDS
     most = MOST_FILES if shards.addressable else MOST_ROWS
     expected = min(most, total or most)

@@ -1,6 +1,7 @@
 """The bound of a data set's rows, in parts of one batch that processes share and a killed run finds again.
 
-An image's numbers depend on the seed and its row alone, not on the batch or the number of processes.
+An image's numbers depend on the seed and its row in the whole split alone, not on the batch, the number of
+processes, or which other images are scored.
 """
 
 from collections.abc import Generator, Sequence
@@ -88,7 +89,7 @@ def score(
         config: how.
         model: what is scored.
         stream: the images, in the order of their source.
-        rows: which of them, ascending.
+        rows: which of them, ascending places.
         images: their fingerprint, as parts on disk are of these images only.
         proposal: of `make_proposal`.
         out: folder of the parts.
@@ -107,8 +108,9 @@ def score(
             denoiser = Counted(model.denoiser, bar)
             for batch in (batches[number] for number in numbers):
                 x_0 = _on_device((next(pixels) for _ in batch), model)
+                numbers_in_split = stream.chosen.of(batch).tolist()
                 if config.exact:
-                    noise = image_noise(config.seed, batch, x_0)
+                    noise = image_noise(config.seed, numbers_in_split, x_0)
                     yield vars(evaluate_bound(model.process, denoiser, x_0, noise_fn=noise, **options))
                     continue
                 estimate = estimate_bound(
@@ -117,7 +119,7 @@ def score(
                     x_0,
                     num_evals_per_image=config.num_evals_per_image,
                     seed=config.seed,
-                    image_indices=batch,
+                    image_indices=numbers_in_split,
                     proposal=proposal,
                     batch_size=config.batch_size,
                     **options,
@@ -127,7 +129,7 @@ def score(
     facts = {
         "what": "bits_per_dim",
         "scored_as": options,
-        "rows": rows,
+        "rows": stream.chosen.of(rows).tolist(),
         "images": images,
         "evaluations_of_l_0": decoder_evals(config.num_evals_per_image),
         "weights": model.weights_digest,

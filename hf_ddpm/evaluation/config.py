@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hf_ddpm.config import LARGEST_BATCH, MOST_EVALS
+from hf_ddpm.config import LARGEST_BATCH, MOST_EVALS, check_holdout
 from hf_ddpm.runtime.options import check_options, option
 from hf_ddpm.spelling import suggest_keywords
 
@@ -17,6 +17,12 @@ def _fits() -> Iterable[str]:
     from hf_ddpm.data.pixels import FITS
 
     return (fit for fit in FITS if fit != "random_crop")  # a measurement leaves nothing to chance
+
+
+def _parts() -> Iterable[str]:
+    from hf_ddpm.data.holdout import PARTS
+
+    return PARTS
 
 
 def _fixed_variances() -> Iterable[str]:
@@ -35,6 +41,7 @@ NEEDS = {
     "reference": ("extractor",),
     "nearest_split": ("nearest_dataset",),
     "first_variance": ("steps",),
+    "holdout_seed": ("holdout",),
 }
 
 
@@ -50,13 +57,35 @@ class EvaluationConfig:
 
     model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote", path=True)
     dataset: str = option(
-        "", "Hub id, folder of images or of parquet files, or 'digits' (embedded)", path=True
+        "",
+        "Hub id, folder of images or of parquet files, or 'digits' (embedded); by default the run's",
+        path=True,
     )
-    split: str = option("test", "split of the data set")
+    split: str | None = option(
+        None,
+        "split of the data set, or a slice as in 'train[90%:]'; by default the one that the run held images "
+        "out of, else test",
+    )
+    part: str | None = option(
+        None,
+        "which images of the split: those that the run held out, those that it trained on, or all; by "
+        "default those held out where it trained on others of the split",
+        choices=_parts,
+    )
+    holdout: float | None = option(
+        None,
+        "share of the images, or how many, that are held out, as in training; by default as the run had it",
+        check=check_holdout,
+    )
+    holdout_seed: int | None = option(
+        None, "seed that chose these, by default the run's, else 0", least=0, below=2**63
+    )
     num_images: int | None = option(
         None, "how many images, a random subset; by default all of the split", least=1
     )
-    image_column: str | None = option(None, "column of the images, by default the only one")
+    image_column: str | None = option(
+        None, "column of the images, by default as in the run's training, else the only one"
+    )
     channels: int | None = option(
         None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default as the model's training had it", least=1
     )
@@ -65,9 +94,21 @@ class EvaluationConfig:
         "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'; by default "
         "as the model's training had it, else white",
     )
-    fit: str = option("exact", "what to do with images of another size, noted in the result", choices=_fits)
-    to_8_bit: bool = option(
-        False, "convert images of 16 bits or of floats to 8 bits, as a fit does too, noted in the result"
+    fit: str | None = option(
+        None,
+        "what to do with images of another size, noted in the result; by default as the model's training "
+        "did, else exact",
+        choices=_fits,
+    )
+    to_8_bit: bool | None = option(
+        None,
+        "convert images of 16 bits or of floats to 8 bits, as a fit does too, noted in the result; by "
+        "default as the model's training did",
+    )
+    skip_corrupt: bool | None = option(
+        None,
+        "skip and count images that can't be read, instead of refusing them; by default as the model's "
+        "training did",
     )
 
     exact: bool = option(False, "evaluate every step once instead of a few per image")
@@ -99,7 +140,9 @@ class EvaluationConfig:
     nearest_dataset: str | None = option(
         None, "look for each sample's nearest image in this data set: Hub id, folder, or 'digits'", path=True
     )
-    nearest_split: str = option("train", "split of that data set")
+    nearest_split: str = option(
+        "train", "split of that data set, or a slice; of the run's, the images that it trained on"
+    )
     num_samples: int = option(
         1000,
         "samples for the extractor and the nearest images, and as many held-out images",
@@ -124,6 +167,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.holdout is not None and self.holdout >= 1:
+            object.__setattr__(self, "holdout", int(self.holdout))
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, needed in NEEDS.items():
             idle = all(getattr(self, other) == defaults[other] for other in needed)

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, settle_reading
+from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, open_nearest
 from hf_ddpm.evaluation.memorisation import Memorisation
 from hf_ddpm.evaluation.parts import Parts
 from hf_ddpm.evaluation.plan import Plan, Results
@@ -94,8 +94,8 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         config.first_variance,  # type: ignore[arg-type]
         network,
     )
-    config = settle_reading(config, model)
-    stream = open_images(config, model)
+    images = open_images(config, model)
+    config, stream = images.config, images.stream
     rows = choose_rows(stream.num_rows(), config.num_images, config.seed)
     if state.device is None or state.device.type == "cpu":
         at_once = min(config.batch_size, len(rows) * config.num_evals_per_image)
@@ -104,13 +104,15 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     check_scorable(config, model, stream, rows[0])
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
-        known = foresee(config, len(model.process), rows, digests, proposal)
+        numbers = stream.chosen.of(rows).tolist()
+        known = foresee(config, len(model.process), numbers, digests, proposal)
         check_comparable(known, other, str(config.compare_with))
     wanted = config.extractor is not None, config.nearest_dataset is not None
     plan = Plan(
         config=config,
         out=out,
         model=model,
+        images=images,
         stream=stream,
         rows=rows,
         digests=digests,
@@ -119,7 +121,9 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         other=other,
         drawing=Drawing(model.pipeline, config) if any(wanted) else None,
         quality=SampleQuality(config, stream) if wanted[0] else None,
-        memorisation=Memorisation(config, stream) if wanted[1] else None,
+        memorisation=Memorisation(config, stream, *open_nearest(config, model, images))
+        if wanted[1]
+        else None,
         started=started,
     )
     state.wait_for_everyone()

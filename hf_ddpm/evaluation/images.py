@@ -1,19 +1,30 @@
-"""The images that a model is scored on: opened, chosen, and told apart from others by their pixels."""
+"""The images that a model is scored on: opened, chosen, and told apart from others by their pixels.
+
+What is read how, and which images of the model's own data set were not trained on, is known from the record
+that its training run left.
+"""
 
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.holdout import name_of_split
+from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
+from hf_ddpm.folders.layout import TRAINED_ON
+from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
@@ -22,13 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationConfig:
-    """The config with `channels` and `background` as the images will be read.
+    """The config with the data set, and with all that says how its images are read.
 
-    What isn't given is what the model's training run had. Without its record the ground is white, and alpha
-    is kept only where the model has 2 or 4 channels.
+    What isn't given is what the model's training run had. Without its record the ground is white, nothing is
+    resized or converted, and alpha is kept only where the model has 2 or 4 channels.
+
+    Raises:
+        ValueError: no data set is given, and the run recorded none.
     """
     record, channels = model.record, model.pipeline.image_shape[0]
-    trained = WHITE if record is None else record.background
+    if not config.dataset and record is None:
+        raise ValueError(
+            f"DATASET is not given, and {config.model!r} has no record of a training run that names one; "
+            "allowed: a Hub id, a folder, or 'digits'"
+        )
+    had = record or TrainConfig()
+    trained = had.background
     other = parse_background(config.background or trained) != parse_background(trained)
     if record is not None and other and process_state().is_main_process:
         logger.warning("background is %s, the model was trained on %s", config.background, trained)
@@ -36,7 +56,117 @@ def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationCo
         config = dataclasses.replace(config, channels=record.channels)
     if config.channels is None and channels not in (1, 3):
         config = dataclasses.replace(config, channels=channels)
-    return dataclasses.replace(config, background=config.background or trained)
+    own = not config.dataset or same_place(config.dataset, had.dataset)
+    fit = "center_crop" if had.fit == "random_crop" else had.fit
+    return dataclasses.replace(
+        config,
+        dataset=config.dataset or had.dataset,
+        image_column=config.image_column or (had.image_column if own else None),
+        background=config.background or trained,
+        fit=config.fit or fit,
+        to_8_bit=had.to_8_bit if config.to_8_bit is None else config.to_8_bit,
+        skip_corrupt=had.skip_corrupt if config.skip_corrupt is None else config.skip_corrupt,
+    )
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two names of data sets mean the same folder, file or repository."""
+    places = [os.path.realpath(os.path.expanduser(name)) for name in (one, other)]
+    return one == other or (places[0] == places[1] and os.path.exists(places[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What of a data set a model was trained on.
+
+    Attributes:
+        stream: the images that its run trained on, or would train on if it began now; None if they are gone,
+            or where images of another split are looked for.
+        split: the name of their split.
+        held: whether the run held other images of their split, or of its slice, out.
+        changed: how the data set is not the one that the run began with, in words; None if it is the same, as
+            far as the run left a record of that.
+    """
+
+    stream: ImageStream | None
+    split: str
+    held: bool
+    changed: str | None
+
+    def shares(self, stream: ImageStream) -> bool:
+        """Whether another stream of the data set is of their split."""
+        return _known(stream.split) == _known(self.split)
+
+    def count(self, stream: ImageStream) -> int:
+        """How many images of another stream of the data set are among these."""
+        if self.stream is None or not self.shares(stream):
+            return stream.num_rows() if self.shares(stream) else 0
+        return len(stream.chosen.both(self.stream.chosen))
+
+
+def _known(split: str) -> str:
+    """The name of a split, without a slice, as data sets have it: "validation" for "val"."""
+    name = name_of_split(split)
+    return SPLITS.get(name.lower(), name)
+
+
+def default_split(config: EvaluationConfig, record: TrainConfig | None, own: bool) -> str:
+    """The split that is scored.
+
+    Args:
+        config: the evaluation.
+        record: of the model's training run.
+        own: whether the data set is the run's.
+    """
+    if config.split is not None:
+        return config.split
+    if record is None or not own:
+        return "test" if config.holdout is None else "train"
+    if config.holdout is not None or record.holdout is not None:
+        return record.split
+    return record.evaluate_split or "test"
+
+
+def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str, split: str) -> Trained | None:
+    """What of a data set the model was trained on; None if it is another data set, or nobody knows.
+
+    A data set is the run's if it has the run's name for it, or the same files and images in another place.
+
+    Args:
+        config: how images are read, settled.
+        model: with the records of its run.
+        dataset: its name.
+        split: the split that is looked at, or a slice.
+    """
+    record, known = model.record, model.data_record
+    if record is None:
+        return None
+    named = same_place(dataset, record.dataset)
+    if not named and (known is None or not os.path.exists(os.path.expanduser(dataset))):
+        return None
+    held = record.holdout is not None
+    if _known(split) != _known(record.split):
+        return Trained(None, record.split, held, None) if named else None
+    as_trained = dataclasses.replace(
+        config, holdout=record.holdout, holdout_seed=record.seed if held else None, part="train"
+    )
+    try:
+        stream = load_images(as_trained, dataset, record.split, _sides(config, model))
+        facts = stream.facts()
+    except ValueError as error:
+        # What is asked for may be there all the same
+        return Trained(None, record.split, held, one_line(error, 120)) if named else None
+    if known is None or facts == known:
+        return Trained(stream, record.split, held, None)
+    was, now = known.get("num_rows"), facts["num_rows"]
+    what = f"{now:,} images, then {shown(was)}" if was != now else "other names, sizes or images"
+    return Trained(stream, record.split, held, what) if named else None
+
+
+def _sides(config: EvaluationConfig, model: ScoredModel) -> tuple[int, int] | None:
+    """The (height, width) that images are fitted to; None if they are to have the model's already."""
+    _, height, width = model.pipeline.image_shape
+    return None if config.fit == "exact" else (height, width)
 
 
 def load_images(
@@ -53,23 +183,70 @@ def load_images(
         size,
         config.channels,
         column=config.image_column,
-        fit=config.fit,
+        fit=config.fit or "exact",
         background=config.background or WHITE,
-        to_8_bit=config.to_8_bit,
+        to_8_bit=bool(config.to_8_bit),
+        skip_corrupt=bool(config.skip_corrupt),
+        holdout=config.holdout,
+        part=config.part or "all",  # type: ignore[arg-type]
+        seed=config.holdout_seed or 0,
     )
 
 
-def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images to score a model on.
+
+    Attributes:
+        config: the evaluation, in which all that says which images these are is settled.
+        stream: the images, in their source's order.
+        trained: what of their data set the model was trained on; None if nothing is known of that.
+        seen: how many of them the model was trained on.
+        skipped: how many more there would be, had they been readable.
+    """
+
+    config: EvaluationConfig
+    stream: ImageStream
+    trained: Trained | None
+    seen: int
+    skipped: int
+
+
+def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
     """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
 
     Raises:
-        ValueError: a bad data set, or images of another shape than the model's.
+        ValueError: a bad data set, images of another shape than the model's, or held-out images that are not
+            known or no longer those that the run held out.
     """
-    channels, height, width = shape = model.pipeline.image_shape
-    size = None if config.fit == "exact" else (height, width)
-    stream = load_images(config, config.dataset, config.split, size)
-    if process_state().is_main_process:
+    given = config.dataset
+    config = settle_reading(config, model)
+    split = default_split(config, model.record, own=True)
+    trained = find_trained(config, model, config.dataset, split)
+    try:
+        config, stream = _open_part(config, model, trained)
+    except ValueError as error:
+        if given:
+            raise
+        raise ValueError(f"DATASET is not given, and of the run's own: {error}") from error
+    is_main = process_state().is_main_process
+    if is_main:
         logger.warning("%s", stream.survey(show=True))
+    _check_shape(config, stream, model)
+    stream, skipped = _readable(config, stream)
+    seen = 0 if trained is None else trained.count(stream)
+    if is_main and trained is not None and trained.shares(stream) and trained.changed is not None:
+        logger.warning("%s has changed since the run began (%s)", config.dataset, trained.changed)
+    if is_main and seen:
+        which = f"{seen:,} of these {stream.num_rows():,} images: their"
+        if seen == stream.num_rows():
+            which = "these images: their" if config.part == "train" else "this split: its"
+        logger.warning("the model was trained on %s bits/dim here say nothing about new images", which)
+    return Images(config, stream, trained, seen, skipped)
+
+
+def _check_shape(config: EvaluationConfig, stream: ImageStream, model: ScoredModel) -> None:
+    channels, shape = model.pipeline.image_shape[0], model.pipeline.image_shape
     if stream.shape != shape:
         hint = f"; add channels={channels} to convert them" if config.channels is None else ""
         if stream.shape[0] == channels:
@@ -77,16 +254,88 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
         raise ValueError(
             f"images of {config.dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
         )
-    if model.trained_on(config.dataset, config.split) and process_state().is_main_process:
-        logger.warning("the model was trained on this split: its bits/dim here say nothing about new images")
-    return stream
+
+
+def _open_part(
+    config: EvaluationConfig, model: ScoredModel, trained: Trained | None
+) -> tuple[EvaluationConfig, ImageStream]:
+    """The config with split, part and holdout settled, and the images that it then means."""
+    record, sides = model.record, _sides(config, model)
+    held, split = trained is not None and trained.held, default_split(config, record, trained is not None)
+    if config.holdout is not None:
+        seed = config.holdout_seed if config.holdout_seed is not None else record.seed if record else 0
+        config = dataclasses.replace(config, split=split, part=config.part or "held-out", holdout_seed=seed)
+        return config, load_images(config, config.dataset, split, sides)
+    config, part = dataclasses.replace(config, split=split, part="all"), config.part
+    whole = load_images(config, config.dataset, split, sides)
+    if part is None:
+        part = "held-out" if trained is not None and held and trained.count(whole) else "all"
+    if part == "all":
+        return config, whole
+    if record is None or trained is None or not trained.shares(whole) or (part == "held-out" and not held):
+        raise ValueError(
+            f"part is {part!r}, but no record says that the model's training had such images of "
+            f"{shown(split)}; allowed: all, or such images by holdout"
+        )
+    if trained.changed is not None or trained.stream is None:
+        raise ValueError(
+            f"{shown(config.dataset)} has changed since the run began ({trained.changed}), so nobody knows "
+            f"which of its images are {part}; allowed: the same data, or part all"
+        )
+    if model.data_record is None and process_state().is_main_process:
+        logger.warning("no %s says whether %s is as it was when the run began", TRAINED_ON, config.dataset)
+    rows = trained.stream.chosen if part == "train" else trained.stream.chosen.others
+    rows = whole.chosen.both(rows)
+    if not len(rows):
+        raise ValueError(f"part is {part!r}, which none of the images of {shown(split)} are; allowed: all")
+    words = f", {'held-out images' if part == 'held-out' else 'those trained on'}"
+    if held:
+        config = dataclasses.replace(config, part=part, holdout=record.holdout, holdout_seed=record.seed)
+    return dataclasses.replace(config, part=part), whole.only(rows, words)
+
+
+def _readable(config: EvaluationConfig, stream: ImageStream) -> tuple[ImageStream, int]:
+    """The stream without images that are skipped, and how many these are."""
+    if not config.skip_corrupt:
+        return stream, 0
+    bad = stream.unreadable(range(stream.num_rows()))
+    return (stream.only(stream.chosen.without(bad)) if bad else stream), len(bad)
+
+
+def open_nearest(config: EvaluationConfig, model: ScoredModel, images: Images) -> tuple[ImageStream, bool]:
+    """The images that samples may have been learned from, and whether the model was trained on all of them.
+
+    Of a split that the model's run held images out of, these are the ones that it trained on.
+
+    Raises:
+        ValueError: a bad data set, or images that can't be told from those that are evaluated.
+    """
+    dataset, split = str(config.nearest_dataset), config.nearest_split
+    plain = dataclasses.replace(config, holdout=None, holdout_seed=None, part="all")
+    stream = load_images(plain, dataset, split, None if config.fit == "exact" else images.stream.shape[1:])
+    same = same_place(dataset, config.dataset)
+    trained = find_trained(config, model, dataset, split)
+    if trained is not None and trained.held and trained.stream is not None and trained.count(stream):
+        stream = stream.only(stream.chosen.both(trained.stream.chosen), ", those trained on")
+    elif same and config.part == "held-out" and stream.split == images.stream.split:
+        evaluated = stream.chosen.both(images.stream.chosen)
+        stream = stream.only(stream.chosen.without(stream.chosen.count_before(evaluated.all)))
+    if same and stream.split == images.stream.split and len(stream.chosen.both(images.stream.chosen)):
+        raise ValueError(
+            f"nearest_split {split!r} of {dataset!r} has the images that are evaluated; allowed: the model's "
+            "training images, and others to evaluate"
+        )
+    stream, _ = _readable(config, stream)
+    return stream, trained is not None and trained.count(stream) == stream.num_rows()
 
 
 def describe_source(config: EvaluationConfig, stream: ImageStream) -> dict[str, Any]:
     """Where the images come from, and what was done to them: for the report, and for files of features."""
+    held = {"holdout": config.holdout, "holdout_seed": config.holdout_seed} if config.holdout else {}
     return {
         "dataset": config.dataset,
         "split": config.split,
+        **({"part": config.part, **held} if config.part != "all" else {}),
         "fit": config.fit,
         "channels": config.channels,
         "background": config.background,

@@ -20,7 +20,7 @@ from hf_ddpm.data.pixels import image_digest
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import scoring_device
 from hf_ddpm.evaluation.config import EvaluationConfig
-from hf_ddpm.evaluation.images import digest_rows, fingerprint, load_images
+from hf_ddpm.evaluation.images import digest_rows, fingerprint
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.runtime.processes import process_state
@@ -73,7 +73,7 @@ class NearestFound:
 
     Attributes:
         samples: the samples, uint8, (N, C, H, W).
-        rows: row of each sample's nearest training image, (N,), int64.
+        rows: row of each sample's nearest training image in the whole of its split, (N,), int64.
         distances: RMSE in grey levels to it, (N,), float64.
         heldout_rows: rows of the held-out images in their own data set, (M,), int64.
         heldout_nearest_rows: row of each held-out image's nearest training image, (M,), int64.
@@ -101,23 +101,22 @@ class Memorisation:
         config: `nearest_dataset` and `nearest_split` name the training images, `num_samples` says how many
             held-out images are searched for beside the samples, if there are so many.
         heldout: the images that the model is evaluated on, in the order of their source.
+        training: the images to search, in the order of their source.
+        trained_on: whether the model is known to have been trained on them.
 
     Raises:
-        ValueError: a bad data set, images of another shape, or the held-out images themselves.
+        ValueError: images of another shape, or the held-out images themselves.
+
+    Attributes:
+        trained_on: as given.
     """
 
-    def __init__(self, config: EvaluationConfig, heldout: ImageStream):
+    def __init__(
+        self, config: EvaluationConfig, heldout: ImageStream, training: ImageStream, trained_on: bool = False
+    ):
         dataset, split = config.nearest_dataset, config.nearest_split
-        assert dataset is not None
-        same = (
-            f"nearest_split {split!r} of {dataset!r} has the images that are evaluated; allowed: the model's "
-            "training images, and others to evaluate"
-        )
-        if (dataset, split) == (config.dataset, config.split):
-            raise ValueError(same)
-        sides = None if config.fit == "exact" else heldout.shape[1:]
-        self._config, self._heldout = config, heldout
-        self._stream = load_images(config, dataset, split, sides)
+        self._config, self._heldout, self._stream = config, heldout, training
+        self.trained_on = trained_on
         if self._stream.shape != heldout.shape:
             raise ValueError(
                 f"images of nearest_dataset {dataset!r} are {self._stream.shape} (C, H, W); allowed: "
@@ -131,7 +130,10 @@ class Memorisation:
         # A data set of as many rows may be the same one by another name
         if self._stream.num_rows() == heldout.num_rows():
             if torch.equal(found[:4], digest_rows(self._stream, self.heldout_rows[:4])):
-                raise ValueError(same)
+                raise ValueError(
+                    f"nearest_split {split!r} of {dataset!r} has the images that are evaluated; allowed: the "
+                    "model's training images, and others to evaluate"
+                )
 
     def run(self, samples: Tensor, out: Path) -> NearestFound:
         """Search all training images for the nearest of every sample and held-out image, on every process.
@@ -154,15 +156,19 @@ class Memorisation:
             )
         return NearestFound(
             samples=samples,
-            rows=rows[: len(samples)],
+            rows=self._numbers(rows[: len(samples)]),
             distances=ours,
-            heldout_rows=torch.from_numpy(self.heldout_rows),
-            heldout_nearest_rows=rows[len(samples) :],
+            heldout_rows=torch.from_numpy(self._heldout.chosen.of(self.heldout_rows)),
+            heldout_nearest_rows=self._numbers(rows[len(samples) :]),
             heldout_distances=floor,
             near=float(floor.quantile(QUANTILE)),
             num_training=self._stream.num_rows(),
             training_fingerprint=fingerprint(digests),
         )
+
+    def _numbers(self, places: Tensor) -> Tensor:
+        """Places among the training images as rows of their whole split."""
+        return torch.from_numpy(self._stream.chosen.of(places.numpy()))
 
     def _search(self, queries: Tensor, out: Path) -> tuple[Tensor, Tensor, Tensor]:
         """Row of each query's nearest training image, ‖a − b‖², and a digest of every training image."""
@@ -192,7 +198,8 @@ class Memorisation:
         """Draw the nearest samples above their training images, with distance and row, as a PNG file."""
         chosen = found.distances.argsort(stable=True)[:PAIRS].tolist()
         wanted = sorted({int(found.rows[i]) for i in chosen})
-        training = dict(zip(wanted, self._stream.select(wanted), strict=True))
+        places = self._stream.chosen.count_before(wanted)
+        training = dict(zip(wanted, self._stream.select(places), strict=True))
         pictures = [
             [to_pil(found.samples[i]) for i in chosen],
             [to_pil(training[int(found.rows[i])]) for i in chosen],

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.images import Images
 from hf_ddpm.evaluation.memorisation import Memorisation, NearestFound
 from hf_ddpm.evaluation.quality import QualityFound, SampleQuality
 from hf_ddpm.evaluation.samples import Drawing
@@ -35,8 +36,9 @@ class Plan:
         config: what was asked for.
         out: folder of the results; it may be missing.
         model: what is scored.
-        stream: the images, in the order of their source.
-        rows: which of them, ascending.
+        images: the images, and what is known of them.
+        stream: the same, in the order of their source.
+        rows: which of them, ascending places.
         digests: of their pixels, (N,), int64.
         proposal: of the estimate's steps, (T,), float64.
         pilot_evaluations: what learning the proposal took.
@@ -50,6 +52,7 @@ class Plan:
     config: EvaluationConfig
     out: Path
     model: ScoredModel
+    images: Images
     stream: ImageStream
     rows: list[int]
     digests: Tensor
@@ -60,6 +63,11 @@ class Plan:
     quality: SampleQuality | None
     memorisation: Memorisation | None
     started: float
+
+    @property
+    def numbers(self) -> list[int]:
+        """The rows of the images in the whole of their split, ascending."""
+        return self.stream.chosen.of(self.rows).tolist()
 
 
 @dataclass(frozen=True, eq=False)

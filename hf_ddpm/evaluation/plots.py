@@ -74,7 +74,7 @@ def plot_reconstruction_levels(
     """
     process, device = model.process, model.device
     x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
-    noise = image_noise(seed, rows, x_0)(0)
+    noise = image_noise(seed, stream.chosen.of(rows).tolist(), x_0)(0)
     levels = np.unique(np.round(np.array(LEVELS) * (len(process) - 1))).astype(int).tolist()
     columns, predictions = [x_0], [x_0]
     for t in levels:

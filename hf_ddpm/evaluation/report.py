@@ -48,7 +48,7 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         command: the command line, for the record.
     """
     model, config = plan.model, plan.config
-    tensors = _images(plan.rows, plan.digests, plan.proposal) | _per_image(results.bound)
+    tensors = _images(plan.numbers, plan.digests, plan.proposal) | _per_image(results.bound)
     report = {"bits_per_dim": _bits_per_dim(results.bound, model.variance_type)}
     if results.other_bound is not None and model.other_variance is not None:
         report["other_variance"] = _bits_per_dim(results.other_bound, model.other_variance)
@@ -59,7 +59,10 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "num_images": len(plan.rows),
         "num_rows": plan.stream.num_rows(),
         "fingerprint": fingerprint(plan.digests),
-        "trained_on": model.trained_on(config.dataset, config.split),
+        "trained_on": plan.images.seen > 0,
+        "num_trained_on": plan.images.seen,
+        "num_skipped": plan.images.skipped,
+        "changed": None if plan.images.trained is None else plan.images.trained.changed,
     }
     report["model"] = {
         "name": config.model,
@@ -73,7 +76,7 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         report["sample_metrics"] = sample_metrics_section(results.quality, plan.drawing)
     if results.nearest is not None and plan.drawing is not None:
         report["memorisation"] = _memorisation(plan, results.nearest) | _drawing(plan.drawing)
-        trained_on = model.trained_on(str(config.nearest_dataset), config.nearest_split)
+        trained_on = plan.memorisation is not None and plan.memorisation.trained_on
         report["memorisation"]["trained_on"] = trained_on
         tensors |= _nearest(results.nearest)
     return Evaluation(report | _run_facts(plan.started, command), tensors)

@@ -6,6 +6,7 @@ it.
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
-from hf_ddpm.folders.layout import RECORD
+from hf_ddpm.folders.layout import RECORD, TRAINED_ON
 from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
@@ -24,6 +25,7 @@ from hf_ddpm.models import weights_digest
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
@@ -41,6 +43,8 @@ class ScoredModel:
         prediction_type: what the network's answer means.
         variance_type: the reverse variance it is scored with.
         record: the training run's config, None where the model has none.
+        data_record: what the run says of the images that it was trained on (`ImageStream.facts`); None where
+            it says nothing.
     """
 
     pipeline: DDPMPipeline
@@ -48,6 +52,7 @@ class ScoredModel:
     prediction_type: str
     variance_type: str
     record: TrainConfig | None
+    data_record: Mapping[str, Any] | None = None
 
     @property
     def other_variance(self) -> Literal["fixed_small", "fixed_large"] | None:
@@ -64,10 +69,6 @@ class ScoredModel:
     def device(self) -> torch.device:
         """Where the bound is computed."""
         return scoring_device(self.pipeline.device)
-
-    def trained_on(self, dataset: str, split: str) -> bool:
-        """Whether the training record names these images."""
-        return self.record is not None and (self.record.dataset, self.record.split) == (dataset, split)
 
     @functools.cached_property
     def process_digest(self) -> str:
@@ -139,9 +140,9 @@ def load_scored_model(
         process = process.respaced(scheduler.timesteps, first_variance)
     if len(process) < 2:
         raise ValueError(f"the process of {model!r} has one step; allowed: at least 2")
-    return ScoredModel(
-        pipeline, process, prediction_type, variance_type or own, _read_record(model, scheduler)
-    )
+    record, facts = _read_record(model, scheduler), Path(model).expanduser() / TRAINED_ON
+    data_record = read_json(facts) if record is not None and facts.exists() else None
+    return ScoredModel(pipeline, process, prediction_type, variance_type or own, record, data_record)
 
 
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:

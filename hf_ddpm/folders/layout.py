@@ -15,6 +15,7 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
       samples.png  progressive.png  interpolation.png     pictures for the card
 
       train_config.json                 how the run was started
+      train_data.json                   which images it was trained on (data/stream.py describes it)
       log.jsonl                         its numbers, one JSON object a line
       log-odd.jsonl                     lines of it that were found to be damaged
       training.png                      a picture of the log
@@ -59,13 +60,14 @@ CUSTOM_PIPELINE = "pipeline.py"  # in a repository: what diffusers' `custom_pipe
 
 # A run's folder
 RECORD, LOG, CURVE = "train_config.json", "log.jsonl", "training.png"
+TRAINED_ON = "train_data.json"
 ODD_LINES = "log-odd.jsonl"
 GRIDS, HELDOUT, CHECKPOINTS = "samples", "heldout", "checkpoints"  # folders
 LOCK, SNAPSHOTS = ".lock", ".push"
 STEP = re.compile(r"step-(\d{8,})")  # what `step_name` makes
 STEPS = "step-*"  # the pattern by which a folder lists them
 RUN = frozenset(
-    {INDEX, SCHEDULER, UNET, RECORD, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
+    {INDEX, SCHEDULER, UNET, RECORD, TRAINED_ON, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
 )  # what a training writes
 
 # An evaluation's folder

@@ -6,10 +6,13 @@ images with its standard error (null for a single image), and those marked ° ma
     bits_per_dim      variance_type; bpd, rate_bpd, distortion_bpd, prior_bpd: {value, stderr}
     other_variance °  the same under the other fixed variance
     method            name, steps, evaluations_per_image, clip_x0, decoder, seed, … : how bits/dim were taken
-    data              dataset, split, fit, channels (null: the images' own), background (of transparent
-                      pixels), to_8_bit (deeper images were converted, as they are by a `fit`), shape,
-                      num_images (scored), num_rows (of the split), fingerprint, trained_on (whether the model
-                      was trained on this split)
+    data              dataset, split (or a slice of it), part ° (held-out or train, of a split that a run held
+                      images out of; else all), holdout ° and holdout_seed ° (which chose them), fit, channels
+                      (null: the images' own), background (of transparent pixels), to_8_bit (deeper images
+                      were converted, as they are by a `fit`), shape, num_images (scored), num_rows (that
+                      could have been), num_skipped ° (that can't be read), fingerprint, trained_on (whether
+                      the model was trained on some of these num_rows), num_trained_on ° (on how many),
+                      changed ° (how the data set is not the one that the run began with, in words)
     model             name, weights (a digest), process (a digest), prediction_type
     comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
     sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
@@ -78,6 +81,11 @@ FURTHER: dict[str, Any] = {
     },
     "command": str,
 }
+# Keys of the section "data" that may be missing or null
+DATA_FURTHER: dict[str, Any] = {
+    **{"part": str, "holdout": float, "holdout_seed": int, "num_trained_on": int, "num_skipped": int},
+    **{"changed": str},
+}
 MAX_LINE = 2**16  # bytes of a line of a log that are read; ours have a few hundred
 LOGGED = ("step", "images", "seconds", "loss", "heldout_bpd", "heldout_stderr", "heldout_images")
 
@@ -104,6 +112,8 @@ def check_report(report: Mapping[str, Any]) -> None:
         ValueError: it does; the message names the file, the key and the value.
     """
     _check_types(report, SECTIONS | {key: FURTHER[key] for key in FURTHER if report.get(key) is not None}, "")
+    data = report["data"]
+    _check_types(data, {k: v for k, v in DATA_FURTHER.items() if data.get(k) is not None}, "data.")
     if report.get("sample_metrics") is not None:
         ours, floor = (report["sample_metrics"][key] for key in ("samples", "floor"))
         for name, value in (*ours.items(), *floor.items()):
@@ -166,8 +176,10 @@ def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) ->
     return {
         "num_images": data["num_images"],
         "dataset": call(data["dataset"]),
-        "split": data["split"],
+        "split": data["split"] + _holdout_words(data),
+        "part": {"held-out": "held-out ", "train": "training "}.get(data.get("part"), ""),
         "trained_on": data["trained_on"],
+        "trained_words": _trained_words(data),
         "columns": [f"variance `{column['variance_type']}`" for column in columns],
         "rows": [[words, *(with_error(column[key], 3) for column in columns)] for words, key in BITS],
         "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
@@ -226,8 +238,12 @@ def describe(report: Mapping[str, Any]) -> str:
         )
     fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
     fitted += ", converted to 8 bits" if data.get("to_8_bit") else ""
+    part = {"held-out": "held-out ", "train": "trained-on "}.get(data.get("part"), "")
+    seen = f", {data['num_trained_on']} of them trained on" if data.get("num_trained_on") else ""
+    seen = "" if data.get("part") == "train" else seen
     lines.append(
-        f"{data['num_images']} of {data['num_rows']} images of {data['dataset']}, {data['split']}{fitted}; "
+        f"{data['num_images']} of {data['num_rows']} {part}images of {data['dataset']}, {data['split']}"
+        f"{_holdout_words(data)}{seen}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
     )
     if found := report.get("comparison"):
@@ -241,6 +257,19 @@ def describe(report: Mapping[str, Any]) -> str:
     if found := report.get("memorisation"):
         lines.append(describe_memorisation(found))
     return "\n".join(lines)
+
+
+def _trained_words(data: Mapping[str, Any]) -> str:
+    """Which of the images of an evaluation the model was trained on."""
+    seen, rows = data.get("num_trained_on"), data["num_rows"]
+    return "this split" if seen in (None, rows) else f"{seen} of the {rows} images that these are chosen from"
+
+
+def _holdout_words(data: Mapping[str, Any]) -> str:
+    """Which holdout chose the images of an evaluation, in brackets; empty where none did."""
+    if data.get("holdout") is None:
+        return ""
+    return f" (holdout {data['holdout']:g}, seed {data.get('holdout_seed')})"
 
 
 def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:

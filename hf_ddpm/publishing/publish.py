@@ -38,6 +38,7 @@ from hf_ddpm.folders.layout import (
     SCHEDULER_FILE,
     SHOWN,
     TENSORS,
+    TRAINED_ON,
     UNET,
     WEIGHTS_INDEX,
     decay_of,
@@ -227,7 +228,7 @@ def collect(
 
     # What was said and measured of it, in files of their own
     if config:
-        files[RECORD] = folder / RECORD
+        files |= {name: folder / name for name in (RECORD, TRAINED_ON) if (folder / name).is_file()}
     if _measured(folder, index, list(weights.values())):
         files |= {name: folder / name for name in (EVALUATION, *PLOTS) if (folder / name).is_file()}
     if is_main:
@@ -285,7 +286,8 @@ def needed_files(run: Path) -> list[Path]:
     Raises:
         ValueError: one of them is a link out of the folder.
     """
-    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, EVALUATION, CARD, LOG, *TOLD, *DRAWN, *PLOTS)
+    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, CARD, LOG)
+    names += (*TOLD, *DRAWN, *PLOTS)
     found = [run / name for name in names if (run / name).is_file()]
     found += [grid] if (grid := newest_grid(run)) else []
     found += _weights(run).values()

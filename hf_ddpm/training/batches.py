@@ -152,6 +152,7 @@ def open_stream(config: TrainConfig) -> ImageStream:
         shuffle_memory=config.shuffle_memory,
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
+        holdout=config.holdout,
     )
     folder, output = os.path.realpath(stream.folder or os.devnull), os.path.realpath(config.output_dir)
     if stream.folder and output.startswith(os.path.join(folder, "")):

@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.pixels import image_digest, to_float
-from hf_ddpm.data.stream import load_stream
+from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import HELDOUT, STEP, step_name
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
@@ -35,6 +35,42 @@ ENDING = ".safetensors"
 COLUMNS = ("rows", "digests", "bpd", "rate_bpd", "distortion_bpd")
 
 
+def open_heldout(config: TrainConfig, shape: tuple[int, int, int]) -> ImageStream:
+    """The images that a run doesn't train on: of its holdout, or of the split that its config names.
+
+    Args:
+        config: the run; its images are fitted as the run's, but never mirrored or cropped at random.
+        shape: (C, H, W) of the run's images.
+
+    Raises:
+        ValueError: no such split, or images of another shape.
+    """
+    own = config.evaluate_split is None and config.holdout is not None
+    split = config.split if own else config.evaluate_split or "test"
+    try:
+        stream = load_stream(
+            config.dataset,
+            split,
+            shape[1:],
+            config.channels,
+            column=config.image_column,
+            fit="center_crop" if config.fit == "random_crop" else config.fit,
+            background=config.background,
+            to_8_bit=config.to_8_bit,
+            seed=config.seed,
+            skip_corrupt=config.skip_corrupt,
+            holdout=config.holdout if own else None,
+            part="held-out" if own else "all",
+        )
+    except ValueError as error:
+        raise error if own else ValueError(f"evaluate_split {split!r}: {error}") from error
+    if stream.shape != shape:
+        raise ValueError(
+            f"images of evaluate_split {split!r} are {stream.shape} (C, H, W); allowed: the run's {shape}"
+        )
+    return stream
+
+
 class HeldOut:
     """This process's share of the held-out images, in memory as uint8.
 
@@ -42,43 +78,34 @@ class HeldOut:
         config: the run; its images are fitted as the run's, but never mirrored or cropped at random.
         folder: the run's folder.
         accelerator: the processes that share the images.
-        shape: (C, H, W) of the run's images.
+        trained: the images that the run trains on.
 
     Raises:
-        ValueError: no such split, or images of another shape.
+        ValueError: no such split, images of another shape, or one that can't be read and isn't skipped.
     """
 
-    def __init__(
-        self, config: TrainConfig, folder: Path, accelerator: Accelerator, shape: tuple[int, int, int]
-    ):
-        stream = load_stream(
-            config.dataset,
-            config.evaluate_split,
-            shape[1:],
-            config.channels,
-            column=config.image_column,
-            fit="center_crop" if config.fit == "random_crop" else config.fit,
-            background=config.background,
-            to_8_bit=config.to_8_bit,
-        )
-        if stream.shape != shape:
-            raise ValueError(
-                f"images of evaluate_split {config.evaluate_split!r} are {stream.shape} (C, H, W); "
-                f"allowed: the run's {shape}"
-            )
-        if config.evaluate_split == config.split and accelerator.is_main_process:
-            logger.warning("evaluate_split %r is the split that the run trains on", config.split)
+    def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, trained: ImageStream):
+        stream = open_heldout(config, trained.shape)
+        common = len(stream.chosen.both(trained.chosen)) if stream.split == trained.split else 0
+        if common and accelerator.is_main_process:
+            what = "is the split that the run trains on"
+            if common < stream.num_rows():
+                what = f"has {common:,} images of {stream.num_rows():,} that the run trains on"
+            logger.warning("evaluate_split %r %s", config.evaluate_split, what)
         order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, config.seed)).permutation(
             stream.num_rows()
         )
         chosen = np.sort(order[: config.evaluate_num_images])
+        if config.skip_corrupt:
+            chosen = np.setdiff1d(chosen, stream.unreadable(chosen))
         # Every process gets as many, the first image again where they don't divide: FSDP needs every process
         # at every call of a network that it shares out
         world = accelerator.num_processes
         chosen = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % world)])
-        self._rows = np.sort(chosen[accelerator.process_index :: world]).tolist()
-        selected = dict(zip(dict.fromkeys(self._rows), stream.select(sorted(set(self._rows))), strict=True))
-        self._images = [selected[row] for row in self._rows]
+        mine = np.sort(chosen[accelerator.process_index :: world]).tolist()
+        selected = dict(zip(dict.fromkeys(mine), stream.select(sorted(set(mine))), strict=True))
+        self._images = [selected[place] for place in mine]
+        self._rows: list[int] = stream.chosen.of(mine).tolist()
         self._folder, self._accelerator, self._config = folder / HELDOUT, accelerator, config
 
     def evaluate(

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import as_denoiser
-from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, UNET, variant_name
+from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, TRAINED_ON, UNET, variant_name
 from hf_ddpm.folders.output import check_run_folder, output_folder
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import save_own_network
@@ -150,12 +151,14 @@ class Run:
                 "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
             )
         stream, self._data = open_data(config, self.state, accelerator)
+        self._trained_on = stream.facts(self._data)
         self.shape, self.rows = stream.shape, stream.num_rows()
         if accelerator.is_main_process:
             logger.warning("%s", stream.survey(show=True))
-        self.heldout = (
-            HeldOut(config, self.folder, accelerator, stream.shape) if config.evaluate_every else None
-        )
+            if config.holdout is not None:
+                held = stream.chosen.left_out
+                logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
+        self.heldout = HeldOut(config, self.folder, accelerator, stream) if config.evaluate_every else None
         self.grids = SampleGrids(config, self.folder, accelerator, self.scheduler, stream.shape)
 
         # What is minimised, and at which steps
@@ -342,6 +345,7 @@ class Run:
                     average = self._shell
                 if name == next(iter(self.averages)):
                     DDPMPipeline(average, self.scheduler).save_pretrained(place)
+                    (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
                 else:
                     average.save_pretrained(place / UNET, variant=variant_name(name))  # type: ignore[operator]
 

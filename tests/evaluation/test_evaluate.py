@@ -70,6 +70,7 @@ def test_what_an_evaluation_leaves(tiny_folder, tmp_path, capsys, real_pictures)
         "background": "white",
         "to_8_bit": False,
         "trained_on": False,
+        **{"num_trained_on": 0, "num_skipped": 0, "changed": None},
     }
     assert report["model"]["name"] == str(tiny_folder) and report["model"]["prediction_type"] == "epsilon"
     assert report["command"].startswith(f"hf-ddpm evaluate {tiny_folder} digits --out ")

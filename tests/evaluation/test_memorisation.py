@@ -201,7 +201,7 @@ def test_a_killed_search_goes_on(part, tiny_folder, tmp_path, monkeypatch):
 
 
 def search(samples, heldout, tmp_path, num_heldout):
-    return Memorisation(config(num_heldout), heldout).run(samples, tmp_path)
+    return Memorisation(config(num_heldout), heldout, load_stream("digits", "train")).run(samples, tmp_path)
 
 
 def config(num_samples, **changes):
@@ -228,7 +228,7 @@ def test_the_exact_denoiser_repeats_its_images(tmp_path):
 
 def test_new_images_are_as_near_as_held_out_ones(tmp_path):
     """Samples that are other held-out digits: about 1 % are near, as of the floor."""
-    memory = Memorisation(config(150), load_stream("digits", "test"))
+    memory = Memorisation(config(150), load_stream("digits", "test"), load_stream("digits", "train"))
     others = sorted(set(range(300)) - set(memory.heldout_rows.tolist()))
     found = memory.run(digits("test", others), tmp_path)
     assert len(found.distances) == len(found.heldout_distances) == 150

@@ -159,6 +159,7 @@ TEXTS = {
         "objective": "bound",
         "t_sampler": "importance",
         "evaluate_split": "x",
+        "holdout": 0.25,
         "weight_decay": 0.1,
         "push_to_hub": "tester/x",
         "dataset_id": "tester/x",
