@@ -136,7 +136,7 @@ def read_head(file: BinaryIO) -> Head:
     bits = _bits(image, start)
     storage = _storage(image.mode, bits)
     mode = "L" if image.mode.startswith("I") else image.mode
-    mode += "" if storage == EIGHT_BITS or image.mode == "F" else f" of {storage}"
+    mode = f"{bits}-bit {mode}" if bits > 8 and image.mode != "F" else mode
     if not _ends_well(file, image.format):
         file.seek(0)
         height, width, channels = read_image(file.read(MOST_BYTES)).values.shape

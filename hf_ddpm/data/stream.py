@@ -20,7 +20,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from numbers import Integral, Real
@@ -62,6 +62,7 @@ def load_stream(
     shuffle_memory: float = 0,
     seed: int = 0,
     skip_corrupt: bool = False,
+    check: Callable[[ImageStream], object] | None = None,
 ) -> ImageStream:
     """Open a data set for streaming and read its first image.
 
@@ -86,6 +87,7 @@ def load_stream(
             from all over the data, and permutes them; if all images take less, that is all of them.
         seed: of order, crops and flips.
         skip_corrupt: pass over (and count) images that can't be decoded or don't fit, instead of raising.
+        check: called with the stream before its first image is read; it may refuse it by its `survey`.
 
     Returns:
         The stream.
@@ -116,7 +118,7 @@ def load_stream(
     found, column = open_source(source, split).select_column(column)
     tell(found, skip_corrupt)
     decoder.storage = array_storage(found.features[column])
-    return ImageStream(
+    stream = ImageStream(
         _shards=Shards(found, column),
         _decoder=decoder,
         _size=size,
@@ -126,6 +128,10 @@ def load_stream(
         _seed=seed,
         _skip_corrupt=skip_corrupt,
     )
+    if check is not None:
+        check(stream)
+    stream.read_first()
+    return stream
 
 
 class Slots(NamedTuple):
@@ -149,11 +155,9 @@ class ImageStream:
 
     Attributes:
         shape: (C, H, W) of every image.
-        skipped: how many images the iterators of this object could not read and passed over.
     """
 
     shape: tuple[int, int, int] = field(init=False)
-    skipped: int = field(default=0, init=False)
     _shards: Shards = field(repr=False)
     _decoder: Decoder = field(repr=False)
     _size: tuple[int, int] | None
@@ -162,9 +166,15 @@ class ImageStream:
     _memory: float
     _seed: int
     _skip_corrupt: bool
-    _named: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    _skipped: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    _survey: Survey | None = field(default=None, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def read_first(self) -> None:
+        """Find out `shape` by the first image that can be read; done by `load_stream`.
+
+        Raises:
+            ValueError: an unusable first image, or none that can be used.
+        """
         for row in self._shards.rows():
             try:
                 *size, channels = self._decoder(self._shards.encoded(row)).shape
@@ -176,6 +186,11 @@ class ImageStream:
             self.shape = (self._decoder.channels or channels, height, width)
             return
         raise ValueError(f"no usable image in {self._shards}")
+
+    @property
+    def skipped(self) -> int:
+        """How many images the iterators of this object could not read and passed over, each counted once."""
+        return len(self._skipped)
 
     @functools.cached_property
     def _order(self) -> Order:
@@ -200,7 +215,7 @@ class ImageStream:
         return self._shards.source.root if self._shards.addressable else None
 
     def survey(self, show: bool = False) -> Survey:
-        """What the heads of some images say of all: their sizes and modes.
+        """What the heads of the images say: their sizes and modes; looked at once, see survey.py.
 
         Args:
             show: whether a progress bar is drawn.
@@ -208,7 +223,15 @@ class ImageStream:
         Raises:
             ValueError: a file of the data set that can't be read.
         """
-        return survey(self._shards, show)
+        if self._survey is None:
+            self._survey = survey(self._shards, show)
+        return self._survey
+
+    def row_at(self, position: int) -> int:
+        """The number of the row at a position of the run, epoch · `num_rows()` + place."""
+        epoch, place = divmod(position, self.num_rows())
+        windows = self._order.lanes > 1
+        return self._order.row(epoch, place) if windows else int(self._order.rows(epoch, place, place + 1)[0])
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""
@@ -342,13 +365,12 @@ class ImageStream:
         return self._skip_corrupt and not isinstance(error, StorageError)
 
     def _pass_over(self, row: Row, error: ValueError) -> None:
-        self.skipped += 1
-        if row[:2] in self._named or len(self._named) > _NAMED:
+        if row[:2] in self._skipped:
             return
-        self._named.add(row[:2])
-        if len(self._named) <= _NAMED:
+        self._skipped.add(row[:2])
+        if len(self._skipped) <= _NAMED:
             logger.warning("skipped %s: %s", self._shards.name(row), error)
-        else:
+        elif len(self._skipped) == _NAMED + 1:
             logger.warning("further images that can't be read are only counted")
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:

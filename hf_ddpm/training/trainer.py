@@ -98,7 +98,14 @@ def train(
     with _told(), interruptible() as came, open_run(config, model, objective) as run:
         push = start_pushing(run.config, run.model, run.accelerator)
         log = RunLog(
-            run.folder, run.accelerator, run.config, run.first, run.share.per_step, run.rows, run.state
+            run.folder,
+            run.accelerator,
+            run.config,
+            run.first,
+            run.share.per_step,
+            run.rows,
+            run.state,
+            run.skipped.rows,
         )
         stop = StopSignals(run.accelerator.num_processes)
         if came:

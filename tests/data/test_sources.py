@@ -125,7 +125,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
     for source, message in [
-        (tmp_path / "missing", "no file or folder .*missing .it looks like a path, so the Hub was not asked"),
+        (tmp_path / "missing", "no file or folder .*missing; it looks like a path, so the Hub was not asked"),
         ("./missing", "no file or folder ./missing"),
         (
             "somebody/no-such-set",
