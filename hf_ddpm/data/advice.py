@@ -67,7 +67,8 @@ def check_images(found: Survey, reading: Reading, needs: Needs) -> None:
     if not found.heads:
         raise ValueError(f"{found}; allowed: at least one image of a format that is read")
     if flags := missing_flags(found, reading, needs):
-        raise ValueError(f"{found.facts}: add {' '.join(flags)}")
+        taker = "" if needs.shape is None else ", for a network of {}x{}x{} (CxHxW)".format(*needs.shape)
+        raise ValueError(f"{found.facts}{taker}: add {' '.join(flags)}")
 
 
 def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:
@@ -81,6 +82,8 @@ def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:
         reading: how they are to be read.
         needs: which images the network takes.
     """
+    if found.arrays and not {head.channels for head in found.heads} <= {1, 3, reading.channels}:
+        return []  # their axes may have another order, which is told where they are read
     first, size = next(iter(found.sizes)), _wanted_size(found, reading, needs)
     flags = []
     mixed = len(found.sizes) > 1 and reading.fit == "exact"

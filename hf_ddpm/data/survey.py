@@ -47,6 +47,8 @@ MOST_ROWS = 64
 _SECONDS = 20.0
 # Image files whose heads are read at once, as that is waiting on many disks
 _THREADS, _FILES_AT_ONCE = 8, 512
+# Images that are looked at without a progress bar
+_SHOWN = 5000
 # A survey that took so many seconds is kept; and where, below the cache of the Hugging Face libraries
 KEPT_SECONDS = 1.0
 _CACHE = ("hf_ddpm", "surveys")
@@ -178,7 +180,7 @@ def survey(shards: Shards, show: bool = False) -> Survey:
     whole = shards.local and not shards.passes_over
     expected = total if whole and total is not None else min(MOST_ROWS, total or MOST_ROWS)
     started = time.monotonic()
-    with progress("look at images", expected, "image", show and expected > 1000, leave=False) as bar:
+    with progress("look at images", expected, "image", show and expected > _SHOWN, leave=False) as bar:
         for row, head in itertools.islice(_heads(shards, storage), expected):
             found.looked_at += 1
             if head is not None:

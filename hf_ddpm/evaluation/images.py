@@ -3,18 +3,19 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
-from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
@@ -40,9 +41,20 @@ def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationCo
 
 
 def load_images(
-    config: EvaluationConfig, dataset: str, split: str, size: tuple[int, int] | None
+    config: EvaluationConfig,
+    dataset: str,
+    split: str,
+    size: tuple[int, int] | None,
+    check: Callable[[ImageStream], object] | None = None,
 ) -> ImageStream:
     """A data set's images in their source's order, read as `settle_reading` has said.
+
+    Args:
+        config: the evaluation.
+        dataset: the data set.
+        split: its split.
+        size: (H, W); None for the first image's.
+        check: as in `load_stream`.
 
     Raises:
         ValueError: a bad data set.
@@ -56,6 +68,7 @@ def load_images(
         fit=config.fit,
         background=config.background or WHITE,
         to_8_bit=config.to_8_bit,
+        check=check,
     )
 
 
@@ -67,7 +80,21 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
     """
     channels, height, width = shape = model.pipeline.image_shape
     size = None if config.fit == "exact" else (height, width)
-    stream = load_images(config, config.dataset, config.split, size)
+    reading = Reading(
+        (height, width),
+        config.channels,
+        config.fit,
+        config.background or WHITE,
+        config.to_8_bit,
+        getattr(config, "skip_corrupt", None),
+    )
+
+    def check(stream: ImageStream) -> None:
+        state = process_state()
+        needs = Needs(shape=shape)
+        on_main_process(state, lambda: check_images(stream.survey(show=True), reading, needs))
+
+    stream = load_images(config, config.dataset, config.split, size, check)
     if process_state().is_main_process:
         logger.warning("%s", stream.survey(show=True))
     if stream.shape != shape:

@@ -180,8 +180,9 @@ def check_new_images(stream: ImageStream, config: TrainConfig, needs: Needs) -> 
     Raises:
         ValueError: one line with all the flags to add.
     """
+    size = (config.size, config.size) if isinstance(config.size, int) else config.size
     reading = Reading(
-        config.size, config.channels, config.fit, config.background, config.to_8_bit, config.skip_corrupt
+        size, config.channels, config.fit, config.background, config.to_8_bit, config.skip_corrupt
     )
     check_images(stream.survey(show=True), reading, needs)
 

@@ -215,7 +215,7 @@ def _close(run: Run, log: RunLog, stopped: bool) -> None:
         run.accelerator.wait_for_everyone()
     run.close()
     if log.skipped:
-        logger.warning("%d images could not be read and were skipped", log.skipped)
+        logger.warning("images that could not be read and were skipped: %d", log.skipped)
     run.accelerator.end_training()
 
 

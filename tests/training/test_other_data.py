@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -146,7 +147,7 @@ def opened(folders: list[Path]):
     accelerator = Accelerator(cpu=True)
     config = small(folders[0], dataset=str(folders[accelerator.process_index]))
     try:
-        return open_data(config, {}, accelerator)[1]["rows"]
+        return open_data(config, {}, accelerator, torch.nn.Identity())[1]["rows"]
     except ValueError as error:
         return str(error)
 
