@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from hf_ddpm.data.encoded import EIGHT_BITS
 from hf_ddpm.data.pixels import parse_background
 from hf_ddpm.data.survey import Survey
+from hf_ddpm.runtime.messages import LIMIT, one_line
 
 # The way of fitting images that is advised: nothing is stretched, and no image is too small for it
 ADVISED_FIT = "resize_crop"
+# Characters of the line, before which a command's name stands; more than twice those of all flags
+_LONGEST = LIMIT - 30
 # The part of the images that may be smaller than the size that is advised, and so be enlarged
 _SMALLER = 0.05
 
@@ -68,7 +71,7 @@ def check_images(found: Survey, reading: Reading, needs: Needs) -> None:
         raise ValueError(f"{found}; allowed: at least one image of a format that is read")
     if flags := missing_flags(found, reading, needs):
         taker = "" if needs.shape is None else ", for a network of {}x{}x{} (CxHxW)".format(*needs.shape)
-        raise ValueError(f"{found.facts}{taker}: add {' '.join(flags)}")
+        raise ValueError(one_line(f"{found.facts}{taker}: add {' '.join(flags)}", _LONGEST))
 
 
 def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:

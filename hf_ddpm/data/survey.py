@@ -226,7 +226,7 @@ def _head(shards: Shards, storage: str | None, row: Row) -> Head | None:
 
 def _name(shards: Shards, row: Row) -> str:
     if shards.addressable:
-        return shown(shards.relative(row.value["path"]), 60)
+        return shown(shards.relative(row.value["path"]), 40)
     return f"row {row.number} of {shown(os.path.basename(shards.names[row.shard]), 40)}"
 
 

@@ -1,12 +1,16 @@
 """survey.py: what a data set holds, as a person reads it before a run."""
 
+import json
+import os
+
 import pytest
 from datasets import List, Value
 from PIL import Image as PILImage
 
 from hf_ddpm import TrainConfig, train
+from hf_ddpm.data.encoded import read_head
 from hf_ddpm.data.stream import load_stream
-from tests.data.pictures import noise, png, truncated, write_parquet
+from tests.data.pictures import noise, picture_folder, png, truncated, write_parquet
 
 
 def test_sizes_and_modes_of_a_folder(tmp_path):
@@ -72,3 +76,77 @@ def test_a_run_does_not_write_among_its_images(tmp_path):
     config = TrainConfig(dataset=str(tmp_path), output_dir=str(tmp_path / "runs" / "a"), model="tiny")
     with pytest.raises(ValueError, match=r"^output_dir '.*runs/a' lies in the folder of the images, '"):
         train(config)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, in which every survey is kept; and how many images were looked at since."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("hf_ddpm.data.survey.KEPT_SECONDS", -1.0)
+    looked_at = []
+    monkeypatch.setattr(
+        "hf_ddpm.data.survey.read_head", lambda file: looked_at.append(file) or read_head(file)
+    )
+    return tmp_path / "home", looked_at
+
+
+def test_a_survey_is_kept_for_the_same_files(tmp_path, cache):
+    home, looked_at = cache
+    data = picture_folder(tmp_path / "data", 5)
+    (data / "bad.png").write_text("no image")
+    first = load_stream(data).survey()
+    assert len(looked_at) == 6 and sorted(path.name for path in data.iterdir()) == [
+        *map("{:03d}.png".format, range(5)),
+        "bad.png",
+    ]
+    assert load_stream(data).survey() == first and len(looked_at) == 6
+    for change in (
+        lambda: (data / "new.png").write_bytes(png(noise(1, 9, 9)[0])),
+        lambda: (data / "bad.png").unlink(),
+        lambda: os.utime(data / "000.png", (1, 1)),
+        lambda: (data / "000.png").write_bytes(png(noise(1, 7, 7)[0])),
+    ):
+        change()
+        before = len(looked_at)
+        assert load_stream(data).survey() != first or len(looked_at) > before
+        assert len(looked_at) > before
+    assert len(list(home.rglob("*.json"))) == 1  # the newest takes the place of the one before
+
+
+@pytest.mark.parametrize("other", range(9))
+def test_a_damaged_survey_is_ignored(tmp_path, cache, other):
+    home, looked_at = cache
+    data = picture_folder(tmp_path / "data", 5)
+    first = load_stream(data).survey()
+    (file,) = home.rglob("*.json")
+    kept, count = json.loads(file.read_text()), len(looked_at)
+    head = kept["heads"][0]
+    file.write_text(
+        [
+            "",
+            "[]",
+            file.read_text()[:-9],
+            json.dumps(kept | {"state": "0" * 64}),
+            json.dumps(kept | {"heads": []}),
+            json.dumps(kept | {"heads": [[*head[:-1], 6]]}),
+            json.dumps(kept | {"heads": [["6", *head[1:]]]}),
+            json.dumps(kept | {"unreadable": -1}),
+            json.dumps(kept | {"heads": [[*head[:-1], float("nan")]]}),
+        ][other]
+    )
+    assert load_stream(data).survey() == first and len(looked_at) == count + 5
+    assert json.loads(file.read_text()) == kept  # made anew
+
+
+def test_no_cache_is_needed(tmp_path, cache):
+    home, looked_at = cache
+    home.write_text("no folder")
+    data = picture_folder(tmp_path / "data", 3)
+    assert load_stream(data).survey() == load_stream(data).survey() and len(looked_at) == 6
+
+
+def test_what_is_quick_is_not_kept(tmp_path, cache, monkeypatch):
+    home, _ = cache
+    monkeypatch.setattr("hf_ddpm.data.survey.KEPT_SECONDS", 1000.0)
+    load_stream(picture_folder(tmp_path / "data", 3)).survey()
+    assert not home.exists()
