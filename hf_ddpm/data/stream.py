@@ -34,7 +34,7 @@ from hf_ddpm.data.encoded import MAX_PIXELS
 from hf_ddpm.data.fingerprint import take_fingerprint
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
-from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
+from hf_ddpm.data.pixels import CORRUPT, FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
@@ -357,7 +357,8 @@ class ImageStream:
             return self._pixels(row, epoch, place)
         except ValueError as error:
             if not self._may_skip(error):
-                raise ValueError(f"{self._shards.name(row)}: {error}") from error
+                hint = "; add skip_corrupt=True to pass over it" * str(error).startswith(CORRUPT)
+                raise ValueError(f"{self._shards.name(row)}: {error}{hint}") from error
             self._pass_over(row, error)
             return None
 

@@ -203,8 +203,9 @@ class SkippedRows:
 
     def note(self, batch: "Batch") -> None:
         """Note the images that a batch of this process should have and hasn't."""
-        if not batch.present.all():
-            for position, present in zip(batch.positions, batch.present.tolist(), strict=True):
+        found = batch.present.numpy()  # on the CPU, wherever the images go
+        if not found.all():
+            for position, present in zip(batch.positions, found, strict=True):
                 if position != EMPTY and not present:
                     self._new.add(self._stream.row_at(position))
 
