@@ -131,10 +131,10 @@ class TrainConfig:
     )
     image_column: str | None = option(None, "column of the images, by default the only one")
     image_size: str | None = option(
-        None, "'28' or '28x32' (height x width), by default the first image's", joined="x"
+        None, "'28' or '28x32' (height x width), by default the images' own", joined="x"
     )
     channels: int | None = option(
-        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default 1 or 3, as the first image", least=1
+        None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default 1 or 3, as the images", least=1
     )
     background: str = option(
         "white", "ground that transparent pixels are laid on: white, black, or a colour as in '#ff8000'"

@@ -12,7 +12,7 @@ import struct
 import sys
 import warnings
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, ImageOps
@@ -23,6 +23,8 @@ from PIL.TiffImagePlugin import (
     PLANAR_CONFIGURATION,
     SAMPLEFORMAT,
 )
+
+from hf_ddpm.data.files import MOST_BYTES
 
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -35,6 +37,9 @@ _PLAIN = {
     **{"1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"},
     **{"RGBX": "RGB", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"},
 }
+
+# Modes of which a file may name one colour that is transparent
+_KEYED = ("1", "L", "RGB", "RGBA", "I;16")
 
 
 class ImageRefused(ValueError):
@@ -71,28 +76,120 @@ def read_image(data: bytes) -> Raster:
     image = open_plain_png(data)
     if image is not None:
         return Raster(_as_array(image), 255)
-    image = _open(data)
+    image = _open(io.BytesIO(data))
     bits = _bits(image, data)
-    deep = bits > 8 and image.mode in ("RGB", "RGBA") and image.format in ("PNG", "TIFF")
-    if deep:
+    if _is_deep_colour(image, bits):
         values, white = _read_deep_colours(data), 65535
     else:
         image = _load(image)
         values, white = _values(image, bits)
     values = _with_transparent_colour(image, values, white, bits)
-    storage = EIGHT_BITS if bits <= 8 else "floating-point numbers" if image.mode == "F" else f"{bits} bits"
+    storage = _storage(image.mode, bits)
     with contextlib.suppress(Exception):  # broken data after the first frame
         return Raster(values, white, storage, bool(getattr(image, "is_animated", False)))
     return Raster(values, white, storage)
 
 
-def _open(data: bytes) -> Any:
+def _storage(mode: str, bits: int) -> str:
+    return EIGHT_BITS if bits <= 8 else "floating-point numbers" if mode == "F" else f"{bits} bits"
+
+
+def _is_deep_colour(image: Any, bits: int) -> bool:
+    return bits > 8 and image.mode in ("RGB", "RGBA") and image.format in ("PNG", "TIFF")
+
+
+class Head(NamedTuple):
+    """What the head of an image file says of the image.
+
+    Attributes:
+        height: of the image as it is shown, turned as its EXIF orientation says.
+        width: likewise.
+        mode: Pillow's name of its mode, with its depth if that is more than 8 bits, for people.
+        channels: 1 for grey, 2 for grey and alpha, 3 for colour, 4 for colour and alpha.
+        storage: how its numbers are stored, as in `Raster`.
+    """
+
+    height: int
+    width: int
+    mode: str
+    channels: int
+    storage: str = EIGHT_BITS
+
+
+def read_head(file: BinaryIO) -> Head:
+    """What `read_image` will find in a file, told by its head.
+
+    An image is decoded only where its file doesn't end as its format does, so that it may have been cut, or
+    where a PNG has its orientation behind the pixels.
+
+    Args:
+        file: of the image, at its beginning.
+
+    Raises:
+        ImageRefused: it would be refused.
+        Exception: whatever Pillow raises for broken data.
+    """
+    image = _open(file)
+    # The settings of an AVIF's codec lie somewhere in its head, and the depth of a PNG at its beginning
+    file.seek(0)
+    start = file.read(-1 if image.format == "AVIF" else 64)
+    bits = _bits(image, start)
+    storage = _storage(image.mode, bits)
+    mode = "L" if image.mode.startswith("I") else image.mode
+    mode = f"{bits}-bit {mode}" if bits > 8 and image.mode != "F" else mode
+    if not _ends_well(file, image.format):
+        file.seek(0)
+        height, width, channels = read_image(file.read(MOST_BYTES)).values.shape
+        return Head(height, width, mode, channels, storage)
+    # Not `image.getexif()`, which decodes a PNG that has no EXIF
+    turned = PILImage.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    if image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2:
+        turned = False  # Pillow says its size as it is shown
+    height, width = (image.width, image.height) if turned else (image.height, image.width)
+    return Head(height, width, mode, _count_channels(image, start), storage)
+
+
+def _count_channels(image: Any, start: bytes) -> int:
+    if image.mode == "F" or image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        plain = "L"
+    elif image.format == "PNG" and start[25] == 4:
+        plain = "LA"  # which Pillow reads as RGBA in 16 bits
+    else:
+        plain = _plain_mode(image)
+    keyed = image.info.get("transparency") is not None and image.mode in _KEYED
+    return {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}[plain] + (keyed and plain in ("L", "RGB"))
+
+
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    """Whether a file is as long as it says, and everything in it that matters was met at its head."""
+    size = file.seek(0, io.SEEK_END)
+    if kind in ("JPEG", "MPO"):
+        file.seek(max(0, size - 2))
+        return file.read() == b"\xff\xd9"
+    if kind == "WEBP":
+        file.seek(4)
+        return size >= 8 + int.from_bytes(file.read(4), "little")
+    if kind != "PNG":
+        return True
+    at, met = len(_PNG_START) - 8, b""
+    while at < size:
+        file.seek(at)
+        length, name = int.from_bytes(file.read(4), "big"), file.read(4)
+        if name == b"IEND":
+            return at + 8 + length <= size
+        if name != b"IDAT" and met == b"IDAT":
+            return False  # such as an orientation
+        at, met = at + 12 + length, name
+    return False
+
+
+def _open(file: BinaryIO) -> Any:
     """Pillow's image of a file's head; nothing is decoded yet."""
     too_large = f"it says that it has more than {MAX_PIXELS:,} pixels; allowed: at most so many"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            image = PILImage.open(io.BytesIO(data), formats=FORMATS)
+            image = PILImage.open(file, formats=FORMATS)
     except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError):
         raise ImageRefused(too_large) from None
     except PILImage.UnidentifiedImageError:
@@ -155,12 +252,20 @@ def _values(image: Any, bits: int) -> tuple[np.ndarray, int]:
         return _as_array(image).astype(np.uint16), 2**bits - 1
     if image.mode == "I" and image.format == "PPM":
         return _as_array(image).astype(np.uint16), 65535
+    plain = _plain_mode(image)
+    return _as_array(image if image.mode == plain else image.convert(plain)), 255
+
+
+def _plain_mode(image: Any) -> str:
+    """The mode that an image is converted to.
+
+    Raises:
+        ImageRefused: its colours are not read.
+    """
     plain = _PLAIN.get(image.mode)
     if plain is None:
         raise ImageRefused(f"its colours are {image.mode}; allowed: grey, RGB, palettes, CMYK, YCbCr")
-    if image.mode == "P" and image.has_transparency_data:
-        plain = "RGBA"
-    return _as_array(image if image.mode == plain else image.convert(plain)), 255
+    return "RGBA" if image.mode == "P" and image.has_transparency_data else plain
 
 
 def _with_transparent_colour(image: Any, values: np.ndarray, white: int, bits: int) -> np.ndarray:
@@ -169,7 +274,7 @@ def _with_transparent_colour(image: Any, values: np.ndarray, white: int, bits: i
     A PNG names it in its own depth, so that in a grey image of 4 bits the number 15 is white.
     """
     key = image.info.get("transparency")
-    if key is None or image.mode not in ("1", "L", "RGB", "RGBA", "I;16") or values.shape[2] in (2, 4):
+    if key is None or image.mode not in _KEYED or values.shape[2] in (2, 4):
         return values
     scale = white // (2**bits - 1) if image.mode == "L" else 1
     colour = np.array(key) % (2**bits if image.mode != "1" else 256) * scale
@@ -186,8 +291,8 @@ def _read_deep_colours(data: bytes) -> np.ndarray:
         # Grey and alpha of 16 bits lie as the four channels of 8 bits do that they are read as
         head = data[12:24] + b"\x08\x06" + data[26:29]
         data = data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
-        return np.ascontiguousarray(_as_array(_load(_open(data)))).view(">u2").astype(np.uint16)
-    upper, lower = _open(data), _open(data)
+        return np.ascontiguousarray(_as_array(_load(_open(io.BytesIO(data))))).view(">u2").astype(np.uint16)
+    upper, lower = _open(io.BytesIO(data)), _open(io.BytesIO(data))
     order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     swapped = []
     for tile in upper.tile:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # What to do with an image of another size, see `load_stream`
 FITS = ("exact", "resize", "resize_crop", "center_crop", "random_crop")
+# How the words on an image that can't be decoded begin
+CORRUPT = "corrupt image"
 # The ground that transparent pixels lie on, where none is named
 WHITE = "white"
 _GROUNDS = {WHITE: "#ffffff", "black": "#000000"}
@@ -159,7 +161,7 @@ class Decoder:
             raise
         # PIL has a dozen kinds of error for broken data
         except Exception as error:
-            raise ValueError(f"corrupt image: {one_line(error)}") from error
+            raise ValueError(f"{CORRUPT}: {one_line(error)}") from error
         if raster.frames and not self._said:
             self._said = True
             logger.warning("an image file has several frames or pages: the first of each file is read")

@@ -113,6 +113,11 @@ class Shards:
             self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
 
     @property
+    def column(self) -> str:
+        """The column that is read."""
+        return self._column
+
+    @property
     def addressable(self) -> bool:
         """Whether any row can be read alone."""
         return self.source.kind == "images"

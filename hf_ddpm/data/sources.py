@@ -34,8 +34,10 @@ from hf_ddpm.data.listing import (
     split_by_name,
     unused_splits,
 )
+from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
 
+PARQUET = ".parquet"
 BESIDE = "beside the folders of the splits"
 NO_IMAGES_READ, NO_PARQUET_READ = "images beside parquet files", "parquet files beside images"
 UNNAMED = "not named by the card's data_files"
@@ -109,7 +111,7 @@ def open_source(source: str | os.PathLike[str], split: str) -> Source:
     path = str(Path(__file__).parent / "digits") if name == "digits" else os.path.expanduser(name)
     if os.path.isdir(path):
         return _open_folder(name, os.path.abspath(path), split)
-    like_parquet = path.lower().endswith(".parquet")
+    like_parquet = path.lower().endswith(PARQUET)
     if os.path.isfile(path):
         if not like_parquet:
             raise ValueError(
@@ -119,8 +121,11 @@ def open_source(source: str | os.PathLike[str], split: str) -> Source:
         return _parquet_source(name, "train", [os.path.abspath(path)], os.path.dirname(os.path.abspath(path)))
     if os.path.lexists(path):
         raise ValueError(f"{shown(name)} is neither a folder nor a regular file")
-    if os.path.isabs(path) or name[0] in ".~" or like_parquet or name.count("/") > 1 or os.sep in name[:1]:
-        raise ValueError(f"no file or folder {shown(name)} (it looks like a path, so the Hub was not asked)")
+    if looks_like_path(name) or like_parquet:
+        raise ValueError(
+            f"no file or folder {shown(name)}{or_near(name, PARQUET)}; it looks like a path, so the Hub was "
+            "not asked"
+        )
     return _open_hub(name, split)
 
 
@@ -128,16 +133,20 @@ def _open_hub(name: str, split: str) -> Source:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"no folder {shown(name)}, and no data set of the Hub can have this name") from error
+        raise ValueError(
+            f"no folder {shown(name)}{or_near(name, PARQUET)}, and no data set of the Hub can have this name"
+        ) from error
     if "/" not in name and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
         raise ValueError(f"no folder {name}: it is the name of a file format, not of a data set")
+    asking_the_hub(name, PARQUET)
     try:
         builder = datasets.load_dataset_builder(name)
         splits: Any = builder.as_streaming_dataset()
     # What `datasets`, the Hub client, fsspec and pyarrow raise has no common class
     except Exception as error:
         raise ValueError(
-            f"can't read {name!r} as a data set: no such folder, and from the Hub: {one_line(error, 200)}"
+            f"can't read {name!r} as a data set: no such folder{or_near(name, PARQUET)}, and from the Hub: "
+            f"{one_line(error, 150)}"
         ) from error
     split = _check_split(name, split, list(map(str, splits)))
     files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
@@ -214,9 +223,10 @@ def _open_other(name: str, root: str, split: str, listing: Listing) -> Source:
     found = {suffix: [file for file in unread if file.lower().endswith(suffix)] for suffix in _OTHERS}
     suffix = next((suffix for suffix, files in found.items() if files), None)
     if suffix is None:
-        raise ValueError(
-            f"no images in {shown(name)}: {describe_left_out(listing.left_out) or 'it is empty'}"
-        )
+        reason = describe_left_out(listing.left_out) or "it is empty"
+        heic = any(file.lower().endswith((".heic", ".heif")) for file in unread)
+        hint = "; HEIC isn't read: save the images as JPEG or PNG" if heic else ""
+        raise ValueError(f"no images in {shown(name)}: {reason}{hint}")
     files = found[suffix]
     rest = sorted(set(listing.left_out.pop(UNREADABLE)) - set(files))
     listing.leave_out(UNREADABLE, *rest)

@@ -20,7 +20,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Integral, Real
@@ -35,7 +35,7 @@ from hf_ddpm.data.fingerprint import digest_of, take_fingerprint
 from hf_ddpm.data.holdout import Choice, Part, Rows, name_of_split
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
-from hf_ddpm.data.pixels import FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
+from hf_ddpm.data.pixels import CORRUPT, FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
@@ -67,6 +67,7 @@ def load_stream(
     skip_corrupt: bool = False,
     holdout: float | None = None,
     part: Part = "train",
+    check: Callable[[ImageStream], object] | None = None,
 ) -> ImageStream:
     """Open a data set for streaming and read its first image.
 
@@ -97,6 +98,7 @@ def load_stream(
             number of rows: the `data.holdout.held_out`. A split whose rows have to be read to be counted is
             read once for this.
         part: "train": the images that aren't held out. "held-out": those that are. "all": both.
+        check: called with the stream before its first image is read; it may refuse it by its `survey`.
 
     Returns:
         The stream.
@@ -128,7 +130,7 @@ def load_stream(
     found, column = open_source(source, name_of_split(choice.split)).select_column(column)
     tell(found, skip_corrupt)
     decoder.storage = array_storage(found.features[column])
-    return ImageStream(
+    stream = ImageStream(
         _shards=Shards(found, column, None if choice.whole else choice),
         _decoder=decoder,
         _size=size,
@@ -138,6 +140,10 @@ def load_stream(
         _seed=seed,
         _skip_corrupt=skip_corrupt,
     )
+    if check is not None:
+        check(stream)
+    stream.read_first()
+    return stream
 
 
 class Slots(NamedTuple):
@@ -161,11 +167,9 @@ class ImageStream:
 
     Attributes:
         shape: (C, H, W) of every image.
-        skipped: how many images the iterators of this object could not read and passed over.
     """
 
     shape: tuple[int, int, int] = field(init=False)
-    skipped: int = field(default=0, init=False)
     _shards: Shards = field(repr=False)
     _decoder: Decoder = field(repr=False)
     _size: tuple[int, int] | None
@@ -174,9 +178,15 @@ class ImageStream:
     _memory: float
     _seed: int
     _skip_corrupt: bool
-    _named: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    _skipped: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    _survey: Survey | None = field(default=None, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def read_first(self) -> None:
+        """Find out `shape` by the first image that can be read; done by `load_stream`.
+
+        Raises:
+            ValueError: an unusable first image, or none that can be used.
+        """
         for row in self._shards.rows():
             try:
                 *size, channels = self._decoder(self._shards.encoded(row)).shape
@@ -188,6 +198,11 @@ class ImageStream:
             self.shape = (self._decoder.channels or channels, height, width)
             return
         raise ValueError(f"no usable image in {self._shards}")
+
+    @property
+    def skipped(self) -> int:
+        """How many images the iterators of this object could not read and passed over, each counted once."""
+        return len(self._skipped)
 
     @functools.cached_property
     def _order(self) -> Order:
@@ -229,7 +244,7 @@ class ImageStream:
         return self._shards.source.root if self._shards.addressable else None
 
     def survey(self, show: bool = False) -> Survey:
-        """What the heads of some images say of all: their sizes and modes.
+        """What the heads of the images say: their sizes and modes; looked at once, see survey.py.
 
         Args:
             show: whether a progress bar is drawn.
@@ -237,7 +252,15 @@ class ImageStream:
         Raises:
             ValueError: a file of the data set that can't be read.
         """
-        return survey(self._shards, show)
+        if self._survey is None:
+            self._survey = survey(self._shards, show)
+        return self._survey
+
+    def row_at(self, position: int) -> int:
+        """The number of the row at a position of the run, epoch · `num_rows()` + place."""
+        epoch, place = divmod(position, self.num_rows())
+        windows = self._order.lanes > 1
+        return self._order.row(epoch, place) if windows else int(self._order.rows(epoch, place, place + 1)[0])
 
     @property
     def chosen(self) -> Rows:
@@ -285,7 +308,9 @@ class ImageStream:
         """
         if not len(rows):
             raise ValueError(f"no images are left of {self._shards.title}")
-        return replace(self, _shards=self._shards.choose(rows, words), _memory=0.0)
+        found = replace(self, _shards=self._shards.choose(rows, words), _memory=0.0)
+        found.read_first()
+        return found
 
     def num_rows(self) -> int:
         """How many images an epoch has, those that can't be read included; counted at the first call."""
@@ -411,7 +436,8 @@ class ImageStream:
             return self._pixels(row, epoch, place)
         except ValueError as error:
             if not self._may_skip(error):
-                raise ValueError(f"{self._shards.name(row)}: {error}") from error
+                hint = "; add skip_corrupt=True to pass over it" * str(error).startswith(CORRUPT)
+                raise ValueError(f"{self._shards.name(row)}: {error}{hint}") from error
             self._pass_over(row, error)
             return None
 
@@ -419,13 +445,12 @@ class ImageStream:
         return self._skip_corrupt and not isinstance(error, StorageError)
 
     def _pass_over(self, row: Row, error: ValueError) -> None:
-        self.skipped += 1
-        if row[:2] in self._named or len(self._named) > _NAMED:
+        if row[:2] in self._skipped:
             return
-        self._named.add(row[:2])
-        if len(self._named) <= _NAMED:
+        self._skipped.add(row[:2])
+        if len(self._skipped) <= _NAMED:
             logger.warning("skipped %s: %s", self._shards.name(row), error)
-        else:
+        elif len(self._skipped) == _NAMED + 1:
             logger.warning("further images that can't be read are only counted")
 
     def _pixels(self, row: Row, epoch: int, place: int) -> np.ndarray:

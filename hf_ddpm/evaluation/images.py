@@ -5,10 +5,11 @@ that its training run left.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.holdout import name_of_split
 from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
@@ -25,7 +27,7 @@ from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.folders.layout import TRAINED_ON
 from hf_ddpm.runtime.messages import one_line, shown
-from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 
@@ -170,9 +172,20 @@ def _sides(config: EvaluationConfig, model: ScoredModel) -> tuple[int, int] | No
 
 
 def load_images(
-    config: EvaluationConfig, dataset: str, split: str, size: tuple[int, int] | None
+    config: EvaluationConfig,
+    dataset: str,
+    split: str,
+    size: tuple[int, int] | None,
+    check: Callable[[ImageStream], object] | None = None,
 ) -> ImageStream:
     """A data set's images in their source's order, read as `settle_reading` has said.
+
+    Args:
+        config: the evaluation.
+        dataset: the data set.
+        split: its split.
+        size: (H, W); None for the first image's.
+        check: as in `load_stream`.
 
     Raises:
         ValueError: a bad data set.
@@ -190,6 +203,7 @@ def load_images(
         holdout=config.holdout,
         part=config.part or "all",  # type: ignore[arg-type]
         seed=config.holdout_seed or 0,
+        check=check,
     )
 
 
@@ -245,6 +259,20 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
     return Images(config, stream, trained, seen, skipped)
 
 
+def _check_reading(config: EvaluationConfig, shape: tuple[int, int, int], stream: ImageStream) -> None:
+    """Refuse images of which some can't be read as they are to be; all processes call it together."""
+    reading = Reading(
+        shape[1:],
+        config.channels,
+        config.fit or "exact",
+        config.background or WHITE,
+        bool(config.to_8_bit),
+        bool(config.skip_corrupt),
+    )
+    needs = Needs(shape=shape)
+    on_main_process(process_state(), lambda: check_images(stream.survey(show=True), reading, needs))
+
+
 def _check_shape(config: EvaluationConfig, stream: ImageStream, model: ScoredModel) -> None:
     channels, shape = model.pipeline.image_shape[0], model.pipeline.image_shape
     if stream.shape != shape:
@@ -261,13 +289,14 @@ def _open_part(
 ) -> tuple[EvaluationConfig, ImageStream]:
     """The config with split, part and holdout settled, and the images that it then means."""
     record, sides = model.record, _sides(config, model)
+    check = functools.partial(_check_reading, config, model.pipeline.image_shape)
     held, split = trained is not None and trained.held, default_split(config, record, trained is not None)
     if config.holdout is not None:
         seed = config.holdout_seed if config.holdout_seed is not None else record.seed if record else 0
         config = dataclasses.replace(config, split=split, part=config.part or "held-out", holdout_seed=seed)
-        return config, load_images(config, config.dataset, split, sides)
+        return config, load_images(config, config.dataset, split, sides, check)
     config, part = dataclasses.replace(config, split=split, part="all"), config.part
-    whole = load_images(config, config.dataset, split, sides)
+    whole = load_images(config, config.dataset, split, sides, check)
     if part is None:
         part = "held-out" if trained is not None and held and trained.count(whole) else "all"
     if part == "all":

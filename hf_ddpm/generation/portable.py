@@ -23,6 +23,7 @@ from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
+from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
 
@@ -185,7 +186,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
             if UNET not in passed:
                 refuse_not_finite(pipeline.unet)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
-            tried = "no such folder, and from the Hub: " if from_hub else ""
+            tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub else ""
             line = _not_loaded(name, tried + _reason(error, token))
             # An error whose own words hold a secret is not handed on
             secret = any(redact(str(x), token) != str(x) for x in _chain(error))
@@ -254,9 +255,8 @@ def _local_folder(name: str, where: str) -> tuple[Path, bool]:
     try:
         folder = Path(name).expanduser()
         there = folder.exists()
-        looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        if "\0" in name or (looks_local and not there):
-            raise ValueError(f"model folder {where} does not exist")
+        if "\0" in name or (looks_like_path(name) and not there):
+            raise ValueError(f"model folder {where} does not exist{or_near(name)}")
         if there and not (folder / INDEX).is_file():
             if (folder / NETWORK_FILE).is_file() and (folder / RECORD).is_file():
                 raise ValueError(
@@ -267,6 +267,8 @@ def _local_folder(name: str, where: str) -> tuple[Path, bool]:
     except (OSError, RuntimeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise ValueError(f"model folder {where} can't be read: {reason}") from None
+    if not there:
+        asking_the_hub(name)
     return folder, not there
 
 

@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
 
 INCEPTION = "inception-v3"
@@ -158,9 +159,12 @@ def _load_transformers(source: str, device: str | torch.device) -> Extractor:
     from hf_ddpm.metrics.feature_folders import check_config, check_processor, check_weights, fetch
 
     path = Path(source).expanduser()
-    like_a_path = path.is_absolute() or source[:1] == "." or source.count("/") > 1
-    if not source or (like_a_path and not path.is_dir()):
-        raise ValueError(f"no folder {source!r} (it looks like a path, so the Hub was not asked)")
+    if not source or (looks_like_path(source) and not path.is_dir()):
+        raise ValueError(
+            f"no folder {source!r}{or_near(source)}; it looks like a path, so the Hub was not asked"
+        )
+    if not path.is_dir():
+        asking_the_hub(source)
     what = "config"
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

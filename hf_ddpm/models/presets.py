@@ -5,10 +5,10 @@ file knows shapes and layouts. It deliberately does not know what the output mea
 nor how a network is trained or saved.
 """
 
+from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DModel
 
 from hf_ddpm.models.networks import NETWORKS
 from hf_ddpm.spelling import did_you_mean, suggest_keywords
@@ -74,6 +74,17 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def names_preset(name: str) -> bool:
+    """Whether a name is meant as a preset's, and not as that of a pipeline's folder or of one on the Hub."""
+    return name in PRESETS or not ("/" in name or Path(name).is_dir())
+
+
+def size_multiple(preset: str) -> int:
+    """The number whose multiples the sides of a preset's images are: 2^(levels − 1) of a U-Net, else 1."""
+    config = PRESETS[preset]
+    return 2 ** (len(config["block_out_channels"]) - 1) if config["_class_name"] == "UNet2DModel" else 1
+
+
 @suggest_keywords
 def create_model(
     preset: str,
@@ -104,7 +115,7 @@ def create_model(
 
     if image_size is not None:
         sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-        multiple = 2 ** (len(config["block_out_channels"]) - 1) if network is UNet2DModel else 1
+        multiple = size_multiple(preset)
         if len(sides) != 2 or not all(_is_positive_int(side) and side % multiple == 0 for side in sides):
             raise ValueError(
                 f"image_size is {image_size!r}; allowed for {preset!r}: a positive multiple of {multiple}, "

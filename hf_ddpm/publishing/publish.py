@@ -51,7 +51,7 @@ from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.models import NETWORKS, weights_digest
 from hf_ddpm.publishing.card import MARK, CardFacts, make_card
 from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, upload
-from hf_ddpm.runtime.hub import check_repo_id
+from hf_ddpm.runtime.hub import check_repo_id, or_near
 from hf_ddpm.runtime.messages import one_line, redact
 from hf_ddpm.runtime.untrusted import check_regular, read_bytes, read_json, shown
 from hf_ddpm.spelling import suggest_keywords
@@ -215,7 +215,8 @@ def collect(
     folder, shown = Path(model).expanduser(), redact(os.fspath(model))
     check_repo_id("repo_id", repo_id)
     if not (folder / INDEX).is_file():
-        raise ValueError(f"model {shown!r} is no folder with a {INDEX}; allowed: a pipeline's folder")
+        near = "" if folder.exists() else or_near(str(folder))
+        raise ValueError(f"model {shown!r} is no folder with a {INDEX}{near}; allowed: a pipeline's folder")
     config = _config(folder)
     is_main = ema_decay in (None, main_decay(config))
     weights = _weights(folder, ema_decay)

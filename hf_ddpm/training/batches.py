@@ -10,17 +10,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.runtime.disk import WORKER
@@ -132,12 +134,16 @@ def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[st
     return share
 
 
-def open_stream(config: TrainConfig) -> ImageStream:
+def open_stream(config: TrainConfig, check: Callable[[ImageStream], object] | None = None) -> ImageStream:
     """The run's images, in the order that all processes share.
 
+    Args:
+        config: the run.
+        check: as in `load_stream`.
+
     Raises:
-        ValueError: a data set that can't be read, one in whose folder of images the run would write, or
-            images that are too large for the batch.
+        ValueError: a data set that can't be read, one in whose folder of images the run would write, images
+            that are too large for the batch, or what `check` raises.
     """
     stream = load_stream(
         config.dataset,
@@ -153,6 +159,7 @@ def open_stream(config: TrainConfig) -> ImageStream:
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
         holdout=config.holdout,
+        check=check,
     )
     folder, output = os.path.realpath(stream.folder or os.devnull), os.path.realpath(config.output_dir)
     if stream.folder and output.startswith(os.path.join(folder, "")):
@@ -166,6 +173,49 @@ def open_stream(config: TrainConfig) -> ImageStream:
         "batch_size", config.batch_size, math.prod(stream.shape), "image {}x{}x{}".format(*stream.shape)
     )
     return stream
+
+
+def check_new_images(stream: ImageStream, config: TrainConfig, needs: Needs) -> None:
+    """Refuse, before a run begins, images of which it would meet some that it can't read.
+
+    Raises:
+        ValueError: one line with all the flags to add.
+    """
+    size = (config.size, config.size) if isinstance(config.size, int) else config.size
+    reading = Reading(
+        size, config.channels, config.fit, config.background, config.to_8_bit, config.skip_corrupt
+    )
+    check_images(stream.survey(show=True), reading, needs)
+
+
+class SkippedRows:
+    """Which images of a run could not be read, each counted once however often it is met.
+
+    Args:
+        stream: the run's images.
+        accelerator: the processes, each of which meets images of its own.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+    """
+
+    def __init__(self, stream: ImageStream, accelerator: Accelerator, state: Mapping[str, Any]):
+        self._stream, self._accelerator = stream, accelerator
+        self._known: set[int] = set(state.get("skipped_rows", []))
+        self._new: set[int] = set()
+
+    def note(self, batch: "Batch") -> None:
+        """Note the images that a batch of this process should have and hasn't."""
+        found = batch.present.numpy()  # on the CPU, wherever the images go
+        if not found.all():
+            for position, present in zip(batch.positions, found, strict=True):
+                if position != EMPTY and not present:
+                    self._new.add(self._stream.row_at(position))
+
+    def rows(self) -> list[int]:
+        """The images by their rows, ascending, over all processes, which call it together."""
+        new = gather_object([sorted(self._new - self._known)])
+        self._known.update(*new)
+        self._new.clear()
+        return sorted(self._known)
 
 
 class Batch(NamedTuple):
@@ -208,9 +258,16 @@ class _Batches(IterableDataset):
 
 
 def make_batches(
-    stream: ImageStream, config: TrainConfig, share: StepShare, device: torch.device, first_step: int
+    stream: ImageStream,
+    config: TrainConfig,
+    share: StepShare,
+    device: torch.device,
+    first_step: int,
+    skipped: SkippedRows | None = None,
 ) -> Iterator[Batch]:
     """This process's batches from the step `first_step` on, without end; made ahead if the config says so.
+
+    What they lack is noted in `skipped`.
 
     Raises:
         ValueError: an image that can't be read.
@@ -226,6 +283,8 @@ def make_batches(
     for batch in _told_by_torch(iter(loader)) if config.num_workers else loader:
         if isinstance(batch, ValueError):
             raise batch
+        if skipped is not None:
+            skipped.note(batch)
         yield batch
 
 

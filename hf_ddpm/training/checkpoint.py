@@ -51,6 +51,7 @@ STATE: Mapping[str, Callable[[Any], bool]] = {
     "num_processes": lambda value: _count(value, 1),
     "images_per_step": lambda value: _count(value, 1),
     "skipped": _count,
+    "skipped_rows": lambda value: isinstance(value, list) and all(map(_count, value)),
     "pending": lambda value: isinstance(value, list) and _numbers(value),
     "data": lambda value: isinstance(value, dict),
     "versions": lambda value: isinstance(value, dict),

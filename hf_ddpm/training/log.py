@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class RunLog:
         per_step: images of a step, over all processes.
         per_epoch: images of the data set.
         state: what `state` gave at that step; empty for a new run.
+        skipped: tells which images could not be read, by their rows; all processes call it together.
 
     Raises:
         ValueError: `state` is none of a log's.
@@ -56,7 +57,7 @@ class RunLog:
         loss: mean loss of the last logged interval, over all processes.
         images_per_second: throughput since the start, without pauses.
         grad_norm: norm of the last gradient before clipping, on the device; None if it isn't clipped.
-        skipped: images that could not be read, over all processes, up to the last log.
+        skipped: images that could not be read, each counted once, over all processes, up to the last log.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class RunLog:
         per_step: int,
         per_epoch: int,
         state: Mapping[str, Any],
+        skipped: Callable[[], list[int]] = list,
     ):
         self.accelerator, self.config = accelerator, config
         self.loss = self.images_per_second = math.nan
         self.grad_norm: Tensor | None = None
         self.skipped: int = state.get("skipped", 0)
+        self._skipped_rows = skipped
         self._per_step, self._step, self._first = per_step, first, first
         self._per_epoch = per_epoch
         # Positions in a row at which no image could be read
@@ -172,7 +175,7 @@ class RunLog:
         self.images_per_second = (self._step - self._first) * self._per_step / max(now, 1e-9)
         self._logged_step, self._logged_worked = self._step, now
         self.loss = float(loss.sum() / images.sum())  # NaN where no image could be read
-        self.skipped += self._missing()
+        self.skipped = len(self._skipped_rows())
         self._table = self._table[:0]
 
         line: dict[str, float] = {"step": self._step, "images": self._step * self._per_step}
@@ -202,7 +205,8 @@ class RunLog:
         if self._file.exists() and self.accelerator.is_main_process:
             to_disk(self._file)  # a checkpoint must not survive a power cut that its log doesn't
         log = {"lines": self._count, "sha256": self._sum.hexdigest()}
-        return {"pending": self._table.tolist(), "skipped": self.skipped, "log": log}
+        rows = self._skipped_rows()
+        return {"pending": self._table.tolist(), "skipped": len(rows), "skipped_rows": rows, "log": log}
 
     def _add(self, line: Mapping[str, float]) -> str:
         """Count a line of the log; the sum of all lines so far, of all that doesn't tell the time."""
@@ -238,9 +242,6 @@ class RunLog:
             self._in_vain = 0 if count else self._in_vain + self._per_step
         if self._in_vain >= self._per_epoch:
             raise RuntimeError(f"no image of an epoch up to step {self._step} could be read")
-
-    def _missing(self) -> int:
-        return len(self._table) * self._per_step - int(self._table[:, 1].sum())
 
     def has(self, step: int, key: str) -> bool:
         """Whether log.jsonl has a number of that name for the step."""

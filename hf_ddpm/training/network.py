@@ -4,7 +4,9 @@ The file knows which key of the config feeds which argument; what is done with t
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +19,21 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.advice import Needs
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.footprint import check_batch
+from hf_ddpm.folders.index import part_folder
+from hf_ddpm.folders.layout import CONFIG, UNET
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
+from hf_ddpm.models.presets import names_preset, size_multiple
+from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
 
 logger = logging.getLogger(__name__)
+
+LARGEST_SIDE = 256  # of images that are trained on without being told to
 
 
 def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
@@ -39,7 +48,7 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
         ValueError: the name is of neither, or `dropout` is given for a network that has its own.
     """
     channels, height, width = stream.shape
-    if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
+    if names_preset(config.model):
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
         answers = channels * outputs(config.variance_type)
@@ -60,6 +69,39 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
         if was != now:
             logger.warning("%s was trained with %s %r, this run has %r", config.model, key, was, now)
     return pipeline.unet
+
+
+def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
+    """Which images the run's network takes, as far as it is known before the network is made.
+
+    A preset takes sides up to `LARGEST_SIDE` that it can halve, and a preset that was asked for is advised
+    its own size at most. A pipeline's folder, or a caller's network of diffusers, takes what it was made for.
+
+    Args:
+        config: the run.
+        model: the caller's network, if there is one.
+
+    Raises:
+        ValueError: `config.model` is a folder whose config can't be read.
+    """
+    known: Mapping[str, Any] = getattr(model, "config", {})
+    preset = model is None and names_preset(config.model)
+    if model is None and not preset and Path(config.model).is_dir():
+        known = read_json(part_folder(Path(config.model), UNET) / CONFIG)
+    if not preset:
+        size, channels = known.get("sample_size"), known.get("in_channels")
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
+        if len(sides) == 2 and all(type(number) is int and number > 0 for number in (channels, *sides)):
+            return Needs(shape=(channels, *sides))  # type: ignore[arg-type]
+        return Needs()  # a network on the Hub, or one of another kind
+    multiple = size_multiple(config.model) if config.model in PRESETS else 1
+
+    def takes(height: int, width: int) -> bool:
+        return max(height, width) <= LARGEST_SIDE and height % multiple == width % multiple == 0
+
+    chosen = config.model in PRESETS and config.model != TrainConfig.model
+    own = PRESETS[config.model]["sample_size"] if chosen else 0
+    return Needs(takes, (own,)) if chosen else Needs(takes)
 
 
 def prepare_model(

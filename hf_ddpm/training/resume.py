@@ -14,14 +14,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from hf_ddpm.config import GONE, TrainConfig
 from hf_ddpm.data.fingerprint import compare_fingerprints
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.layout import INDEX
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.training.batches import open_stream
+from hf_ddpm.training.batches import check_new_images, open_stream
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
+from hf_ddpm.training.network import network_needs
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +152,10 @@ def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
 
 
 def open_data(
-    config: TrainConfig, state: Mapping[str, Any], accelerator: Accelerator
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    accelerator: Accelerator,
+    model: nn.Module | None = None,
 ) -> tuple[ImageStream, dict[str, Any]]:
     """The run's images, which are those that it began with; all processes call it together.
 
@@ -158,24 +163,38 @@ def open_data(
         config: the run.
         state: of the checkpoint that the run goes on from; empty for a new run.
         accelerator: the processes.
+        model: the caller's network, if there is one.
 
     Returns:
         The images, and their fingerprint.
 
     Raises:
-        ValueError: data that can't be read on some process, that differ between processes, or that have
-            changed since the run began: positions would hold other images.
+        ValueError: data that can't be read on some process, that differ between processes, that a new run
+            would need other flags for, or that have changed since the run began: positions would hold other
+            images.
     """
-    stream, error, facts = None, None, None
+    stream, error, facts, refused = None, None, None, None
+
+    def check(stream: ImageStream) -> None:
+        nonlocal refused
+        if accelerator.is_main_process and not state:
+            try:
+                check_new_images(stream, config, network_needs(config, model))
+            except ValueError as caught:
+                refused = str(caught)
+                raise
+
     try:
-        stream = open_stream(config)
+        stream = open_stream(config, check)
         facts = stream.shape, stream.row_counts
     except ValueError as caught:
         error = caught
-    told = gather_object([(None if error is None else str(error), facts)])
+    told = gather_object([(None if error is None else str(error), facts, refused)])
+    if told[0][2] is not None:  # process 0 has looked at all images, and the others hear of it
+        raise ValueError(told[0][2])
     if error is not None:
         raise error
-    for rank, (failure, its) in enumerate(told):
+    for rank, (failure, its, _) in enumerate(told):
         if failure is not None:
             raise ValueError(f"process {rank}: {failure}")
         if its != told[0][1]:

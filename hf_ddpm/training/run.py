@@ -38,7 +38,7 @@ from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, prepare_average, rest_of
-from hf_ddpm.training.batches import make_batches, share_steps
+from hf_ddpm.training.batches import SkippedRows, make_batches, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint
 from hf_ddpm.training.heldout import HeldOut
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
@@ -118,6 +118,7 @@ class Run:
         schedule: of the learning rate.
         lr: learning rate of the last step; 0 before there is one.
         batches: this process's images from the step on, without end.
+        skipped: which images could not be read.
         grids: sample grids of the averaged network.
         heldout: the bound of held-out images; None if the config asks for none.
         state: plain numbers of the checkpoint that it started from; empty for a new run.
@@ -150,7 +151,7 @@ class Run:
             logger.warning(
                 "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
             )
-        stream, self._data = open_data(config, self.state, accelerator)
+        stream, self._data = open_data(config, self.state, accelerator, model)
         self._trained_on = stream.facts(self._data)
         self.shape, self.rows = stream.shape, stream.num_rows()
         if accelerator.is_main_process:
@@ -202,7 +203,8 @@ class Run:
         self.denoiser = as_denoiser(self.network)
         if start is not None:
             self.restore(start)
-        self.batches = make_batches(stream, config, self.share, accelerator.device, self.first)
+        self.skipped = SkippedRows(stream, accelerator, self.state)
+        self.batches = make_batches(stream, config, self.share, accelerator.device, self.first, self.skipped)
         cost = self.objective.cost_of_zero(self.process, self.shape, accelerator.device)
         self.cost = cost.float().to(accelerator.device)
 

@@ -123,7 +123,14 @@ def train(
     with _told(), interruptible() as came, open_run(config, model, objective) as run:
         push = start_pushing(run.config, run.model, run.accelerator)
         log = RunLog(
-            run.folder, run.accelerator, run.config, run.first, run.share.per_step, run.rows, run.state
+            run.folder,
+            run.accelerator,
+            run.config,
+            run.first,
+            run.share.per_step,
+            run.rows,
+            run.state,
+            run.skipped.rows,
         )
         stop = StopSignals(run.accelerator.num_processes)
         if came:
@@ -233,7 +240,7 @@ def _close(run: Run, log: RunLog, stopped: bool) -> None:
         run.accelerator.wait_for_everyone()
     run.close()
     if log.skipped:
-        logger.warning("%d images could not be read and were skipped", log.skipped)
+        logger.warning("images that could not be read and were skipped: %d", log.skipped)
     run.accelerator.end_training()
 
 

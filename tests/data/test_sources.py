@@ -10,7 +10,9 @@ import torch
 from datasets import Array3D, ClassLabel, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
+from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.stream import load_stream
+from hf_ddpm.runtime import hub
 from tests.data.pictures import as_set, every, grey_folder, noise, picture_folder, png, write_parquet
 from tests.launching import ROOT
 
@@ -125,7 +127,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
     for source, message in [
-        (tmp_path / "missing", "no file or folder .*missing .it looks like a path, so the Hub was not asked"),
+        (tmp_path / "missing", "no file or folder .*missing; it looks like a path, so the Hub was not asked"),
         ("./missing", "no file or folder ./missing"),
         (
             "somebody/no-such-set",
@@ -140,6 +142,34 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             load_stream(source)
         assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, caplog):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hub._say.cache_clear()
+
+    def asked(name):
+        raise OSError(f"asked for {name} after {caplog.messages}")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", asked)
+    told = "no folder 'phtos' here (did you mean 'photos'?); asking the Hub"
+    with pytest.raises(ValueError) as error:
+        open_source("phtos", "train")
+    words = "can't read 'phtos' as a data set: no such folder (did you mean 'photos'?), and from the Hub: "
+    assert str(error.value) == words + f"asked for phtos after {[told]}"
+    for name in ("phtos/", "./phtos", "phtos/a/b", "~phtos", "phtos.parquet", str(tmp_path / "phtos")):
+        with pytest.raises(ValueError, match="no file or folder ") as error:
+            open_source(name, "train")
+        assert "asked for" not in str(error.value)
+
+
+def test_a_folder_of_heic_says_what_to_do(tmp_path):
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with pytest.raises(
+        ValueError, match=r"no images in .*: 1 \(a.HEIC\); HEIC isn't read: save the images as"
+    ):
+        open_source(tmp_path, "train")
 
 
 def test_unknown_split_and_columns(tmp_path):

@@ -208,10 +208,10 @@ def test_an_unreadable_image_is_a_hole_and_shifts_nothing(tmp_path, shuffle_memo
             assert torch.equal(found.present, present[mine])
             assert torch.equal(found.images, whole[mine] * present[mine, None, None, None])
             skipped += stream.skipped
-        assert skipped == 6
+        assert 3 <= skipped <= 3 * world_size  # each by each process that has met it
     stream = load_stream(tmp_path / "holes", skip_corrupt=True, **flags)
     assert torch.equal(torch.cat(list(stream.batches(4, epochs=2))), whole[present])
-    assert stream.skipped == 6
+    assert stream.skipped == 3
     assert torch.equal(torch.cat(list(stream.batches(4, start=30, epochs=2))), whole[30:][present[30:]])
 
 
@@ -222,7 +222,7 @@ def test_unreadable_images_are_named_ten_times_at_most(tmp_path, caplog, broken)
     for _ in range(2):  # what has been named is not named again
         next(stream.slots([range(2 * (broken + 1))]))
     lines, named = [record.getMessage() for record in caplog.records], min(broken, 10)
-    assert stream.skipped == 4 * broken and len(lines) == named + (broken > 10)
+    assert stream.skipped == broken and len(lines) == named + (broken > 10)
     for row, line in enumerate(lines[:named], 1):
         assert re.fullmatch(rf"skipped row {row} of .*train-00000-of-00001.parquet: corrupt image: .*", line)
     assert lines[named:] == ["further images that can't be read are only counted"] * (broken > 10)

@@ -75,7 +75,7 @@ def test_channels_are_those_of_the_training(tmp_path, capfd):
     report, _ = run(model_of(tmp_path / "model", 3, channels=3), tmp_path / "out", *FEW, dataset=data)
     assert report["data"]["fingerprint"] == print_of(np.repeat(images[..., None], 3, axis=3))
     plain = model_of(tmp_path / "plain", 3)
-    words = "(1, 8, 8) (C, H, W); allowed: the model's (3, 8, 8); add --channels 3 to convert them"
+    words = "3 images of 8x8, mode L, for a network of 3x8x8 (CxHxW): add --channels 3"
     assert words in refused(capfd, plain, data, "--out", tmp_path / "b")
     run(plain, tmp_path / "b", "--channels", 3, *FEW, dataset=data)
 
@@ -115,7 +115,7 @@ def test_training_on_deep_images_is_refused_or_recorded(tmp_path, capfd):
     data = write_images(tmp_path / "data", grey(8, dtype=np.uint16, top=256), split="train")
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, data, "--skip-corrupt")
-    words = "stored as 16 bits, not 8 bits a channel; add --to-8-bit to convert such images\n"
+    words = "train: error: 8 images of 8x8, mode 16-bit L: add --to-8-bit\n"
     assert stop.value.code == 2 and capfd.readouterr().err.endswith(words)
     train(tmp_path, data, "--to-8-bit", "--background", "#ff8000", "--channels", 4, "--sample-every", 0)
     record = json.loads((tmp_path / "run" / "train_config.json").read_text())

@@ -49,7 +49,7 @@ from tests.evaluation.commands import CLASSIFIER, FEW, files, grey, refused, run
         ),
         pytest.param(
             "--num-images 4 --extractor /nowhere/model",
-            "no folder '/nowhere/model' (it looks like a path",
+            "no folder '/nowhere/model'; it looks like a path",
         ),
         pytest.param(
             f"--extractor {CLASSIFIER} --sampling-steps 21 --num-images 4 --num-reference 4",
@@ -93,18 +93,16 @@ def test_models_that_are_refused(tiny_folder, tmp_path, capfd, no_hub):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (
-            grey(4, 6, 6),
-            r"are (1, 6, 6) (C, H, W); allowed: the model's (1, 8, 8); a `fit` would resize them",
-        ),
-        (np.stack([grey(4)] * 3, 3), "allowed: the model's (1, 8, 8); add --channels 1 to"),
-        (grey(4, dtype=np.uint16, top=256), "stored as 16 bits, not 8 bits a channel; add --to-8-bit to"),
+        (grey(4, 6, 6), "error: 4 images of 6x6, mode L, for a network of {}: add --fit resize_crop"),
+        (np.stack([grey(4)] * 3, 3), "4 images of 8x8, mode RGB, for a network of {}: add --channels 1"),
+        (grey(4, dtype=np.uint16, top=256), "of 8x8, mode 16-bit L, for a network of {}: add --to-8-bit"),
     ],
     ids=["size", "channels", "16 bits"],
 )
 def test_images_that_are_refused(images, words, tiny_folder, tmp_path, capfd, evaluations):
     data = write_images(tmp_path / "data", images)
-    assert words in refused(capfd, tiny_folder, data, "--out", tmp_path / "out")
+    line = refused(capfd, tiny_folder, data, "--out", tmp_path / "out")
+    assert line.endswith(words.format("1x8x8 (CxHxW)"))
     assert not evaluations and not (tmp_path / "out" / "evaluation.json").exists()
 
 
@@ -115,14 +113,17 @@ def test_values_off_the_grid_are_refused(tiny_folder, tmp_path, capfd):
     pq.write_table(pa.Table.from_pydict({"image": values}), data / "test-00000-of-00001.parquet")
     assert "no image column; there are: image" in refused(capfd, tiny_folder, data, "--out", tmp_path / "out")
     line = refused(capfd, tiny_folder, data, "--out", tmp_path / "out", "--image-column", "image")
-    assert "stored as float64, not 8 bits a channel; add --to-8-bit" in line
+    assert line.endswith(
+        "4 images of 8x8, 1 channel of float64, for a network of 1x8x8 (CxHxW): add --to-8-bit"
+    )
 
 
-def test_one_bad_image_among_good_ones_is_named(tiny_folder, tmp_path, capfd):
+def test_a_few_bad_images_among_good_ones_are_told_at_once(tiny_folder, tmp_path, capfd):
     images = [*grey(3), *grey(1, dtype=np.uint16, top=65536), *grey(2, 6, 6)]
     data = write_images(tmp_path / "data", images)
     line = refused(capfd, tiny_folder, data, "--out", tmp_path / "out", "--num-evals-per-image", 2)
-    assert "row 3 of " in line and "stored as 16 bits" in line
+    assert "6 images of 2 sizes (6x6 to 8x8), modes L 5, 16-bit L 1, for a network" in line
+    assert line.endswith(": add --fit resize_crop")
 
 
 def test_resized_images_are_noted(tiny_folder, tmp_path):

@@ -2,7 +2,15 @@
 
 import pytest
 
-from hf_ddpm.runtime.hub import check_branch, check_license, check_repo_id
+from hf_ddpm.runtime import hub
+from hf_ddpm.runtime.hub import (
+    asking_the_hub,
+    check_branch,
+    check_license,
+    check_repo_id,
+    looks_like_path,
+    near_path,
+)
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 
@@ -53,3 +61,58 @@ def test_branches():
     ):
         with pytest.raises(ValueError, match=r"revision is .*; allowed: a branch"):
             check_branch("revision", value)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with photos/2024, Data/faces, a file notes and a parquet file in it."""
+    for name in ("photos/2024", "Data/faces", "runs/photos"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "notes").write_text("no folder")
+    (tmp_path / "Data" / "train.parquet").write_text("")
+    monkeypatch.chdir(tmp_path)
+    hub._say.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("phtos", "photos"),
+        ("phtos/", "photos"),
+        ("./PHOTOS", "photos"),
+        ("photos/2042", "photos/2024"),
+        ("phots/2024", "photos/2024"),
+        ("phots/2042", "photos/2024"),
+        ("data/faces", "Data/faces"),
+        ("data/trian.parquet", "Data/train.parquet"),
+        ("run/photo", "runs/photos"),
+        ("note", None),  # a file is no folder
+        ("photos", None),
+        ("somebody/faces", None),
+        ("photos/2024/deeper", None),
+        ("x" * 5000, None),
+        ("a\0b", None),
+        ("../nowhere/at/all", None),
+    ],
+)
+def test_paths_that_were_meant(here, name, near):
+    assert near_path(name, ".parquet") == near
+    if near is not None and not name.startswith("."):
+        assert near_path(str(here / name), ".parquet") == str(here / near)
+
+
+def test_the_hub_is_asked_aloud_and_once(here, caplog, monkeypatch):
+    for name in ("phtos", "phtos", "somebody/faces", "no name of the Hub", "a/b/c"):
+        asking_the_hub(name)
+    monkeypatch.setenv("RANK", "1")
+    asking_the_hub("other/faces")
+    assert caplog.messages == [
+        "no folder 'phtos' here (did you mean 'photos'?); asking the Hub",
+        "no folder 'somebody/faces' here; asking the Hub",
+    ]
+
+
+def test_what_can_only_be_a_path():
+    assert all(map(looks_like_path, ["/x", "./x", "../x", "~x", "~/x", "x/", "a/b/c", "a\\b", "."]))
+    assert not any(map(looks_like_path, ["x", "a/b", "a.b/c", "a-b"]))

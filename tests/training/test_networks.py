@@ -29,9 +29,9 @@ def test_unreadable_images(tmp_path, caplog, num_workers):
     assert "003.png" in refused(small(tmp_path / "stops", **plan), Conv())
     with caplog.at_level(logging.WARNING):
         train(small(tmp_path / "skips", **plan, skip_corrupt=True), Conv())
-    assert "2 images could not be read and were skipped" in caplog.text  # the same one in two epochs
+    assert "images that could not be read and were skipped: 1" in caplog.text  # the same one in two epochs
     lines = [json.loads(line) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
-    assert [line.get("skipped", 0) for line in lines] == [1, 1, 2]
+    assert [line.get("skipped", 0) for line in lines] == [1, 1, 1]
     assert [line["images"] for line in lines] == [4, 8, 12]  # positions, holes included
 
 
@@ -141,7 +141,7 @@ def test_a_half_precision_network_is_trained_in_float32(finished, tmp_path):
 
 def test_networks_that_do_not_fit(finished, tmp_path):
     text = refused(small(tmp_path, model=str(finished), channels=3))
-    assert text == "the network is for images (1, 8, 8) (C, H, W), these are (3, 8, 8)"
+    assert text == "1,497 images of 8x8, mode L, for a network of 1x8x8 (CxHxW): add --channels 1"
     words = "answers 2 channels; allowed with variance_type 'fixed_large': 1"
     assert words in refused(small(tmp_path), create_model("tiny", out_channels=2))
     assert "has its own; allowed: none" in refused(small(tmp_path, model=str(finished), dropout=0.1))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -146,7 +147,7 @@ def opened(folders: list[Path]):
     accelerator = Accelerator(cpu=True)
     config = small(folders[0], dataset=str(folders[accelerator.process_index]))
     try:
-        return open_data(config, {}, accelerator)[1]["rows"]
+        return open_data(config, {}, accelerator, torch.nn.Identity())[1]["rows"]
     except ValueError as error:
         return str(error)
 
@@ -158,5 +159,10 @@ def test_processes_that_see_other_data_all_end_with_a_line(tmp_path):
     assert together(tmp_path, opened, [tmp_path / "a"] * 2) == [[15, 15]] * 2
     told = together(tmp_path, opened, [tmp_path / "a", tmp_path / "b"])
     assert told[0] == told[1] and told[0].startswith("process 1 sees 31 images in 2 shards")
+    mixed = picture_folder(tmp_path / "mixed", 3)
+    Image.new("RGB", (9, 9)).save(mixed / "9.png")
+    told = together(tmp_path, opened, [mixed] * 2)
+    line = "4 images of 2 sizes (6x5 to 9x9, HxW), modes L 3, RGB 1: add --image-size 5 --fit resize_crop"
+    assert told == [f"{line} --channels 3"] * 2  # process 0 looked, and process 1 heard of it
     first, second = together(tmp_path, opened, [tmp_path / "a", tmp_path / "none"])
     assert first == f"process 1: {second}" and "no file or folder" in second
