@@ -115,8 +115,8 @@ def _script(command: list[str], cwd: str, env: dict[str, str], errors: str) -> N
 def together(folder: Path, work: Callable, *args, processes: int = 2, timeout: float = 240) -> list:
     """What `work(*args)`, of a module, returns in each process, by rank; all must end well.
 
-    gloo or torch was once seen to crash in an all-gather (in CI; in 40 repetitions under load never): processes of
-    which one is killed by a signal are started once more.
+    gloo or torch was once seen to crash in an all-gather, in CI and in none of 40 repetitions under load:
+    processes of which one is killed by a signal are started once more.
     """
     torch.save(args, folder / ".args.pt")  # sent through a pipe, tensors would be shared between processes
     for _ in range(2):
