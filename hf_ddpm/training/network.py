@@ -3,8 +3,10 @@
 The file knows which key of the config feeds which argument; what is done with the objects is said in step.py.
 """
 
+import dataclasses
 import logging
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,10 +23,64 @@ from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
+from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
 
 logger = logging.getLogger(__name__)
+
+
+def settle_model(
+    config: TrainConfig, stream: ImageStream, state: Mapping[str, Any], own: bool
+) -> TrainConfig:
+    """The config with the name of a network in place of "auto", which is then what the run's files say.
+
+    A run that goes on has the network that it began with, whatever "auto" would take today.
+
+    Args:
+        config: the run.
+        stream: the run's images.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+        own: whether the network is the caller's, of which "auto" says nothing.
+
+    Raises:
+        ValueError: no preset takes images of this size, or the run began with a network of its caller's.
+    """
+    if config.model != AUTO:
+        return config
+    if state:
+        began = state["config"].get("model", AUTO)
+        if began == AUTO and not own:
+            raise ValueError(
+                f"the run in {config.output_dir!r} began with a network of its own; allowed: "
+                "hf_ddpm.train(config, model=...) with that network, or another output_dir"
+            )
+        return dataclasses.replace(config, model=began)
+    if own:
+        return config
+    _, height, width = stream.shape
+    chosen = choose_preset(height, width)
+    if chosen is None:
+        _refuse_size(AUTO, height, width)
+    return dataclasses.replace(config, model=chosen.name)
+
+
+def describe_choice(name: str, model: nn.Module) -> str:
+    """What a run says of the preset that "auto" took: its name, its weights and why."""
+    (row,) = (row for row in UNETS if row.name == name)
+    count = sum(weight.numel() for weight in model.parameters()) / 1e6
+    return (
+        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of about "
+        f"{row.size}x{row.size}: {row.reason}; --model NAME chooses another"
+    )
+
+
+def _refuse_size(preset: str, height: int, width: int) -> NoReturn:
+    near = [str(h) if h == w else f"{h}x{w}" for h, w in nearest_sizes(preset, height, width)]
+    raise ValueError(
+        f"images of {height}x{width} can't be halved as often as model {preset!r} does; allowed near it: "
+        f"image_size {' or '.join(near)}, with a fit such as resize_crop"
+    )
 
 
 def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
@@ -39,7 +95,9 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
         ValueError: the name is of neither, or `dropout` is given for a network that has its own.
     """
     channels, height, width = stream.shape
-    if config.model in PRESETS or not ("/" in config.model or Path(config.model).is_dir()):
+    if names_preset(config.model):
+        if config.model in PRESETS and (height, width) not in nearest_sizes(config.model, height, width):
+            _refuse_size(config.model, height, width)
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
         answers = channels * outputs(config.variance_type)

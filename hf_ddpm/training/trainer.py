@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
@@ -31,6 +32,7 @@ from hf_ddpm.training.log import RunLog
 from hf_ddpm.training.run import OwnObjective, Run, open_run
 from hf_ddpm.training.sharding import reshard
 from hf_ddpm.training.step import optimizer_step
+from hf_ddpm.training.words import go_on, next_steps
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class TrainResult:
         images: images seen in all, over every process.
         loss: mean loss of the last logged interval, NaN if this call logged none.
         images_per_second: throughput of this call, without sampling and saving; NaN if it took no step.
+        next_steps: commands that sample and measure the model; lines of Python for a network of the caller's.
     """
 
     output_dir: Path
@@ -56,6 +59,7 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
+    next_steps: tuple[str, ...] = ()
 
 
 def train(
@@ -104,10 +108,16 @@ def train(
         if came:
             raise Interrupted(f"stopped by {came[0]}")
         with stop, log:
-            with log.paused():
-                stopped = _show(run, log, stop)
+            stopped, begun = False, run.shows or run.step >= run.config.max_steps
+            if begun:
+                _begin(run, log)
+                with log.paused():
+                    stopped = _show(run, log, stop)
             while run.step < run.config.max_steps and not stopped:
                 optimizer_step(run, log)
+                if not begun:
+                    _begin(run, log)
+                    begun = True
                 if after_step is not None:
                     after_step(run)
                 stopped = _keep(run, log, stop, push)
@@ -137,6 +147,12 @@ def _told() -> Iterator[None]:
             "systems do where memory is short; checkpoints from before stand; allowed: fewer num_workers, "
             "or 0"
         ) from error
+
+
+def _begin(run: Run, log: RunLog) -> None:
+    """Write into the run's folder for the first time: what is refused up to here leaves it as it was."""
+    run.begin()
+    log.begin()
 
 
 def _show(run: Run, log: RunLog, stop: StopSignals) -> bool:
@@ -181,7 +197,7 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
         run.write()  # sees whether the folder is still there
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
-        shows = run.due(config.sample_every) or run.due(config.evaluate_every)
+        shows = run.shows
         pushes = config.push_to_hub is not None and run.due(config.push_every)
         if stopped or shows or pushes or run.due(config.checkpoint_every):
             run.save(log.state())
@@ -228,8 +244,12 @@ def _finish(
                 push.finish(STOPPED_PUSH_SECONDS)
         raise TrainingStopped(
             f"stopped by {stop.name} at step {run.step} of {run.config.max_steps}, saved in "
-            f"{str(run.folder)!r}; the same command goes on"
+            f"{str(run.folder)!r}; {go_on(run)}"
         )
     if push is not None:
         push.finish()
-    return TrainResult(run.folder, run.step, run.step * run.share.per_step, log.loss, log.images_per_second)
+    images, lines = run.step * run.share.per_step, next_steps(run)
+    if not isinstance(run.averaged, ModelMixin) and run.accelerator.is_main_process:
+        for line in lines:  # no command has made this network, and so none tells them
+            logger.warning("%s", line)
+    return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, lines)
