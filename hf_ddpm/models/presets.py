@@ -84,17 +84,21 @@ class UNet(NamedTuple):
 
 # The table of U-Nets. `AUTO` takes the small ones, whose step of 64 images takes seconds on 2 CPU cores, not
 # minutes (measured in tests/benchmarks/README.md); with a GPU and many images, the paper's are asked for by
-# name. Those of `AUTO` stand in the order of their sizes.
+# name.
 UNETS = (
     UNet("cifar10", 32, 3, (128, 256, 256, 256), 2, 16, None, "the paper's for CIFAR-10", {"dropout": 0.1}),
     UNet("256", 256, 3, (128, 128, 256, 256, 512, 512), 2, 16, None, "the paper's for LSUN and CelebA-HQ"),
-    UNet("tiny", 8, 1, (8, 16), 1, 4, None, "the least that runs, for tests", {"norm_num_groups": 4}),
-    UNet("digits", 8, 1, (32, 32), 1, 4, 16, "two levels, as a third would be 2x2", {"norm_num_groups": 8}),
     UNet("fashion-mnist", 28, 1, (32, 64, 64), 1, 7, 28, "the lowest loss for its CPU time of 8 U-Nets"),
-    UNet("small-32", 32, 3, (32, 64, 128, 128), 1, 8, 48, "a level more, 4x4, that sees the whole image"),
-    UNet("small-64", 64, 3, (32, 64, 128, 192), 1, 16, 96, "small-32 a level up, wider where it is cheap"),
-    UNet("small-128", 128, 3, (32, 32, 64, 128, 256), 1, 16, 192, "most weights where pixels are few"),
-    UNet("small-256", 256, 3, (32, 32, 32, 64, 128, 256), 1, 16, math.inf, "small-128 with a level more"),
+    UNet("digits", 8, 1, (32, 32), 1, 4, 16, "two levels, as a third would be 2x2", {"norm_num_groups": 8}),
+    UNet("tiny", 8, 1, (8, 16), 1, 4, None, "the least that runs, for tests", {"norm_num_groups": 4}),
+    UNet("small-32", 32, 3, (32, 64, 128, 128), 1, 8, 48, "fast on CPUs, and its last level, 4x4, sees all"),
+    UNet(
+        "small-64", 64, 3, (32, 64, 128, 192), 1, 16, 96, "fast on CPUs: few channels where pixels are many"
+    ),
+    UNet("small-128", 128, 3, (32, 32, 64, 128, 256), 1, 16, 192, "as small-64, with a level more"),
+    UNet(
+        "small-256", 256, 3, (32, 32, 32, 64, 128, 256), 1, 16, math.inf, "as small-64, with two levels more"
+    ),
 )
 
 # Configs by name, with diffusers' key for the class. `dropout` acts as in the paper: before the second
@@ -172,10 +176,14 @@ def _auto_takes(height: int, width: int) -> bool:
 
 
 def _candidates(height: int, width: int) -> list[UNet]:
-    """The row of the table for a size, and the row before it."""
-    rows = [row for row in UNETS if row.up_to is not None]
-    place = next(i for i, row in enumerate(rows) if height * width <= (row.up_to or 0) ** 2)
+    """The row of the table for a size, and the row for smaller ones."""
+    rows = sorted((row for row in UNETS if row.up_to is not None), key=_up_to)
+    place = next(i for i, row in enumerate(rows) if height * width <= _up_to(row) ** 2)
     return [rows[place], *rows[max(place - 1, 0) : place]]
+
+
+def _up_to(row: UNet) -> float:
+    return 0 if row.up_to is None else row.up_to
 
 
 def _takes(preset: str, height: int, width: int) -> bool:

@@ -138,7 +138,7 @@ class RunLog:
         self._began = self._started - on_main_process(self.accelerator, self._begin_files)
 
     def _begin_files(self) -> float:
-        """Write the record, and keep the log up to the first step; the seconds that the run took till then."""
+        """Write the record, and keep the log up to the first step; the seconds that the run has taken."""
         _replace(self._file.with_name(RECORD), self.config.to_json())
         lines = _keep_lines(self._file, self._first)
         sums = [self._sum.hexdigest()] + [self._add(line) for line in lines]

@@ -24,6 +24,7 @@ from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes
+from hf_ddpm.runtime.messages import did_you_mean, shown
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
 
@@ -61,7 +62,7 @@ def settle_model(
     _, height, width = stream.shape
     chosen = choose_preset(height, width)
     if chosen is None:
-        _refuse_size(AUTO, height, width)
+        _refuse_size(config, height, width)
     return dataclasses.replace(config, model=chosen.name)
 
 
@@ -75,11 +76,17 @@ def describe_choice(name: str, model: nn.Module) -> str:
     )
 
 
-def _refuse_size(preset: str, height: int, width: int) -> NoReturn:
-    near = [str(h) if h == w else f"{h}x{w}" for h, w in nearest_sizes(preset, height, width)]
+def _refuse_size(config: TrainConfig, height: int, width: int) -> NoReturn:
+    near = [str(h) if h == w else f"{h}x{w}" for h, w in nearest_sizes(config.model, height, width)]
+    sizes = " or ".join(near)
+    if config.image_size is not None:
+        raise ValueError(
+            f"image_size is {config.image_size}, which model {config.model!r} can't halve often enough; "
+            f"allowed near it: {sizes}"
+        )
     raise ValueError(
-        f"images of {height}x{width} can't be halved as often as model {preset!r} does; allowed near it: "
-        f"image_size {' or '.join(near)}, with a fit such as resize_crop"
+        f"images of {height}x{width} can't be halved as often as model {config.model!r} does; allowed near "
+        f"it: image_size {sizes}, with a fit such as resize_crop"
     )
 
 
@@ -96,8 +103,12 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
     """
     channels, height, width = stream.shape
     if names_preset(config.model):
-        if config.model in PRESETS and (height, width) not in nearest_sizes(config.model, height, width):
-            _refuse_size(config.model, height, width)
+        if config.model not in PRESETS:
+            known = (AUTO, *PRESETS)
+            hint = did_you_mean(config.model, known)
+            raise ValueError(f"preset {shown(config.model)} is unknown{hint}; allowed: {', '.join(known)}")
+        if (height, width) not in nearest_sizes(config.model, height, width):
+            _refuse_size(config, height, width)
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
         answers = channels * outputs(config.variance_type)

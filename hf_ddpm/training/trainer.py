@@ -248,8 +248,8 @@ def _finish(
         )
     if push is not None:
         push.finish()
-    images, lines = run.step * run.share.per_step, next_steps(run)
-    if not isinstance(run.averaged, ModelMixin) and run.accelerator.is_main_process:
+    images, lines = run.step * run.share.per_step, next_steps(run) if run.accelerator.is_main_process else ()
+    if not isinstance(run.averaged, ModelMixin):
         for line in lines:  # no command has made this network, and so none tells them
             logger.warning("%s", line)
     return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, lines)

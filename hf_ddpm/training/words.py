@@ -28,7 +28,7 @@ def next_steps(run: Run) -> tuple[str, ...]:
     if not isinstance(run.averaged, ModelMixin):
         kind = type(run.averaged).__name__
         return (
-            f"pipeline = hf_ddpm.load_run({str(folder)!r}, model=...)  # a {kind}, made as the trained one was",
+            f"pipeline = hf_ddpm.load_run({str(folder)!r}, model=...)  # a {kind}, made as before",
             "pipeline(16).images",
             "pipeline.bits_per_dim(images)",
         )
