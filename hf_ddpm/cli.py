@@ -82,7 +82,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         "a run that was stopped, and comes to the same result as if it had not been. SIGTERM, SIGHUP, "
         "Ctrl-C and SIGUSR1 save a checkpoint and end with exit code 75. Use torchrun or `accelerate launch "
         "--multi_gpu` for several processes.",
-        "example: %(prog)s --dataset photos/ --image-size 64 --model cifar10 --output-dir runs/photos",
+        "example: %(prog)s --dataset photos/ --image-size 64 --fit resize_crop --output-dir runs/photos",
         usage="%(prog)s [--config FILE] [--key value ...]",
     )
     parser.add_argument(
@@ -104,6 +104,8 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         this_time = f", loss {result.loss:.4f}, {result.images_per_second:.1f} images/s"
         print(done + ("; nothing left to do" if math.isnan(result.loss) else this_time))
         print(f"pipeline: {result.output_dir}")
+        for number, line in enumerate(result.next_steps):
+            print(f"{'     ' if number else 'next:'} {line}")
 
 
 def sample_command(argv: Sequence[str], prog: str) -> None:

@@ -51,8 +51,9 @@ def check_holdout(name: str, value: float) -> None:
 
 def _presets() -> Iterable[str]:
     from hf_ddpm.models import PRESETS
+    from hf_ddpm.models.presets import AUTO
 
-    return PRESETS
+    return (AUTO, *PRESETS)
 
 
 def _schedules() -> Iterable[str]:
@@ -96,6 +97,9 @@ NEEDS = {
     "snr_gamma": ("objective", "min-snr"),
     "hybrid_weight": ("objective", "hybrid"),
 }
+
+# Defaults that have changed, as they were: a run whose record or checkpoint lacks such a key had the old one.
+OLD_DEFAULTS = {"model": "digits"}
 
 # Keys that are gone, and what to write instead.
 GONE = {"shuffle_buffer": "shuffle_memory, in MB of undecoded images"}
@@ -163,8 +167,9 @@ class TrainConfig:
 
     # The network and the process
     model: str = option(
-        "digits",
-        "preset, or folder or Hub id of a pipeline to go on from; the autoencoders ...-t are told the step",
+        "auto",
+        "preset, or folder or Hub id of a pipeline to go on from; auto takes a small preset for the size of "
+        "the images; the autoencoders ...-t are told the step",
         examples=_presets,
         path=True,
     )
@@ -374,7 +379,10 @@ class TrainConfig:
 
     @classmethod
     def of_run(cls, path: str | os.PathLike) -> "TrainConfig":
-        """What a run was trained with, by its train_config.json: `load`, but keys that are gone are left out.
+        """What a run was trained with, by its train_config.json.
+
+        It is what `load` gives, but keys that are gone are left out, and where the file lacks a key whose
+        default has changed, the run had the old one.
 
         Args:
             path: the file.
@@ -384,7 +392,7 @@ class TrainConfig:
         """
         values = {name: value for name, value in _read(Path(path)).items() if name not in GONE}
         try:
-            return cls.load(None, **values)
+            return cls.load(None, **{**OLD_DEFAULTS, **values})
         except ValueError as error:
             raise ValueError(f"config file {os.fspath(path)!r}: {error}") from None
 

@@ -5,7 +5,7 @@ saved as a PNG file. An image's noise depends on the seed and its place alone. `
 command `hf-ddpm interpolate`. No formula stands here but the mixture of two images.
 """
 
-import sys
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,10 @@ from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.disk import why_not_writable
-from hf_ddpm.runtime.lasting import Lasting
 from hf_ddpm.runtime.lock import file_lock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
-from hf_ddpm.runtime.progress import REFRESH
+from hf_ddpm.runtime.progress import along
 from hf_ddpm.seeds import Use, derive_seed, image_generators
 
 
@@ -244,9 +243,7 @@ def draw_interpolation(
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     reading = _trained_reading(model)
     a, b = (open_image(name, pipeline.image_shape, image_column, **reading) for name in (image_a, image_b))
-    pipeline.set_progress_bar_config(
-        desc="interpolate", leave=False, mininterval=REFRESH, file=Lasting(sys.stderr)
-    )
+    pipeline.progress_bar = functools.partial(along, "interpolate")  # type: ignore[method-assign]
     total = len(pipeline.process)
     chosen = timesteps or list(dict.fromkeys(total * quarter // 4 for quarter in (1, 2, 3)))
     try:

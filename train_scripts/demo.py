@@ -15,8 +15,9 @@ from hf_ddpm.cli import run
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.generation.grids import image_grid, save_image
+from hf_ddpm.generation.pipeline import count_images
 from hf_ddpm.runtime.arguments import Parser, number, path
-from hf_ddpm.runtime.progress import REFRESH
+from hf_ddpm.runtime.progress import progress
 
 CONFIG = Path(__file__).parent / "configs" / "digits.toml"
 NUM_IMAGES = 64
@@ -54,9 +55,11 @@ def demo(argv: Sequence[str], prog: str) -> None:
     trained = time.perf_counter()
 
     pipeline = DDPMPipeline.from_pretrained(out)
-    pipeline.set_progress_bar_config(desc="sample", mininterval=REFRESH)
+    pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
-    samples = pipeline(NUM_IMAGES, generator, SAMPLING_STEPS, output_type="np", return_dict=False)[0]
+    with progress("sample", NUM_IMAGES, "image", True) as bar:
+        options = {"return_dict": False, "callback_on_step_end": count_images(bar)}
+        samples = pipeline(NUM_IMAGES, generator, SAMPLING_STEPS, "np", **options)[0]
     picture = save_image(image_grid(pipeline.numpy_to_pil(samples)), out / "demo.png")
 
     classifier = LogisticRegression(C=CLASSIFIER_C, max_iter=2000).fit(*digits("train"))

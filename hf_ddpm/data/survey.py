@@ -239,7 +239,7 @@ def _kept_file(shards: Shards) -> Path:
 
 
 def _state(shards: Shards) -> str:
-    """A digest of the files' paths, sizes and times of change, of which rows are read, and of what reads them."""
+    """A digest of the files (paths, sizes, times of change), of which rows are read, and of what reads them."""
     digest = hashlib.sha256(f"{_VERSION} {PIL.__version__}".encode())
     if shards.whole is not shards:
         digest.update(shards.chosen.digest.encode())

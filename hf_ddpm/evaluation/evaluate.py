@@ -76,6 +76,8 @@ def evaluate(
 def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     """Look at the model, the images, the extractor and the folder, before anything is made or written.
 
+    What was asked for is looked at first, and the folder in which the answer may stand already comes last.
+
     Args:
         config: what to do.
         network: as in `evaluate`.
@@ -84,7 +86,9 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         ValueError: something can't be done; the message names the culprit.
     """
     started, state = time.perf_counter(), process_state()
-    out = _folder(config)
+    out = _out(config)
+    if reason := why_not_writable(out):
+        raise ValueError(f"out {str(out)!r} can't be written: {reason}")
     other = None if config.compare_with is None else read_evaluation(Path(config.compare_with).expanduser())
     model = load_scored_model(
         config.model,
@@ -100,14 +104,20 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     if state.device is None or state.device.type == "cpu":
         at_once = min(config.batch_size, len(rows) * config.num_evals_per_image)
         check_batch("batch_size", at_once, model.pipeline.unet, stream.shape)
-    digests = digest_rows(stream, rows)
     check_scorable(config, model, stream, rows[0])
+    wanted = config.extractor is not None, config.nearest_dataset is not None
+    drawing = Drawing(model.pipeline, config) if any(wanted) else None
+    quality = SampleQuality(config, stream) if wanted[0] else None
+    memorisation = Memorisation(config, stream, *open_nearest(config, model, images)) if wanted[1] else None
+    if other is None:
+        _check_free(out, config)  # before what takes time and, without a comparison, refuses no option
+    digests = digest_rows(stream, rows)
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
         numbers = stream.chosen.of(rows).tolist()
         known = foresee(config, len(model.process), numbers, digests, proposal)
         check_comparable(known, other, str(config.compare_with))
-    wanted = config.extractor is not None, config.nearest_dataset is not None
+        _check_free(out, config)
     plan = Plan(
         config=config,
         out=out,
@@ -119,11 +129,9 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         proposal=proposal,
         pilot_evaluations=pilot_evaluations,
         other=other,
-        drawing=Drawing(model.pipeline, config) if any(wanted) else None,
-        quality=SampleQuality(config, stream) if wanted[0] else None,
-        memorisation=Memorisation(config, stream, *open_nearest(config, model, images))
-        if wanted[1]
-        else None,
+        drawing=drawing,
+        quality=quality,
+        memorisation=memorisation,
         started=started,
     )
     state.wait_for_everyone()
@@ -197,17 +205,13 @@ def _out(config: EvaluationConfig) -> Path:
     return Path(config.out if config.out is not None else config.model).expanduser()
 
 
-def _folder(config: EvaluationConfig) -> Path:
-    """Where the results go.
+def _check_free(out: Path, config: EvaluationConfig) -> None:
+    """Refuse a folder whose evaluation is not to be replaced.
 
     Raises:
-        ValueError: it is not said, can't be written, or holds an evaluation that is not to be replaced.
+        ValueError: there is one.
     """
-    out = _out(config)
-    if reason := why_not_writable(out):
-        raise ValueError(f"out {str(out)!r} can't be written: {reason}")
     if (out / EVALUATION).exists() and not config.overwrite:
         raise ValueError(
             f"out {str(out)!r} holds an evaluation already; allowed: another folder, or overwrite"
         )
-    return out

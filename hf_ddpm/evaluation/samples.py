@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
-from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.pipeline import DDPMPipeline, count_images
 from hf_ddpm.generation.samplers import whole_config
 from hf_ddpm.metrics import Extractor
 from hf_ddpm.runtime.processes import process_state
@@ -62,12 +62,8 @@ class Drawing:
 
         def draw_batches(numbers: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
             self._pipeline.set_progress_bar_config(disable=True)
-            total = self.num_steps * len(numbers)
-            with progress("sample", total, "step", process_state().is_main_process) as bar:
-
-                def advance(*_: Any) -> None:
-                    bar.update()
-
+            total = sum(len(batches[number]) for number in numbers)
+            with progress("sample", total, "image", process_state().is_main_process) as bar:
                 for number in numbers:
                     drawn: Any = self._pipeline(
                         len(batches[number]),
@@ -75,7 +71,7 @@ class Drawing:
                         config.sampling_steps,
                         output_type="pt",
                         return_dict=False,
-                        callback_on_step_end=advance,
+                        callback_on_step_end=count_images(bar),
                     )[0]
                     images = (drawn * 255).round().to(torch.uint8)
                     features = {} if extractor is None else extractor(images).tensors()

@@ -373,6 +373,15 @@ def _check_callback(callback: Any) -> None:
     _require(callback is None or callable(callback), "callback_on_step_end", named, "a function")
 
 
+def count_images(bar: Any) -> Callback:
+    """A callback of each step of sampling, which counts the batch in a bar of images, a share at a time."""
+
+    def after_step(pipeline: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+        bar.update(len(tensors["sample"]) / len(pipeline.scheduler.timesteps))
+
+    return after_step
+
+
 def _called(callback: Callback, pipeline: Any, step: int, t: Tensor, x: Tensor) -> Tensor:
     """x_prev, or what the callback gives in its place."""
     answer = callback(pipeline, step, t, {"sample": x})

@@ -9,7 +9,6 @@ Each file has a note, "sample <key> <name>", whose key is a hash of all that an 
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
-from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
 from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import weights_digest
 from hf_ddpm.runtime.disk import delete_partials
-from hf_ddpm.runtime.lasting import Lasting
 from hf_ddpm.runtime.processes import on_main_process, process_state
-from hf_ddpm.runtime.progress import REFRESH
+from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.variances import FIXED, LEARNED
@@ -97,8 +95,9 @@ def sample(
         key = _key(pipeline, seed, steps)
         on_main_process(state, lambda: _check_samples(folder, key, num_images, overwrite))
         mine = range(num_images)[state.process_index :: state.num_processes]
-        for start in range(0, len(mine), batch_size):
-            _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check)
+        with progress("sample", len(mine), "image", state.is_main_process) as bar:
+            for start in range(0, len(mine), batch_size):
+                _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check, bar)
         state.wait_for_everyone()
 
         grid = folder / GRID
@@ -144,13 +143,7 @@ def _load(
         pipeline.check_inputs(num_inference_steps=steps)
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
-    pipeline.set_progress_bar_config(
-        desc="sample",
-        leave=False,
-        disable=not process_state().is_main_process,
-        mininterval=REFRESH,
-        file=Lasting(sys.stderr),
-    )
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -177,6 +170,7 @@ def _draw(
     seed: int,
     steps: int | None,
     check: Callable[[], None],
+    bar: Bar,
 ) -> None:
     """Write a batch of images, if they are not all there already; `check` looks at the folder before."""
     names = [sample_name(i) for i in indices]
@@ -185,8 +179,12 @@ def _draw(
     for name in damaged:
         logger.warning("%r is damaged and drawn anew", str(folder / name))
     if there == names and not damaged:
+        bar.update(len(indices))
         return
-    images: Any = pipeline(len(indices), image_generators(seed, indices), steps, return_dict=False)[0]
+    generators = image_generators(seed, indices)
+    images: Any = pipeline(
+        len(indices), generators, steps, return_dict=False, callback_on_step_end=count_images(bar)
+    )[0]
     for name, image in zip(names, images, strict=True):
         check()
         save_image(image, folder / name, _note(key, name))

@@ -11,6 +11,7 @@ too). Nothing here is unpickled: tensors are safetensors, and the optimizer's st
 
 import hashlib
 import json
+import logging
 import math
 import pickle
 import re
@@ -28,6 +29,8 @@ from hf_ddpm.folders.layout import CHECKPOINTS, STEP, STEPS, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import check_regular
+
+logger = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
@@ -172,6 +175,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it can be examined and is never chosen; returns its new path."""
     return folder.rename(free_path(folder.with_name(f"damaged-{folder.name}")))
+
+
+def set_newer_aside(run: Path, step: int) -> None:
+    """Set every checkpoint past a step aside, where a run goes on from that one: they are damaged."""
+    for found, folder in list_checkpoints(run):
+        if found > step:
+            logger.warning("damaged checkpoint %s set aside as %s", folder.name, set_aside(folder).name)
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:

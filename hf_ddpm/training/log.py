@@ -1,6 +1,7 @@
 """What a training run says in numbers: one progress bar, `log.jsonl`, and accelerate's trackers.
 
 The file knows numbers and where they are shown. It reads them back from the device in `log` and `state` only.
+A run's files begin in `begin`: what is refused before the first step is done leaves the folder as it was.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from hf_ddpm.folders.layout import LOG, ODD_LINES, RECORD
 from hf_ddpm.folders.numbers import read_log
 from hf_ddpm.runtime.disk import named, to_disk, whole_file
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.runtime.progress import progress
+from hf_ddpm.runtime.progress import progress, short
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ TIMES = frozenset({"images_per_second", "seconds"})  # what of a line tells the 
 
 class RunLog:
     """The run's numbers from the step on that it starts at; as a context, it leaves no bar or tracker open.
+
+    Nothing is written before `begin`.
 
     Of each step the sums over its images are kept (`SUMS`), by quartile of t. A checkpoint holds those of the
     steps since the last line of the log, so that a line is the same however often the run was stopped in
@@ -51,7 +54,6 @@ class RunLog:
 
     Raises:
         ValueError: `state` is none of a log's.
-        OSError: the folder can't be written.
 
     Attributes:
         loss: mean loss of the last logged interval, over all processes.
@@ -92,42 +94,26 @@ class RunLog:
                 f"the checkpoint at step {first} has other sums in 'pending' than a log's"
             ) from error
         self._worked, self._logged_worked, self._since = 0.0, 0.0, time.perf_counter()
-        self._logged_step = first
-        self._file = folder / LOG
+        self._paused = False
+        self._logged_step, self._speed = first, 0.0  # images per second, of the last interval that tells
+        self._file, self._known, self._started = folder / LOG, state.get("log"), self._since
 
         # How many lines the log has, and a sum of them, by which a checkpoint knows them
         self._count, self._sum = 0, hashlib.sha256()
-
-        def begin() -> float:
-            """Make the files those of the step that the run starts at; the seconds that it had taken then."""
-            _replace(folder / RECORD, config.to_json())
-            lines = _keep_lines(self._file, first)
-            sums = [self._sum.hexdigest()] + [self._add(line) for line in lines]
-            known = state.get("log")
-            if known is not None and sums[known["lines"] :][:1] != [known["sha256"]]:
-                logger.warning(
-                    "%s is not as the run wrote it up to step %d: a line was changed, lost or added",
-                    self._file,
-                    first,
-                )
-            return max((line["seconds"] for line in lines if "seconds" in line), default=0.0)
-
-        # When the run would have begun, had it never been stopped. What was done after the last line that
-        # stands is done again, and not counted twice.
-        self._began = self._since - on_main_process(accelerator, begin)
-        if config.trackers:
-            facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-            again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
-            accelerator.init_trackers("hf_ddpm", config=facts, init_kwargs=again)
+        self._began = math.nan
         self._bar = progress(
             "train",
-            config.max_steps * per_step,
-            "image",
+            config.max_steps,
+            "step",
             accelerator.is_main_process,
-            initial=first * per_step,
+            initial=first,
+            describe=self._words,
+            by_time=False,
         )
 
     def __enter__(self) -> "RunLog":
+        self._started = time.perf_counter()
+        self._bar.open()
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -136,6 +122,36 @@ class RunLog:
         if kind is not None:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def begin(self) -> None:
+        """Make the run's files those of the step that it starts at, and start the trackers.
+
+        All processes call it together, once.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        config, first = self.config, self._first
+        if config.trackers:
+            facts = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+            again = {"tensorboard": {"purge_step": first + 1}} if first else {}  # hides what is logged again
+            self.accelerator.init_trackers("hf_ddpm", config=facts, init_kwargs=again)
+        # When the run would have begun, had it never been stopped. What was done after the last line that
+        # stands is done again, and not counted twice.
+        self._began = self._started - on_main_process(self.accelerator, self._begin_files)
+
+    def _begin_files(self) -> float:
+        """Write the record, and keep the log up to the first step; the seconds that the run has taken."""
+        _replace(self._file.with_name(RECORD), self.config.to_json())
+        lines = _keep_lines(self._file, self._first)
+        sums = [self._sum.hexdigest()] + [self._add(line) for line in lines]
+        if self._known is not None and sums[self._known["lines"] :][:1] != [self._known["sha256"]]:
+            logger.warning(
+                "%s is not as the run wrote it up to step %d: a line was changed, lost or added",
+                self._file,
+                self._first,
+            )
+        return max((line["seconds"] for line in lines if "seconds" in line), default=0.0)
 
     def add(self, loss: Tensor, weight: Tensor, cost: Tensor, quartiles: Tensor) -> None:
         """Note a micro-step.
@@ -156,7 +172,7 @@ class RunLog:
         self._step = step
         self._steps.append(self._sums)
         self._sums = torch.zeros_like(self._sums)
-        self._bar.update(self._per_step)
+        self._bar.update()
 
     def log(self, lr: float, ema_decay: float) -> None:
         """Read the numbers of the interval back from the device, and write them down; all processes together.
@@ -170,10 +186,10 @@ class RunLog:
         """
         self._settle()
         loss, images, weight, _ = self._table.sum(0)
-        now = self._worked + time.perf_counter() - self._since
+        now = self._working()
         speed = (self._step - self._logged_step) * self._per_step / max(now - self._logged_worked, 1e-9)
         self.images_per_second = (self._step - self._first) * self._per_step / max(now, 1e-9)
-        self._logged_step, self._logged_worked = self._step, now
+        self._logged_step, self._logged_worked, self._speed = self._step, now, speed
         self.loss = float(loss.sum() / images.sum())  # NaN where no image could be read
         self.skipped = len(self._skipped_rows())
         self._table = self._table[:0]
@@ -193,7 +209,7 @@ class RunLog:
         if self.skipped:
             line["skipped"] = self.skipped
         self.note(line)
-        self._bar.set_postfix_str(f"step {self._step}, loss {self.loss:.4f}", refresh=False)
+        self._bar.line()
 
     def state(self) -> dict[str, Any]:
         """What another `RunLog` needs to go on from here, plain values; all processes call it together.
@@ -248,7 +264,7 @@ class RunLog:
         return any(line["step"] == step and key in line for line in read_log(self._file).lines)
 
     def note(self, line: Mapping[str, float]) -> None:
-        """Write numbers of this step to log.jsonl and the trackers."""
+        """Write numbers of this step to log.jsonl and the trackers; `begin` has been called before."""
         numbers = {key: value for key, value in line.items() if key != "step"}
         whole = {"step": self._step, **numbers}
 
@@ -263,11 +279,32 @@ class RunLog:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A context whose time (of sampling, saving) doesn't count as training."""
-        self._worked += time.perf_counter() - self._since
+        self._worked, self._paused = self._working(), True
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._since, self._paused = time.perf_counter(), False
+
+    def _working(self) -> float:
+        """Seconds since the start, without pauses."""
+        return self._worked if self._paused else self._worked + time.perf_counter() - self._since
+
+    def _words(self) -> str:
+        """What the bar says: of the run up to now, but for the loss, which is that of the last interval."""
+        epoch = self._step * self._per_step / max(self._per_epoch, 1)
+        words = [
+            f"step {self._step}/{self.config.max_steps}",
+            f"epoch {epoch:.1f}" if epoch >= 1 else f"epoch {epoch:.2f}",
+        ]
+        if self.loss == self.loss:
+            words.append(f"loss {self.loss:.4f}")
+        lately = self._working() - self._logged_worked
+        if self._step > self._logged_step and (lately > 1 or not self._speed):
+            self._speed = (self._step - self._logged_step) * self._per_step / max(lately, 1e-9)
+        if self._speed:
+            words.append(f"{short(self._speed)} images/s")
+        # The time that is left has pauses in it, as the rest will have
+        return ", ".join([*words, *filter(None, [self._bar.left(time.perf_counter() - self._started)])])
 
 
 def _keep_lines(file: Path, step: int) -> list[dict[str, float]]:

@@ -3,10 +3,11 @@
 The file knows which key of the config feeds which argument; what is done with the objects is said in step.py.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from hf_ddpm.folders.index import part_folder
 from hf_ddpm.folders.layout import CONFIG, UNET
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
-from hf_ddpm.models.presets import names_preset, size_multiple
+from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes, takes
+from hf_ddpm.runtime.messages import did_you_mean, shown
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
@@ -34,6 +36,71 @@ from hf_ddpm.variances import outputs
 logger = logging.getLogger(__name__)
 
 LARGEST_SIDE = 256  # of images that are trained on without being told to
+
+
+def settle_model(
+    config: TrainConfig, stream: ImageStream, state: Mapping[str, Any], own: bool
+) -> TrainConfig:
+    """The config with the name of a network in place of "auto", which is then what the run's files say.
+
+    A run that goes on has the network that it began with, whatever "auto" would take today.
+
+    Args:
+        config: the run.
+        stream: the run's images.
+        state: of the checkpoint that the run goes on from; empty for a new run.
+        own: whether the network is the caller's, of which "auto" says nothing.
+
+    Raises:
+        ValueError: no preset takes images of this size, or the run began with a network of its caller's.
+    """
+    if config.model != AUTO:
+        return config
+    if state:
+        began = state["config"].get("model", AUTO)
+        if began == AUTO and not own:
+            raise ValueError(
+                f"the run in {config.output_dir!r} began with a network of its own; allowed: "
+                "hf_ddpm.train(config, model=...) with that network, or another output_dir"
+            )
+        return dataclasses.replace(config, model=began)
+    if own:
+        return config
+    _, height, width = stream.shape
+    chosen = choose_preset(height, width)
+    if chosen is None:
+        _refuse_size(config, height, width)
+    return dataclasses.replace(config, model=chosen.name)
+
+
+def describe_choice(name: str, model: nn.Module) -> str:
+    """What a run says of the preset that "auto" took: its name, its weights and why."""
+    (row,) = (row for row in UNETS if row.name == name)
+    count = sum(weight.numel() for weight in model.parameters()) / 1e6
+    return (
+        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of about "
+        f"{row.size}x{row.size}: {row.reason}; --model NAME chooses another"
+    )
+
+
+def _refuse_size(config: TrainConfig, height: int, width: int) -> NoReturn:
+    near = [str(h) if h == w else f"{h}x{w}" for h, w in nearest_sizes(config.model, height, width)]
+    sizes = " or ".join(near)
+    if config.image_size is not None:
+        raise ValueError(
+            f"image_size is {config.image_size}, which model {config.model!r} can't halve often enough; "
+            f"allowed near it: {sizes}"
+        )
+    raise ValueError(
+        f"images of {height}x{width} can't be halved as often as model {config.model!r} does; allowed near "
+        f"it: image_size {sizes}, with a fit such as resize_crop"
+    )
+
+
+def _refuse_name(name: str) -> NoReturn:
+    known = (AUTO, *PRESETS)
+    hint = did_you_mean(name, known)
+    raise ValueError(f"preset {shown(name)} is unknown{hint}; allowed: {', '.join(known)}")
 
 
 def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMScheduler) -> nn.Module:
@@ -49,6 +116,10 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
     """
     channels, height, width = stream.shape
     if names_preset(config.model):
+        if config.model not in PRESETS:
+            _refuse_name(config.model)
+        if (height, width) not in nearest_sizes(config.model, height, width):
+            _refuse_size(config, height, width)
         torch.manual_seed(config.seed)
         size = height if height == width else (height, width)
         answers = channels * outputs(config.variance_type)
@@ -94,14 +165,13 @@ def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
         if len(sides) == 2 and all(type(number) is int and number > 0 for number in (channels, *sides)):
             return Needs(shape=(channels, *sides))  # type: ignore[arg-type]
         return Needs()  # a network on the Hub, or one of another kind
-    multiple = size_multiple(config.model) if config.model in PRESETS else 1
+    if config.model not in (AUTO, *PRESETS):
+        _refuse_name(config.model)
 
-    def takes(height: int, width: int) -> bool:
-        return max(height, width) <= LARGEST_SIDE and height % multiple == width % multiple == 0
+    def halves(height: int, width: int) -> bool:
+        return max(height, width) <= LARGEST_SIDE and takes(config.model, height, width)
 
-    chosen = config.model in PRESETS and config.model != TrainConfig.model
-    own = PRESETS[config.model]["sample_size"] if chosen else 0
-    return Needs(takes, (own,)) if chosen else Needs(takes)
+    return Needs(halves) if config.model == AUTO else Needs(halves, (PRESETS[config.model]["sample_size"],))
 
 
 def prepare_model(

@@ -1,7 +1,7 @@
 """From which checkpoint a run goes on, and whether it may.
 
-Process 0 chooses, since it may rename a damaged checkpoint, which the others then would not find. All
-processes read the chosen one. How it is put into the run's objects is said in run.py.
+Process 0 chooses, and warns of damaged checkpoints; all processes read the chosen one. Nothing is written
+here. How it is put into the run's objects is said in run.py.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from hf_ddpm.config import GONE, TrainConfig
+from hf_ddpm.config import GONE, OLD_DEFAULTS, TrainConfig
 from hf_ddpm.data.fingerprint import compare_fingerprints
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.layout import INDEX
+from hf_ddpm.models.presets import AUTO
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.batches import check_new_images, open_stream
-from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, set_aside
+from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from hf_ddpm.training.network import network_needs
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ FREE_TO_CHANGE = {
 def find_checkpoint(config: TrainConfig, run: Path, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint to go on from, None for a fresh start; all processes call it together.
 
-    A damaged checkpoint is named in a warning and renamed, and the one before it is taken, unless
-    `config.resume` names the damaged one. If `config.resume` names a checkpoint that the run in the folder
+    A damaged checkpoint is named in a warning, and the one before it is taken, unless `config.resume` names
+    the damaged one. If `config.resume` names a checkpoint that the run in the folder
     began with, the newest checkpoint of that run is taken, so that the same command goes on.
 
     Args:
@@ -103,19 +104,19 @@ def _choose(config: TrainConfig, run: Path) -> tuple[Path, Checkpoint] | None:
             )
         return folder, checkpoint
 
-    damaged: list[tuple[Path, ValueError]] = []
+    damaged: list[ValueError] = []
     for _, folder in reversed(found):
         try:
             checkpoint = load_checkpoint(folder)
         except ValueError as error:
-            damaged.append((folder, error))
+            damaged.append(error)
             continue
         _check_config(config, folder, checkpoint.state)
-        for bad, error in damaged:
-            logger.warning("%s; set aside as %s; going on from %s", error, set_aside(bad).name, folder.name)
+        for error in damaged:
+            logger.warning("%s; going on from %s", error, folder.name)
         return folder, checkpoint
     if damaged:
-        raise ValueError(f"{damaged[0][1]}; none of the {len(damaged)} checkpoints is whole")
+        raise ValueError(f"{damaged[0]}; none of the {len(damaged)} checkpoints is whole")
     return None
 
 
@@ -134,7 +135,10 @@ def _check_config(config: TrainConfig, folder: Path, state: Any) -> None:
             "another output_dir, where --model with this run's folder goes on from its weights"
         )
     # An option that is newer than the checkpoint had the effect of its default then
-    was, now = dataclasses.asdict(TrainConfig()) | state.get("config", {}), dataclasses.asdict(config)
+    was = dataclasses.asdict(TrainConfig()) | OLD_DEFAULTS | state.get("config", {})
+    now = dataclasses.asdict(config)
+    if config.model == AUTO:  # goes on with the network that the run began with
+        now["model"] = was["model"]
     changed = [key for key in now if key not in FREE_TO_CHANGE and was.get(key) != now[key]]
     if changed:
         what = ", ".join(f"{key} {was.get(key)!r} -> {now[key]!r}" for key in changed)

@@ -39,11 +39,18 @@ from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, prepare_average, rest_of
 from hf_ddpm.training.batches import SkippedRows, make_batches, share_steps
-from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint
+from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint, set_newer_aside
 from hf_ddpm.training.heldout import HeldOut
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
 from hf_ddpm.training.launch import make_accelerator
-from hf_ddpm.training.network import make_model, make_optimizer, make_schedule, prepare_model
+from hf_ddpm.training.network import (
+    describe_choice,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    prepare_model,
+    settle_model,
+)
 from hf_ddpm.training.resume import check_objective, find_checkpoint, open_data, versions
 from hf_ddpm.training.sample_grids import SampleGrids
 from hf_ddpm.training.sharding import (
@@ -121,6 +128,7 @@ class Run:
         skipped: which images could not be read.
         grids: sample grids of the averaged network.
         heldout: the bound of held-out images; None if the config asks for none.
+        is_own: whether the network or the objective is the caller's, so that no command can make them.
         state: plain numbers of the checkpoint that it started from; empty for a new run.
 
     Raises:
@@ -138,7 +146,6 @@ class Run:
         self.config, self.folder, self.accelerator = config, Path(config.output_dir), accelerator
         self._lock = lock
         # The checkpoint to go on from, and this process's share of a step
-        on_main_process(accelerator, self._tidy)
         start = find_checkpoint(config, self.folder, accelerator)
         self.state: Mapping[str, Any] = {} if start is None else start.state
         self.step = self.first = 0 if start is None else start.step
@@ -159,6 +166,9 @@ class Run:
             if config.holdout is not None:
                 held = stream.chosen.left_out
                 logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
+        asked = config.model
+        self.config = config = settle_model(config, stream, self.state, model is not None)
+        self.is_own = model is not None or objective is not None
         self.heldout = HeldOut(config, self.folder, accelerator, stream) if config.evaluate_every else None
         self.grids = SampleGrids(config, self.folder, accelerator, self.scheduler, stream.shape)
 
@@ -186,6 +196,8 @@ class Run:
             unet = make_model(config, stream, self.scheduler)
         else:  # the launch wraps it, and the config says whether it is compiled
             unet = extract_model_from_parallel(model, keep_torch_compile=False)
+        if config.model != asked and start is None and accelerator.is_main_process:
+            logger.warning("%s", describe_choice(config.model, unet))
         self.model = prepare_model(unet, config, stream, accelerator)
         sharded = accelerator.distributed_type == DistributedType.FSDP
         # Where processes share the averages out, a whole network to save them from
@@ -216,6 +228,21 @@ class Run:
     def due(self, every: int) -> bool:
         """Whether something that is done at every so many steps, and at the last, is done at this one."""
         return every > 0 and self.step > 0 and (self.step == self.config.max_steps or self.step % every == 0)
+
+    @property
+    def shows(self) -> bool:
+        """Whether pictures or the held-out bound are due at this step."""
+        return self.due(self.config.sample_every) or self.due(self.config.evaluate_every)
+
+    def begin(self) -> None:
+        """Make the folder ready for the run's files, once it is sure that there will be some.
+
+        All processes call it together.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        self.write(self._tidy)
 
     def gather(self, noted: Mapping[str, Any]) -> Checkpoint:
         """All of the run as a checkpoint, whole on process 0; all processes call it together.
@@ -354,7 +381,8 @@ class Run:
         update_folder(self.folder, fill, last=INDEX)
 
     def _tidy(self) -> None:
-        """Delete what a training left of a file that it was writing when it was killed."""
+        """Delete halves of files that a killed training left, and set damaged checkpoints aside."""
+        set_newer_aside(self.folder, self.first)
         delete_partials(self.folder, RUN.__contains__)
         for name in (HELDOUT, GRIDS):
             delete_partials(self.folder / name, lambda name: STEP.match(name) is not None)

@@ -4,7 +4,6 @@ RUN/samples/step-00000500.png     or .npy, (B, H, W, C) in [0, 1], for images th
 """
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from torch import nn
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.folders.layout import GRIDS, step_name
 from hf_ddpm.generation.grids import image_grid, save_image
-from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline
+from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
 from hf_ddpm.runtime.disk import named, whole_file
-from hf_ddpm.runtime.lasting import Lasting
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.runtime.progress import REFRESH
+from hf_ddpm.runtime.progress import progress
 from hf_ddpm.scheduler import DDPMScheduler
 
 
@@ -75,14 +73,15 @@ class SampleGrids:
         each = -(-wanted // world)
         mine = range(accelerator.process_index, each * world, world)
         pipeline = DDPMPipeline(model, self._scheduler)
-        pipeline.set_progress_bar_config(
-            desc="sample",
-            leave=False,
-            mininterval=REFRESH,
-            disable=not accelerator.is_main_process,
-            file=Lasting(sys.stderr),
-        )
-        with accelerator.autocast():
+        pipeline.set_progress_bar_config(disable=True)
+        bar = progress("sample", each, "image", accelerator.is_main_process, leave=False)
+        count = count_images(bar)
+
+        def after_step(*step: Any) -> None:
+            check()
+            count(*step)
+
+        with accelerator.autocast(), bar:
             images: Any = pipeline(
                 batch_size=each,
                 generator=[torch.Generator().manual_seed(config.seed + i) for i in mine],
@@ -90,7 +89,7 @@ class SampleGrids:
                 output_type="pil" if self._as_picture else "np",
                 return_dict=False,
                 max_batch_size=config.batch_size,
-                callback_on_step_end=lambda *_: check(),
+                callback_on_step_end=after_step,
                 image_shape=self._shape,
             )[0]
         found = dict(gather_object(list(zip(mine, images, strict=True))))

@@ -38,6 +38,7 @@ from hf_ddpm.training.log import RunLog
 from hf_ddpm.training.run import OwnObjective, Run, open_run
 from hf_ddpm.training.sharding import reshard
 from hf_ddpm.training.step import optimizer_step
+from hf_ddpm.training.words import go_on, next_steps
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class TrainResult:
         loss: mean loss of the last logged interval, NaN if this call logged none.
         images_per_second: throughput of this call, without sampling and saving; NaN if it took no step.
         network: the module that the caller handed over, with the weights of the last step; None without one.
+        next_steps: commands that sample and measure the model; lines of Python for a network of the caller's.
     """
 
     output_dir: Path
@@ -64,6 +66,7 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
+    next_steps: tuple[str, ...] = ()
     network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
@@ -136,10 +139,16 @@ def train(
         if came:
             raise Interrupted(f"stopped by {came[0]}")
         with stop, log:
-            with log.paused():
-                stopped = _show(run, log, stop)
+            stopped, begun = False, run.shows or run.step >= run.config.max_steps
+            if begun:
+                _begin(run, log)
+                with log.paused():
+                    stopped = _show(run, log, stop)
             while run.step < run.config.max_steps and not stopped:
                 optimizer_step(run, log)
+                if not begun:
+                    _begin(run, log)
+                    begun = True
                 if after_step is not None:
                     after_step(run)
                 stopped = _keep(run, log, stop, push)
@@ -169,6 +178,12 @@ def _told() -> Iterator[None]:
             "systems do where memory is short; checkpoints from before stand; allowed: fewer num_workers, "
             "or 0"
         ) from error
+
+
+def _begin(run: Run, log: RunLog) -> None:
+    """Write into the run's folder for the first time: what is refused up to here leaves it as it was."""
+    run.begin()
+    log.begin()
 
 
 def _show(run: Run, log: RunLog, stop: StopSignals) -> bool:
@@ -213,7 +228,7 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
         run.write()  # sees whether the folder is still there
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
-        shows = run.due(config.sample_every) or run.due(config.evaluate_every)
+        shows = run.shows
         pushes = config.push_to_hub is not None and run.due(config.push_every)
         if stopped or shows or pushes or run.due(config.checkpoint_every):
             run.save(log.state())
@@ -265,15 +280,12 @@ def _finish(
                 push.finish(STOPPED_PUSH_SECONDS)
         raise TrainingStopped(
             f"stopped by {stop.name} at step {run.step} of {run.config.max_steps}, saved in "
-            f"{str(run.folder)!r}; the same command goes on"
+            f"{str(run.folder)!r}; {go_on(run)}"
         )
     if push is not None:
         push.finish()
-    if own is not None and not isinstance(run.model, ModelMixin) and run.accelerator.is_main_process:
-        logger.warning(
-            "its pipeline is hf_ddpm.load_run(%r, model=...) with a %s, or the result's .pipeline",
-            str(run.folder),
-            type(run.model).__name__,
-        )
-    images = run.step * run.share.per_step
-    return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, own)
+    images, lines = run.step * run.share.per_step, next_steps(run) if run.accelerator.is_main_process else ()
+    if not isinstance(run.averaged, ModelMixin):
+        for line in lines:  # no command has made this network, and so none tells them
+            logger.warning("%s", line)
+    return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, lines, own)

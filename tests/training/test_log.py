@@ -26,7 +26,9 @@ def alone():
 def record(run, accelerator, first=0, state=None, skipped=list, **changes) -> RunLog:
     run.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(run), max_steps=100, **changes)
-    return RunLog(run, accelerator, config, first, PER_STEP, PER_EPOCH, state or {}, skipped)
+    it = RunLog(run, accelerator, config, first, PER_STEP, PER_EPOCH, state or {}, skipped)
+    it.begin()
+    return it
 
 
 def drawn(step):

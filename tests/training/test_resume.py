@@ -16,7 +16,13 @@ import hf_ddpm.training.run
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.cli import run as command
 from hf_ddpm.cli import train_command
-from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hf_ddpm.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_newer_aside,
+)
 from hf_ddpm.training.resume import FREE_TO_CHANGE, find_checkpoint
 from tests.disks import largest_file, read_only
 from tests.launching import together
@@ -87,7 +93,9 @@ def test_a_damaged_one_is_named_set_aside_and_the_one_before_it_taken(tmp_path, 
     (text,) = warnings(caplog)
     assert "is missing or damaged: " in text and str(file.parent) in text
     assert name == "SHA256SUMS" or f"checkpoint file '{file}'" in text
-    assert text.endswith("; set aside as damaged-step-00000004; going on from step-00000002")
+    assert text.endswith("; going on from step-00000002")
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]  # a start that is refused changes nothing
+    set_newer_aside(tmp_path, 2)
     assert names(tmp_path) == ["damaged-step-00000004", "step-00000002"]
     caplog.clear()
     assert find_checkpoint(config, tmp_path, alone).step == 2 and not warnings(caplog)
@@ -95,6 +103,7 @@ def test_a_damaged_one_is_named_set_aside_and_the_one_before_it_taken(tmp_path, 
     assert find_checkpoint(config, tmp_path, alone).step == 4
     damage(at(tmp_path, 4))
     assert find_checkpoint(config, tmp_path, alone).step == 2
+    set_newer_aside(tmp_path, 2)
     assert names(tmp_path) == ["damaged-step-00000004", "damaged-step-00000004-2", "step-00000002"]
 
 
@@ -103,6 +112,7 @@ def test_two_damaged(tmp_path, alone, caplog):
     files = damage(at(tmp_path, 6), "optimizer.pt"), damage(at(tmp_path, 4))
     assert find_checkpoint(config, tmp_path, alone).step == 2
     assert [str(file) in text for file, text in zip(files, warnings(caplog), strict=True)] == [True, True]
+    set_newer_aside(tmp_path, 2)
     assert names(tmp_path) == ["damaged-step-00000004", "damaged-step-00000006", "step-00000002"]
 
 
@@ -241,7 +251,7 @@ def test_two_processes_take_the_same(tmp_path):
     assert together(tmp_path, chosen, tmp_path / "run", False) == [(2, [2, 2])] * 2
     damage(at(tmp_path / "run", 2))
     first, second = together(tmp_path, chosen, tmp_path / "run", False)
-    assert first == second and "none of the 1 checkpoints is whole" in first
+    assert first == second and "none of the 2 checkpoints is whole" in first
 
 
 @pytest.mark.distributed

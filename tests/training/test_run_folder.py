@@ -97,9 +97,12 @@ def test_an_output_dir_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_progress_is_one_bar(tmp_path, capsys):
+def test_progress_in_a_log_file_is_a_line_for_each_line_of_the_log(tmp_path, capsys):
     result = train(small(tmp_path, max_steps=2), Conv())
-    bar = capsys.readouterr().err.split("\r")[-1]
-    assert "train: 100%" in bar and "8/8" in bar  # images
-    assert f"step 2, loss {result.loss:.4f}" in bar and "image/s" in bar
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert [line.split(", loss")[0] for line in lines] == [
+        "train: step 1/2, epoch 0.00",
+        "train: step 2/2, epoch 0.01",
+    ]
+    assert f", loss {result.loss:.4f}, " in lines[1] and " images/s, took 00:0" in lines[1]
     assert result.images_per_second > 0 and result.loss == log(tmp_path)[-1]
