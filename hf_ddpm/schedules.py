@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.checks import described
+from hf_ddpm.shown import summary
 
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
@@ -165,6 +166,8 @@ class Schedule:
     betas: Callable[[int, float, float], Tensor]
     uses: tuple[str, ...] = ("beta_start", "beta_end")
     in_diffusers: bool = False
+
+    __repr__ = summary
 
 
 SCHEDULES: dict[str, Schedule] = {

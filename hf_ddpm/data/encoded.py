@@ -24,6 +24,8 @@ from PIL.TiffImagePlugin import (
     SAMPLEFORMAT,
 )
 
+from hf_ddpm.shown import summary
+
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 # The most pixels of an image, 0.25 GiB of RGB: what Pillow takes for safe
@@ -56,6 +58,8 @@ class Raster(NamedTuple):
     white: int
     storage: str = EIGHT_BITS
     frames: bool = False
+
+    __repr__ = summary
 
 
 def read_image(data: bytes) -> Raster:

@@ -36,6 +36,7 @@ from hf_ddpm.data.files import MOST_BYTES, inside, open_regular, read_regular, s
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
@@ -56,6 +57,8 @@ class Row(NamedTuple):
     number: int
     value: Any
 
+    __repr__ = summary
+
 
 class Layout(NamedTuple):
     """What is known of the rows before any is read.
@@ -69,6 +72,8 @@ class Layout(NamedTuple):
     counts: list[int]
     groups: list[int]
     sizes: list[int]
+
+    __repr__ = summary
 
     @property
     def num_bytes(self) -> int:

@@ -35,6 +35,7 @@ from hf_ddpm.data.listing import (
     unused_splits,
 )
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 BESIDE = "beside the folders of the splits"
 NO_IMAGES_READ, NO_PARQUET_READ = "images beside parquet files", "parquet files beside images"
@@ -81,6 +82,8 @@ class Source:
     notes: Sequence[str] = ()
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
+
+    __repr__ = summary
 
     @property
     def title(self) -> str:

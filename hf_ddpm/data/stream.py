@@ -39,6 +39,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
+from hf_ddpm.shown import summary
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Slots(NamedTuple):
 
     images: Tensor
     present: Tensor
+    __repr__ = summary
 
 
 @final
@@ -163,6 +165,17 @@ class ImageStream:
     _seed: int
     _skip_corrupt: bool
     _named: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says; rows are counted only where nothing has to be read for it."""
+        known = self._shards.addressable or "_order" in self.__dict__
+        rows = len(self._shards.files) if self._shards.addressable else known and self.num_rows()
+        images = f"{rows:,} images" if known else "images"
+        skipped = [f"{self.skipped:,} passed over"] if self.skipped else []
+        return [self._shards.source.title, f"{images} of {self.shape} (C, H, W)", *skipped]
 
     def __post_init__(self) -> None:
         for row in self._shards.rows():

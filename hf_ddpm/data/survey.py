@@ -22,6 +22,7 @@ from hf_ddpm.data.encoded import FORMATS
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import Source, describe_left_out
 from hf_ddpm.runtime.progress import progress
+from hf_ddpm.shown import summary
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Survey:
     modes: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
     spread: bool = False
+
+    __repr__ = summary
 
     def __str__(self) -> str:
         """One line for people."""

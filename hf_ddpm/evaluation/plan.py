@@ -12,6 +12,7 @@ from hf_ddpm.evaluation.quality import QualityFound, SampleQuality
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import Bound, Estimate
+from hf_ddpm.shown import summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,8 @@ class Evaluation:
 
     report: dict
     tensors: dict[str, Tensor]
+
+    __repr__ = summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,8 @@ class Plan:
     memorisation: Memorisation | None
     started: float
 
+    __repr__ = summary
+
 
 @dataclass(frozen=True, eq=False)
 class Results:
@@ -77,3 +82,5 @@ class Results:
     other_bound: Bound | Estimate | None
     quality: QualityFound | None
     nearest: NearestFound | None
+
+    __repr__ = summary

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 INCEPTION = "inception-v3"
 
@@ -42,6 +43,8 @@ class Features:
     extractor: str
     features: Tensor
     logits: Tensor | None = None
+
+    __repr__ = summary
 
     def __post_init__(self) -> None:
         for name, x in self.tensors().items():
@@ -84,6 +87,8 @@ class Extractor:
     name: str
     channels: int | None
     _forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+    __repr__ = summary
 
     @torch.no_grad()
     def __call__(self, images_uint8: Tensor) -> Features:

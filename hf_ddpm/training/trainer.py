@@ -19,11 +19,13 @@ from pathlib import Path
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.layout import CURVE
 from hf_ddpm.publishing.background import BackgroundPush
 from hf_ddpm.publishing.upload import PublishError
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
+from hf_ddpm.shown import or_none, summary
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
 from hf_ddpm.training.launch import start_pushing
@@ -56,6 +58,18 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        folder = f"output_dir={str(self.output_dir)!r}"
+        return [f"step {self.step:,}", f"{self.images:,} images", f"loss {self.loss:.4g}", folder]
+
+    def _repr_png_(self) -> bytes | None:
+        """The run's curve, for a notebook."""
+        return or_none((self.output_dir / CURVE).read_bytes)
 
 
 def train(
