@@ -223,7 +223,7 @@ def forward_process(process: DiffusionProcess, images: Any, num_columns: int = 8
 
     Args:
         process: such as `pipeline.process`.
-        images: as in `encode_decode`, of at most 4 channels where they are no tensor (B, C, H, W).
+        images: as in `encode_decode`, with 1, 3 or 4 channels where they are no tensor (B, C, H, W).
         num_columns: steps shown, evenly spread from 0 to T − 1.
         seed: of the noise; image i's depends on (seed, i).
 

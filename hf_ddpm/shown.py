@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-LONGEST = 180  # characters of a line
+LONGEST = 190  # characters of a line
 LONGEST_VALUE = 40  # characters of a number or a text in it
 PAINTERS = {"RateDistortion": "hf_ddpm.evaluation.plots:curve_png"}  # class -> function that gives a PNG file
 
@@ -39,9 +39,11 @@ def summary(owner: Any, facts: Callable[[], Iterable[str]] | None = None) -> str
     if words is None:
         words = ", ".join(f"{name}={_kind(owner, name)}" for name in _names(owner))
     words = " ".join(words.split())
-    if len(words) > LONGEST:
-        words = f"{words[: LONGEST - 3]}..."
-    return f"{type(owner).__name__}({words})"
+    name = type(owner).__name__
+    room = max(3, LONGEST - len(name) - 2)
+    if len(words) > room:
+        words = f"{words[: room - 3]}..."
+    return f"{name}({words})"
 
 
 def with_error(value: float, stderr: float, unit: str) -> str:

@@ -16,7 +16,7 @@ from hf_ddpm.checks import described
 from hf_ddpm.data.pixels import to_float
 
 PIL_MODES = ("L", "RGB", "RGBA")  # the modes whose 8-bit numbers are grey levels of pixels
-MOST_CHANNELS = 4  # of an image whose form is to be told by its shape alone
+CHANNELS = (1, 3, 4)  # grey, RGB and RGBA: of an image whose form is to be told by its shape alone
 FARTHEST = 2.0  # what is farther from 0 is no image in [-1, 1], nor what a network makes of one
 
 
@@ -27,7 +27,7 @@ def as_images(images: Any, shape: tuple[int, int, int] | None) -> Tensor:
         images: a PIL image of mode L, RGB or RGBA; an array or a tensor of (H, W), (C, H, W), (H, W, C),
             (B, H, W), (B, C, H, W) or (B, H, W, C), uint8 or floating point; or a list of such.
         shape: (C, H, W) of the model's images, which tells the forms apart; None where there is no model.
-            Then C is at most 4, a list holds single images, and all of them have one shape.
+            Then C is 1, 3 or 4, a list holds single images, and all of them have one shape.
 
     Returns:
         (B, C, H, W), float32, or float64 if it was; uint8 has become the levels u/127.5 − 1.
@@ -96,7 +96,7 @@ def _of_one(image: Any, shape: tuple[int, int, int] | None, single: bool) -> Ten
         return _of_picture(image, shape)
     x = image
     if isinstance(x, np.ndarray) and x.dtype in (np.uint8, np.float32, np.float64):
-        x = torch.from_numpy(np.ascontiguousarray(x))
+        x = torch.from_numpy(x.copy())  # PIL's arrays can't be written to, and torch wants no other strides
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
         raise ValueError(f"images are {described(image)}; allowed: PIL images, uint8, or float32 or float64")
     found = _by_its_shape(x, single) if shape is None else _in_order(x, shape)
@@ -138,9 +138,9 @@ def _in_order(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _by_its_shape(x: Tensor, single: bool) -> Tensor:
-    """The tensor as (B, C, H, W), of images of at most 4 channels; `single` says that it is one image."""
+    """The tensor as (B, C, H, W), of images in grey, RGB or RGBA; `single` says that it is one image."""
     fits = {}
-    small = [side <= MOST_CHANNELS for side in x.shape]
+    small = [side in CHANNELS for side in x.shape]
     if x.ndim == 2:
         fits["(H, W)"] = x[None, None]
     if x.ndim == 3 and small[0]:

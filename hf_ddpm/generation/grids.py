@@ -23,6 +23,8 @@ from hf_ddpm.runtime.disk import whole_file
 TARGET = 96  # pixels that an image's longer side should have at least in a grid
 GAP = 4  # pixels between images
 MARGIN = 6  # pixels around a label
+LINE = 20  # pixels that a label's line needs
+LARGEST = 1024  # pixels of an image's longer side that it is enlarged to for that
 NOTE = "hf_ddpm"  # key of the note in a PNG file
 # Kinds of file that a picture is written as, by the end of its name; PIL writes the first, matplotlib both
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -131,7 +133,9 @@ def checked_path(path: str | os.PathLike[str], formats: Sequence[str] = tuple(FO
         found = Path(path).expanduser()
         ends = found.suffix.lower()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"path {described(path)} is no path of a file: {error}") from error
+        raise ValueError(f"path {described(str(path))} is no path of a file: {error}") from error
+    if "\0" in str(found):
+        raise ValueError(f"path is {described(str(path))}; allowed: a name without zero bytes")
     if ends not in formats:
         raise ValueError(f"path is {described(str(path))}; allowed: a name that ends in {', '.join(formats)}")
     return found
@@ -187,7 +191,9 @@ def labelled_grid(
     Returns:
         The picture: labels on white, and the images of `image_grid`, each pixel enlarged equally.
     """
-    grid = image_grid([image for row in rows for image in row], columns=len(labels))
+    pictures = [image for row in rows for image in row]
+    scale = _enough(*pictures[0].size) if pictures else None
+    grid = image_grid(pictures, len(labels), scale)
     width, height = (grid.width - GAP) // len(labels), (grid.height - GAP) // len(rows)
     side = min(width, height)
     above = _drawn(labels, _font(min(32, max(13, side // 7))))
@@ -208,6 +214,12 @@ def labelled_grid(
         middle = top + GAP // 2 + height * i + height // 2
         sheet.paste(label, (left - MARGIN - label.width, middle - label.height // 2))
     return sheet
+
+
+def _enough(width: int, height: int) -> int:
+    """The enlargement of images under labels: a row or column is to be as high or wide as a line of text."""
+    least = min(-(-LINE // min(width, height)), max(1, LARGEST // max(width, height)))
+    return max(least, -(-TARGET // max(width, height)))
 
 
 def plot_reconstructions(

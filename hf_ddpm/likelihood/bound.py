@@ -47,7 +47,7 @@ class BoundTerm:
     def _facts(self) -> list[str]:
         """What its one-line `repr` says: the mean over the examples, and its standard error."""
         nats = self.nats.detach().double()
-        stderr = nats.std() / len(nats) ** 0.5 if len(nats) > 1 else nats.new_tensor(float("nan"))
+        stderr = nats.std() / len(nats) ** 0.5 if nats.numel() > 1 else nats.new_tensor(float("nan"))
         return [with_error(nats.mean().item(), stderr.item(), "nats"), count(len(nats), "example")]
 
 
