@@ -9,9 +9,13 @@ Public names and modules are imported when they are first asked for (PEP 562): `
 torch but no Hugging Face library, and `hf-ddpm --help` loads neither.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
+
+from hf_ddpm.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from hf_ddpm.config import TrainConfig
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.generation.pipeline import DDPMPipeline
     from hf_ddpm.models import create_model
+    from hf_ddpm.objectives import simple_loss
     from hf_ddpm.process import DiffusionProcess
     from hf_ddpm.publishing.publish import publish
     from hf_ddpm.publishing.upload import PublishError
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from hf_ddpm.scheduler import DDPMScheduler
     from hf_ddpm.training.trainer import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DDPMPipeline",
@@ -42,6 +47,7 @@ __all__ = [
     "evaluate",
     "load_stream",
     "publish",
+    "simple_loss",
     "train",
 ]
 
@@ -58,6 +64,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "load_stream": "data.stream",
     "publish": "publishing.publish",
+    "simple_loss": "objectives",
     "train": "training.trainer",
 }
 
@@ -71,9 +78,19 @@ if not TYPE_CHECKING:
             globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
             return value
         # Python asks for names such as `__path__`, and `getattr` for any text; those are never modules.
-        if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        private = not name.isidentifier() or name.startswith("_")
+        if not private and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = (
+            ""
+            if private
+            else did_you_mean(name, (*_HOMES, *(found.name for found in iter_modules(__path__))))
+        )
+        # Of a `from hf_ddpm import name`, Python would replace the words of an AttributeError by its own
+        if hint and sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            raise ImportError(f"cannot import name {name!r} from {__name__!r}{hint}", name=__name__)
+        # Given the name, Python adds no hint of its own
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}", name=name)
 
 
 def __dir__() -> list[str]:

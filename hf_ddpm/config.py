@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # Python 3.10
 from hf_ddpm.runtime.hub import check_license, check_repo_id
 from hf_ddpm.runtime.messages import nearest, shown
 from hf_ddpm.runtime.options import check_options, option, read_path
+from hf_ddpm.spelling import suggest_keywords
 
 if TYPE_CHECKING:
     from hf_ddpm.scheduler import DDPMScheduler
@@ -96,6 +97,7 @@ MOST_STEPS, MOST_TIMESTEPS, MOST_EVALS = 10**12, 10**6, 10**5
 MOST_WORKERS, MOST_IN_GRID, MOST_MICRO_STEPS, MOST_DECAYS = 256, 4096, 10**6, 8
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class TrainConfig:
     """All choices of a training run, checked when it is constructed.
@@ -103,6 +105,7 @@ class TrainConfig:
     Raises:
         ValueError: a value has the wrong type or lies out of range; the message names the key and what is
             allowed.
+        TypeError: there is no such key; the message names the nearest.
     """
 
     # What it learns

@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.checks import check_count, described
+from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.gaussian import TANH_CLAMP, bits_per_dim, check_holds_levels, log_decoder
 from hf_ddpm.likelihood.bound import check_batch, checked_options, predicted, term_nats
 from hf_ddpm.parametrization import from_x0_eps, output_scale, parametrization
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.seeds import draw_noise, draw_steps
 from hf_ddpm.shown import summary
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import wide
 from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
 
@@ -44,31 +47,53 @@ LOG_VARIANCE_DEPTH = 40.0
 LARGEST_MISS = math.sqrt(-2 * math.log(TANH_CLAMP))
 
 
+@suggest_keywords
 def simple_loss(
-    process: DiffusionProcess, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, prediction_type: str
+    process: DiffusionProcess,
+    model: Callable[..., Any],
+    x_0: Tensor,
+    t: Tensor | int | None = None,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """L_simple, Ho et al. 2020, eq. 14 and algorithm 1; with t uniform over all T steps.
+    """L_simple, Ho et al. 2020, eq. 14: the loss of algorithm 1, which the tutorials call `p_losses`.
 
-        ⟨(ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t))²⟩,   or the same for another target than ε
+        ⟨(ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t))²⟩,      t ~ Uniform{0, …, T − 1},      ε ~ N(0, I)
+
+    A training step of one's own is
+
+        loss = simple_loss(process, model, x_0).mean()
+        loss.backward()
 
     Args:
-        process: the chain that t indexes.
-        model: a denoiser (x_t, t) → output, C channels.
+        process: the chain that t indexes, such as `DiffusionProcess.linear(1000)`.
+        model: the network, a function (x_t, t) → output of the shape of x_t, as `as_denoiser` takes it.
         x_0: clean images in [−1, 1], shape (B, C, H, W).
-        t: zero-based step of each example, shape (B,), int64.
-        noise: ε ~ N(0, I), shape (B, C, H, W).
-        prediction_type: what the output means, one of `PREDICTION_TYPES`.
+        t: zero-based step of each example, shape (B,) int64, or one int for all; drawn here, uniformly for
+            each example, if it is left out.
+        noise: ε, shape of x_0; drawn here if it is left out.
+        prediction_type: what the output means, one of `PREDICTION_TYPES`; for another one than "epsilon" its
+            own target takes the place of ε.
+        generator: of the t and then of the noise that are drawn here, by default torch's global one.
 
     Returns:
-        Mean square over dimensions, shape (B,), float32 or wider.
+        Mean square over dimensions, one for each example, shape (B,), float32 or wider.
 
     Raises:
-        ValueError: an unknown prediction type; images, steps or noise that don't go together; or a model's
-            answer of another shape than the images.
+        ValueError: an unknown prediction type; images, steps or noise that don't go together; nothing to
+            draw with the generator; or a model's answer of another shape than the images.
     """
-    check_batch(process, x_0, t, "simple_loss(process, model, x_0, t, noise)", noise=noise)
-    output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
-    return _square(process, output, x_0, t, noise, prediction_type)
+    order = "simple_loss(process, model, x_0, t, noise)"
+    drawn = {} if noise is None else {"noise": noise}
+    check_batch(process, x_0, 0 if t is None else t, order, **drawn)
+    if generator is not None and t is not None and noise is not None:
+        raise ValueError("there are t, noise and a generator; allowed: to leave out what it is to draw")
+    steps = draw_steps(len(process), x_0, generator) if t is None else _for_each(t, x_0)
+    noise = draw_noise(x_0, generator) if noise is None else noise
+    output = as_denoiser(model)(process.q_sample(x_0, noise, steps), process.timesteps_at(steps))
+    return _square(process, output, x_0, steps, noise, prediction_type)
 
 
 def min_snr_loss(
@@ -88,6 +113,7 @@ def min_snr_loss(
         gamma: γ, above 0.
     """
     check_batch(process, x_0, t, "min_snr_loss(process, model, x_0, t, noise)", noise=noise)
+    t = _for_each(t, x_0)
     like = _doubles(x_0)
     weight = process.at(t, like, "snr")[0].clamp(max=gamma) / output_scale(process, prediction_type, t, like)
     return weight * simple_loss(process, model, x_0, t, noise, prediction_type)
@@ -115,6 +141,7 @@ def score_matching_loss(
     if variance_type not in FIXED:
         raise ValueError(f"variance_type is {described(variance_type)}; allowed: {', '.join(FIXED)}")
     check_batch(process, x_0, t, "score_matching_loss(process, model, x_0, t, noise)", noise=noise)
+    t = _for_each(t, x_0)
     # As a weight on the error of x_0 it is c0² / (2σ_t²), which is finite where α_t = 0 too.
     like = _doubles(x_0)
     (c0,) = process.at(t, like, "posterior_mean_coef_x0")
@@ -157,6 +184,7 @@ def bound_loss(
         ValueError: as in `bound_term`.
     """
     check_batch(process, x_0, t, "bound_loss(process, model, x_0, t, noise)", noise=noise)
+    t = _for_each(t, x_0)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     return _bound(process, output, x_0, t, noise, prediction_type, variance_type)
 
@@ -186,6 +214,7 @@ def hybrid_loss(
         variance_type: a learned one.
     """
     check_batch(process, x_0, t, "hybrid_loss(process, model, x_0, t, noise)", noise=noise)
+    t = _for_each(t, x_0)
     output = model(process.q_sample(x_0, noise, t), process.timesteps_at(t))
     if not isinstance(output, Tensor):
         raise ValueError(f"the model answered {described(output)}; allowed: a tensor")
@@ -221,6 +250,7 @@ def sddpm_loss(
     """
     order = "sddpm_loss(process, model, x_0, t, noise, step_noise)"
     check_batch(process, x_0, t, order, noise=noise, step_noise=step_noise)
+    t = _for_each(t, x_0)
     check_holds_levels("x_0", x_0)
     checked_options(process, variance_type, prediction_type, False, "exact")
     x_prev = process.q_sample_prev(x_0, noise, t)
@@ -441,6 +471,11 @@ def per_example(
             f"the objective's loss gave {given}; allowed: one value per example, shape ({len(x_0)},)"
         )
     return values
+
+
+def _for_each(t: Tensor | int, x_0: Tensor) -> Tensor:
+    """One step for each image, (B,), where one int stands for all."""
+    return t if isinstance(t, Tensor) else torch.full(x_0.shape[:1], int(t), device=x_0.device)
 
 
 def _square(

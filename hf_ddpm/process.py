@@ -3,35 +3,45 @@
     q(x_t | x_prev) = N(√α_t x_prev, β_t I)       q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I),  ᾱ_t = Π_{s≤t} α_s
     q(x_prev | x_t, x_0) = N(μ̃_t, β̃_t I)          p_θ(x_prev | x_t) = N(μ̃_t(x_t, x̂_0), σ_t² I)
 
+    process = DiffusionProcess.linear(1000)             β_t of the paper; .cosine(1000), .from_betas(betas)
+    x_t = process.q_sample(x_0, noise, t)               eq. 4: noise added in one go
+    x_prev = process.p_sample(x_t, t, model)            algorithm 2: one step back
+
 t is zero-based: x_t is the state after step t, x_prev the state before it, and the x_prev of t = 0 is the
 image x_0. Tables are float64 and one-dimensional; a coefficient is cast once, to float32 or the images'
-dtype, whichever is wider. The file knows neither networks nor diffusers; what a network's output means is
-parametrization.py.
+dtype, whichever is wider. The file knows no network and not diffusers; what a network's output may mean
+besides ε and x_0 is parametrization.py.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ddpm.checks import as_numbers, check_images, described
+from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.gaussian import bits_per_dim
+from hf_ddpm.schedules import make_betas
+from hf_ddpm.seeds import draw_noise
 from hf_ddpm.shown import summary
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
 VarianceType = Literal["fixed_small", "fixed_large"]
+MAKERS = "DiffusionProcess.linear(1000), .cosine(1000) or .from_betas(betas)"
 # Bits/dim of its image that the chain's last x_t may hold before a start from N(0, I) is worth a warning.
 PRIOR_WARNING = 0.01
 
 
+@partial(suggest_keywords, instead=MAKERS)
 @dataclass(frozen=True, eq=False)
 class DiffusionProcess(Tables):
-    """A chain of T Gaussian steps. Build it with `from_betas`, or from another one with `respaced`.
+    """A chain of T Gaussian steps. `linear`, `cosine` and `from_betas` make one, `respaced` a shorter one.
 
     Attributes:
         betas: β_t, the variance added by step t, float64, shape (T,).
@@ -47,6 +57,47 @@ class DiffusionProcess(Tables):
     timesteps: Tensor
     first_log_variance: float | None = None
     original: "DiffusionProcess | None" = None
+
+    def __post_init__(self) -> None:
+        if not all(
+            isinstance(table, Tensor) for table in (self.betas, self.log_alphas_cumprod, self.timesteps)
+        ):
+            raise TypeError(f"DiffusionProcess(...) is not called by its users; call {MAKERS}")
+
+    @classmethod
+    @suggest_keywords
+    def linear(
+        cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "DiffusionProcess":
+        """The process whose β_t grow linearly, by default that of Ho et al. 2020, section 4.
+
+        Args:
+            num_train_timesteps: T, at least 1.
+            beta_start: the first β, in (0, 1).
+            beta_end: the last β, in (0, 1]. The defaults are made for T = 1000: at the end of a shorter chain
+                x_t still knows its image (`prior_bpd_at_edges`).
+
+        Raises:
+            ValueError: an argument is not as above.
+        """
+        betas = make_betas("linear", num_train_timesteps, beta_start, beta_end)
+        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not 0 < beta <= 1:
+                raise ValueError(f"{name} is {described(beta)}; allowed: numbers in (0, 1]")
+        return cls.from_betas(betas)
+
+    @classmethod
+    @suggest_keywords
+    def cosine(cls, num_train_timesteps: int = 1000) -> "DiffusionProcess":
+        """The process with the cosine schedule of Nichol & Dhariwal 2021, eq. 17, for any T.
+
+        Args:
+            num_train_timesteps: T, at least 1.
+
+        Raises:
+            ValueError: it is not.
+        """
+        return cls.from_betas(make_betas("squaredcos_cap_v2", num_train_timesteps))
 
     @classmethod
     def from_betas(cls, betas: Tensor | np.ndarray | Sequence[float]) -> "DiffusionProcess":
@@ -225,9 +276,7 @@ class DiffusionProcess(Tables):
             ValueError: `variance_type` is unknown, or the chain has one step and so no β̃_2, unless it keeps
                 the full chain's (`respaced(..., "full")`).
         """
-        if variance_type not in ("fixed_small", "fixed_large"):
-            allowed = "'fixed_small', 'fixed_large'"
-            raise ValueError(f"variance_type is {described(variance_type)}; allowed: {allowed}")
+        _check_variance(variance_type)
         return self.log_fixed_small if variance_type == "fixed_small" else self.log_fixed_large
 
     @cached_property
@@ -266,42 +315,64 @@ class DiffusionProcess(Tables):
 
     # The equations.
 
-    def q_sample(self, x_0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """A draw of q(x_t | x_0), Ho et al. 2020, eq. 4.
+    def q_sample(
+        self,
+        x_0: Tensor,
+        noise: Tensor | None = None,
+        t: Tensor | int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A draw of q(x_t | x_0), Ho et al. 2020, eq. 4: `q_sample(x_0, noise, t)`, or `q_sample(x_0, t=t)`.
 
             x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
 
         Args:
             x_0: clean images in [−1, 1], shape (B, C, H, W).
-            noise: ε ~ N(0, I), shape of x_0.
-            t: zero-based step of each example, shape (B,) int64, or one int for all.
+            noise: ε ~ N(0, I), shape of x_0; drawn here if it is left out.
+            t: zero-based step of each example, shape (B,) int64, or one int for all. It can't be left out.
+            generator: of the noise that is drawn here, by default torch's global one.
 
         Returns:
             x_t, shape and dtype of x_0 (computed in float32 or wider).
 
         Raises:
-            ValueError: x_0 and the noise are not floating-point tensors of one shape, or t is not a step of
-                the chain for each of them (steps on an accelerator are trusted to be in it).
+            ValueError: x_0 and the noise are not floating-point tensors of one shape, t is not a step of the
+                chain for each of them (steps on an accelerator are trusted to be in it), or there are both
+                noise and a generator.
         """
-        check_images("q_sample(x_0, noise, t)", x_0=x_0, noise=noise)
-        a, s = self.at(t, x_0, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
+        tables = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"
+        return self._noised("q_sample", "x_0", x_0, noise, t, generator, tables)
 
-    def q_sample_prev(self, x_0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def q_sample_prev(
+        self,
+        x_0: Tensor,
+        noise: Tensor | None = None,
+        t: Tensor | int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A draw of q(x_prev | x_0), eq. 4 one step earlier; x_0 itself at t = 0. As in `q_sample`."""
-        check_images("q_sample_prev(x_0, noise, t)", x_0=x_0, noise=noise)
-        a, s = self.at(t, x_0, "sqrt_alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod_prev")
-        return narrow(add_scaled(a * wide(x_0), s, wide(noise)), x_0.dtype)
+        tables = "sqrt_alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod_prev"
+        return self._noised("q_sample_prev", "x_0", x_0, noise, t, generator, tables)
 
-    def q_step(self, x_prev: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def q_step(
+        self,
+        x_prev: Tensor,
+        noise: Tensor | None = None,
+        t: Tensor | int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A draw of q(x_t | x_prev), Ho et al. 2020, eq. 2.
 
             x_t = √α_t x_prev + √β_t ε
 
         Args:
             x_prev: the state before step t, shape (B, C, H, W).
-            noise: ε ~ N(0, I), shape of x_prev.
+            noise: as in `q_sample`, and so the others.
             t: zero-based step of each example, shape (B,) int64, or one int for all.
+            generator: of the noise that is drawn here.
 
         Returns:
             x_t, shape and dtype of x_prev (computed in float32 or wider).
@@ -309,9 +380,31 @@ class DiffusionProcess(Tables):
         Raises:
             ValueError: as in `q_sample`.
         """
-        check_images("q_step(x_prev, noise, t)", x_prev=x_prev, noise=noise)
-        root_alpha, root_beta = self.at(t, x_prev, "sqrt_alphas", "sqrt_betas")
-        return narrow(add_scaled(root_alpha * wide(x_prev), root_beta, wide(noise)), x_prev.dtype)
+        tables = "sqrt_alphas", "sqrt_betas"
+        return self._noised("q_step", "x_prev", x_prev, noise, t, generator, tables)
+
+    def _noised(
+        self,
+        name: str,
+        of: str,
+        x: Tensor,
+        noise: Tensor | None,
+        t: Any,
+        generator: torch.Generator | None,
+        tables: tuple[str, str],
+    ) -> Tensor:
+        """The images by the first table and noise by the second; names for errors: the method, the images."""
+        if noise is None:
+            check_images(f"{name}({of}, noise, t)", **{of: x})
+            self._check_index(t, x)
+            noise = draw_noise(x, generator)
+        elif generator is not None:
+            raise ValueError("there are noise and a generator; allowed: one of them")
+        else:
+            order = f"{name}({of}, noise, t), or {name}({of}, t=t) to draw the noise"
+            check_images(order, **{of: x, "noise": noise})
+        a, s = self.at(t, x, *tables)
+        return narrow(add_scaled(a * wide(x), s, wide(noise)), x.dtype)
 
     def predict_x0(self, x_t: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
         """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t, eq. 4 solved for x_0; shapes and dtypes as in `q_sample`.
@@ -354,6 +447,85 @@ class DiffusionProcess(Tables):
         check_images("q_posterior_mean(x_0, x_t, t)", x_0=x_0, x_t=x_t)
         c0, ct = self.at(t, x_t, "posterior_mean_coef_x0", "posterior_mean_coef_xt")
         return narrow(add_scaled(c0 * wide(x_0), ct, wide(x_t)), x_t.dtype)
+
+    @suggest_keywords
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x_t: Tensor,
+        t: Tensor | int,
+        model: Callable[..., Any] | Tensor,
+        *,
+        prediction_type: Literal["epsilon", "sample"] = "epsilon",
+        variance_type: VarianceType = "fixed_small",
+        clip_x0: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A draw of p_θ(x_prev | x_t), Ho et al. 2020: one step of algorithm 2. At t = 0 it adds no noise.
+
+            x_prev = μ̃_t(x_t, x̂_0) + σ_t z,      x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t,      z ~ N(0, I)
+
+        With `clip_x0=False` this is line 4 of the algorithm. A whole sample is
+
+            x = torch.randn(16, 1, 28, 28)
+            for t in reversed(range(len(process))):
+                x = process.p_sample(x, t, model)
+
+        `DDPMPipeline` does that with any sampler, and `DDPMScheduler.step` is one step with diffusers' words.
+
+        Args:
+            x_t: the state after step t, shape (B, C, H, W).
+            t: zero-based step of each example, shape (B,) int64, or one int for all.
+            model: the network, a function (x_t, t) → ε̂ or an `nn.Module`, as `as_denoiser` takes it; or its
+                answer, a tensor of the shape of x_t.
+            prediction_type: what it answers: "epsilon", ε̂, or "sample", x̂_0. What another network answers,
+                `parametrization.to_x0` turns into the latter.
+            variance_type: of σ_t²: "fixed_small" for β̃_t, the tutorials' and `DDPMScheduler`'s default, or
+                "fixed_large" for β_t.
+            clip_x0: clip x̂_0 to [−1, 1], as the published samplers and `DDPMScheduler` do.
+            generator: of the noise z, by default torch's global one. At a t that is 0 for every example
+                nothing is drawn.
+
+        Returns:
+            x_prev, shape and dtype of x_t (computed in float32 or wider), without a gradient.
+
+        Raises:
+            ValueError: an argument is not as above, or "epsilon" at ᾱ_t = 0 (zero terminal SNR), where ε says
+                nothing about x_0.
+        """
+        order = "p_sample(x_t, t, model)"
+        check_images(order, x_t=x_t)
+        self._check_index(t, x_t)
+        if prediction_type not in ("epsilon", "sample"):
+            raise ValueError(
+                f"prediction_type is {described(prediction_type)}; allowed: 'epsilon', 'sample' (which "
+                "parametrization.to_x0 makes of the others)"
+            )
+        _check_variance(variance_type)
+        output = model if isinstance(model, Tensor) else self._asked(model, x_t, t)
+        check_images(order, x_t=x_t, **{"the model's answer": output})
+        x, x_0 = wide(x_t), wide(output)
+        if prediction_type == "epsilon":
+            x_0 = self.predict_x0(x, x_0, t)
+        mean = self.q_posterior_mean(x_0.clamp(-1, 1) if clip_x0 else x_0, x, t)
+        last = t == 0 if not isinstance(t, Tensor) else t.device.type == "cpu" and not t.any()
+        if not last:
+            sigma = "sigma_small" if variance_type == "fixed_small" else "sigma_large"
+            mean = add_scaled(mean, self.at(t, x, sigma)[0], wide(draw_noise(x_t, generator)))
+        return narrow(mean, x_t.dtype)
+
+    def _asked(self, model: Callable[..., Any], x_t: Tensor, t: Tensor | int) -> Tensor:
+        """The model's answer, which gets the step of each example in the network's numbering."""
+        steps = (
+            t.reshape(-1).to(x_t.device) if isinstance(t, Tensor) else torch.tensor([t], device=x_t.device)
+        )
+        return as_denoiser(model)(x_t, self.timesteps_at(steps).expand(len(x_t)))
+
+
+def _check_variance(variance_type: Any) -> None:
+    if variance_type not in ("fixed_small", "fixed_large"):
+        allowed = "'fixed_small', 'fixed_large'"
+        raise ValueError(f"variance_type is {described(variance_type)}; allowed: {allowed}")
 
 
 def _level(process: DiffusionProcess) -> Tensor:

@@ -24,6 +24,7 @@ from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
 from hf_ddpm.parametrization import PredictionType, from_x0_eps, to_x0
 from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
 from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr, spaced_timesteps
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import add_scaled, narrow, wide
 from hf_ddpm.variances import log_variance_at, outputs, variance
 from hf_ddpm.visited import Visited, chosen_steps, is_number, is_whole, place_of, visit, whole_number
@@ -76,6 +77,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     """
 
     @register_to_config
+    @suggest_keywords
     def __init__(
         self,
         num_train_timesteps: int = 1000,

@@ -4,7 +4,6 @@ It knows formulas for β and nothing of what is done with them; `DiffusionProces
 result. To add a schedule, write its function and add its row to `SCHEDULES`.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import described
 from hf_ddpm.shown import summary
+from hf_ddpm.spelling import did_you_mean
 
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
@@ -38,8 +38,7 @@ def make_betas(schedule: str, num_steps: int, beta_start: float = 1e-4, beta_end
         ValueError: the name is unknown (the nearest is named), or T is not a positive whole number.
     """
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(schedule, SCHEDULES)
         raise ValueError(
             f"beta_schedule {described(schedule)} is unknown{hint}; allowed: {', '.join(SCHEDULES)}"
         )

@@ -19,8 +19,9 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hf_ddpm.checks import check_seed
+from hf_ddpm.checks import check_seed, described
 
 
 class Use(IntEnum):
@@ -70,3 +71,36 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
         ValueError: the seed or an index is no whole number ≥ 0.
     """
     return [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
+
+
+def draw_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise ε ~ N(0, I) of the shape, dtype and device of images.
+
+    Args:
+        like: images, any shape.
+        generator: on the CPU or on the images' device; by default torch's global one of that device.
+
+    Raises:
+        ValueError: it is no generator.
+    """
+    device = _device_of(generator, like)
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def draw_steps(num_steps: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Steps t ~ Uniform{0, …, T − 1}, one for each image, shape (B,) int64.
+
+    Args:
+        num_steps: T.
+        like: images, shape (B, ...), on whose device the steps are.
+        generator: as in `draw_noise`, and so the errors.
+    """
+    device = _device_of(generator, like)
+    return torch.randint(num_steps, like.shape[:1], generator=generator, device=device).to(like.device)
+
+
+def _device_of(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where to draw: a generator draws on its own device only."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is {described(generator)}; allowed: a torch.Generator")
+    return like.device if generator is None else generator.device

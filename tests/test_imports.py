@@ -57,13 +57,19 @@ def test_documented_modules(name):
 def test_public_names():
     expected = """
         DDPMPipeline DDPMScheduler DiffusionProcess EvaluationConfig PublishError TrainConfig TrainingStopped
-        __version__ create_model evaluate load_stream publish train
+        __version__ create_model evaluate load_stream publish simple_loss train
     """.split()
     assert sorted(hf_ddpm.__all__) == dir(hf_ddpm) == expected
     starred: dict = {}
     exec("from hf_ddpm import *", starred)
     assert {name: starred[name] for name in expected} == {name: getattr(hf_ddpm, name) for name in expected}
     assert starred.keys() - {"__builtins__"} == set(expected)
+
+
+def test_public_names_are_few_and_explained():
+    assert len(dir(hf_ddpm)) <= 16
+    for name in set(dir(hf_ddpm)) - {"__version__"}:
+        assert len(getattr(hf_ddpm, name).__doc__.splitlines()[0]) > 20, name
 
 
 def test_type_checkers_and_python_find_the_same_objects():

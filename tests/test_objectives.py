@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from hf_ddpm import create_model
 from hf_ddpm.gaussian import normal_kl
 from hf_ddpm.objectives import simple_loss
 from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps, to_eps, to_x0
@@ -140,6 +141,43 @@ def test_one_weighting_has_one_gradient_in_every_parametrisation():
         gradients = [torch.autograd.grad(z, weight, retain_graph=True)[0].item() for z in loss]
         values.append([*loss.tolist(), *gradients])
     assert_allclose(values, np.broadcast_to(values[0], np.shape(values)), rtol=1e-8)
+
+
+def test_simple_loss_draws_what_is_left_out():
+    process, x_0 = DiffusionProcess.linear(1000), draw(6, 1, 4, 4)
+
+    def source():
+        return torch.Generator().manual_seed(3)
+
+    drawn = source()
+    t = torch.randint(1000, (6,), generator=drawn)
+    noise = torch.randn(6, 1, 4, 4, generator=drawn, dtype=torch.float64)
+    wanted = simple_loss(process, toy_model, x_0, t, noise)
+    assert torch.equal(simple_loss(process, toy_model, x_0, generator=source()), wanted)
+    only_noise = torch.randn(6, 1, 4, 4, generator=source(), dtype=torch.float64)
+    assert torch.equal(
+        simple_loss(process, toy_model, x_0, t, generator=source()),
+        simple_loss(process, toy_model, x_0, t, only_noise),
+    )
+    torch.manual_seed(3)
+    assert torch.equal(simple_loss(process, toy_model, x_0), wanted)
+    # t is uniform over all T steps: the mean of 20,000 is within five standard errors of 499.5
+    seen = []
+    simple_loss(
+        process, lambda x_t, t: seen.extend(t.tolist()) or x_t, x_0[:1, :, :1, :1].expand(20000, 1, 1, 1)
+    )
+    assert (min(seen), max(seen)) == (0, 999)
+    assert abs(np.mean(seen) - 499.5) < 5 * np.sqrt((1000**2 - 1) / 12 / 20000)
+
+
+def test_simple_loss_of_one_step_for_all_and_of_a_network():
+    x_0, noise = draw(3, 1, 8, 8).float(), draw(3, 1, 8, 8, seed=1).float()
+    wanted = simple_loss(LINEAR, toy_model, x_0, torch.full((3,), 9), noise)
+    assert torch.equal(simple_loss(LINEAR, toy_model, x_0, 9, noise), wanted)
+    network = create_model("tiny")
+    loss = simple_loss(LINEAR, network, x_0)
+    loss.mean().backward()
+    assert loss.shape == (3,) and all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
 def test_simple_loss_refuses():

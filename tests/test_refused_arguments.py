@@ -58,7 +58,8 @@ def test_equations_in_another_order(name):
             assert "order is " in line(lambda arguments=arguments: equation(*arguments))
     for bad in (X.numpy(), X.tolist(), None, X.to(torch.uint8), X.long(), X[:2], X[:, :1], "x"):
         line(lambda bad=bad: equation(bad, NOISE, T))
-        line(lambda bad=bad: equation(X, bad, T))
+        if bad is not None or not name.startswith("q_s"):  # which then draw the noise
+            line(lambda bad=bad: equation(X, bad, T))
 
 
 @pytest.mark.parametrize("name", EQUATIONS)

@@ -40,6 +40,7 @@ from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
 from hf_ddpm.shown import summary
+from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ _DRAWS_PER_BLOCK = 1024
 _NAMED = 10
 
 
+@suggest_keywords
 def load_stream(
     source: str | os.PathLike[str],
     split: str = "train",

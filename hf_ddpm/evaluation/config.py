@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hf_ddpm.config import LARGEST_BATCH, MOST_EVALS
 from hf_ddpm.runtime.options import check_options, option
+from hf_ddpm.spelling import suggest_keywords
 
 
 def _fits() -> Iterable[str]:
@@ -37,12 +38,14 @@ NEEDS = {
 }
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class EvaluationConfig:
     """All choices of an evaluation, checked when it is constructed.
 
     Raises:
         ValueError: a value has the wrong type or lies out of range.
+        TypeError: there is no such key; the message names the nearest.
     """
 
     model: str = option("", "pipeline folder or Hub id, also one that plain diffusers wrote", path=True)

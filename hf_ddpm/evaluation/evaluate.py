@@ -36,10 +36,12 @@ from hf_ddpm.folders.output import check_evaluation_folder, output_folder
 from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.spelling import suggest_keywords
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
 
+@suggest_keywords
 def evaluate(config: EvaluationConfig, command: str = "") -> dict[str, Any]:
     """Score a model, and leave `evaluation.json`, `evaluation.safetensors` and pictures in a folder.
 

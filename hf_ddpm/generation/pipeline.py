@@ -35,6 +35,7 @@ from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
 from hf_ddpm.shown import count, or_none, summary
+from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -93,6 +94,7 @@ class DDPMPipeline(PredictingPipeline):
         ```
     """
 
+    @suggest_keywords
     def __init__(self, unet: Any, scheduler: Any):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
@@ -101,6 +103,7 @@ class DDPMPipeline(PredictingPipeline):
         self.trained_with(scheduler)
         self._said: set[str] = set()
 
+    @suggest_keywords
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -175,6 +178,7 @@ class DDPMPipeline(PredictingPipeline):
             return (images,) if x_0s is None else (images, x_0s)
         return DDPMPipelineOutput(images=images, pred_original_images=x_0s)
 
+    @suggest_keywords
     @torch.no_grad()
     def denoise(
         self,
@@ -220,6 +224,7 @@ class DDPMPipeline(PredictingPipeline):
         self.maybe_free_model_hooks()
         return x_0
 
+    @suggest_keywords
     def bits_per_dim(
         self,
         images: Any,

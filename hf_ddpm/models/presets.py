@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from hf_ddpm.models.networks import NETWORKS
-from hf_ddpm.runtime.messages import did_you_mean
+from hf_ddpm.spelling import did_you_mean, suggest_keywords
 
 
 def unet_config(
@@ -74,6 +74,7 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+@suggest_keywords
 def create_model(
     preset: str,
     *,

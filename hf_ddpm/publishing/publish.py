@@ -54,6 +54,7 @@ from hf_ddpm.runtime.hub import check_repo_id
 from hf_ddpm.runtime.messages import one_line, redact
 from hf_ddpm.runtime.untrusted import check_regular, read_bytes, read_json, shown
 from hf_ddpm.shown import summary
+from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ TOLD = (NOTES, COMMANDS)  # what a person says of a model
 DRAWN = (CURVE, SAMPLES_PICTURE, *SHOWN)  # the pictures made of it
 
 
+@suggest_keywords
 def publish(
     model: str | os.PathLike,
     repo_id: str,

@@ -2,18 +2,20 @@
 
 Text that is written down, printed or raised goes through `redact` where it may hold a token. This file knows
 what the Hub's tokens and passwords in addresses look like, and where the Hub's client takes its token from.
-It imports the standard library only; of the client it asks what it has loaded, and never loads it.
+It imports the standard library and spelling.py; of the client it asks what it has loaded, and never loads it.
 """
 
-import difflib
 import functools
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
+
+from hf_ddpm.spelling import did_you_mean as did_you_mean
+from hf_ddpm.spelling import nearest as nearest
 
 # The kinds of token that the Hub gives out; those with a second underscore hold dots and dashes
 TOKENS = re.compile(
@@ -129,24 +131,3 @@ def shown(value: object, limit: int = 80) -> str:
         return shorten(redact(repr(value)), limit)
     except (ValueError, RecursionError):  # whole numbers of thousands of digits, lists in lists
         return f"{type(value).__name__} too large to print"
-
-
-def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """The known word that is most like this one.
-
-    Args:
-        word: what was typed; its first hundred characters count.
-        known: the words that are allowed.
-        cutoff: how alike they must be, from 0 (anything) to 1 (equal), as `difflib.get_close_matches` counts.
-
-    Returns:
-        One of the known words; None if none is that much alike.
-    """
-    names = [str(name) for name in known]
-    return next(iter(difflib.get_close_matches(str(word)[:100], names, 1, cutoff)), None)
-
-
-def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """The words "(did you mean 'linear'?)" after a space; nothing if no known word is like the given one."""
-    near = nearest(word, known)
-    return "" if near is None else f" (did you mean {near!r}?)"

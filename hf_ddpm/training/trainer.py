@@ -26,6 +26,7 @@ from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
 from hf_ddpm.shown import or_none, summary
+from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
 from hf_ddpm.training.launch import start_pushing
@@ -72,6 +73,7 @@ class TrainResult:
         return or_none((self.output_dir / CURVE).read_bytes)
 
 
+@suggest_keywords
 def train(
     config: TrainConfig,
     model: nn.Module | None = None,

@@ -1,0 +1,87 @@
+"""Words that were mistyped: the known one that is nearest, and calls with a keyword that doesn't exist.
+
+It imports the standard library only.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+LONGEST_WORD = 60  # characters of a keyword that a message shows
+LONGEST_LIST = 160  # characters of a list of keywords
+
+
+def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """The known word that is most like this one.
+
+    Args:
+        word: what was typed; its first hundred characters count.
+        known: the words that are allowed.
+        cutoff: how alike they must be, from 0 (anything) to 1 (equal), as `difflib.get_close_matches` counts.
+
+    Returns:
+        One of the known words; None if none is that much alike.
+    """
+    names = [str(name) for name in known]
+    return next(iter(difflib.get_close_matches(str(word)[:100], names, 1, cutoff)), None)
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """The words "(did you mean 'linear'?)" after a space; nothing if no known word is like the given one."""
+    near = nearest(word, known)
+    return "" if near is None else f" (did you mean {near!r}?)"
+
+
+def suggest_keywords(target: Target, instead: str = "") -> Target:
+    """Let a function or a class name the keyword that was meant; a decorator.
+
+    Args:
+        target: a function without `**keywords` of its own, or a class, whose `__init__` is replaced.
+        instead: for a class that is not called by its users: what to call. Every call that doesn't fit is
+            then answered with it.
+
+    Returns:
+        A function that does the same; the class itself. A call with an unknown keyword raises TypeError, as
+        Python's own does, in one line that names the nearest keyword, or else those that are allowed.
+    """
+    if isinstance(target, type):
+        kind: Any = target
+        kind.__init__ = _suggesting(kind.__init__, kind.__name__, instead)
+        return kind
+    return _suggesting(target, target.__qualname__.removesuffix(".__init__"), instead)
+
+
+def _suggesting(function: Callable[..., Any], name: str, instead: str) -> Any:
+    signature = inspect.signature(function)
+    known = [
+        key
+        for key, parameter in signature.parameters.items()
+        if key not in ("self", "cls")
+        and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    allowed = frozenset(known)
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        if instead:
+            try:
+                signature.bind(*args, **keywords)
+            except TypeError:
+                raise TypeError(f"{name}(...) is not called by its users; call {instead}") from None
+        if not allowed.issuperset(keywords):
+            wrong = next(key for key in keywords if key not in allowed)
+            shown = repr(wrong if len(wrong) <= LONGEST_WORD else f"{wrong[: LONGEST_WORD - 3]}...")
+            raise TypeError(f"{name}() has no keyword {shown}{did_you_mean(wrong, known) or _list(known)}")
+        return function(*args, **keywords)
+
+    return call
+
+
+def _list(known: list[str]) -> str:
+    """The allowed keywords, as many as fit into a line."""
+    shown = ", ".join(known)
+    shown = shown if len(shown) <= LONGEST_LIST else f"{shown[:LONGEST_LIST].rpartition(',')[0]}, ..."
+    return f"; allowed: {shown or 'none'}"
