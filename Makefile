@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/digits
 STUDY ?= runs/study
 
-.PHONY: install demo study cards format lint types test test-slow bench check clean
+.PHONY: install demo study cards notebooks format lint types test test-slow bench check clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,9 @@ study: install
 
 cards: install
 	$(BIN)/python train_scripts/make_cards.py
+
+notebooks: install
+	$(BIN)/python docs/notebooks/run.py
 
 format: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
