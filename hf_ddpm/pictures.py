@@ -244,10 +244,10 @@ def forward_process(process: DiffusionProcess, images: Any, num_columns: int = 8
 
 
 def draw_interpolation(
-    model: str,
-    image_a: str,
-    image_b: str,
-    out: str,
+    model: str | os.PathLike[str],
+    image_a: str | os.PathLike[str],
+    image_b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     timesteps: Sequence[int] | None = None,
     num_images: int = 9,
     seed: int = 0,
@@ -273,6 +273,10 @@ def draw_interpolation(
         ValueError: a bad argument, model or image, or a file that can't be written or is there already.
         OSError: the file can't be written after all.
     """
+    model, image_a, image_b, out = (
+        _text(what, name)
+        for what, name in (("model", model), ("image", image_a), ("image", image_b), ("out", out))
+    )
     path = _check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     reading = _trained_reading(model)
@@ -303,7 +307,7 @@ def _trained_reading(model: str) -> dict[str, Any]:
 
 
 def open_image(
-    name: str,
+    name: str | os.PathLike[str],
     shape: tuple[int, int, int],
     column: str | None = None,
     background: str = WHITE,
@@ -321,6 +325,7 @@ def open_image(
     Raises:
         ValueError: there is no such image, or it has another shape.
     """
+    name = _text("image", name)
     # Alpha is kept where the model has it; arrays of another number of channels have to be told theirs
     channels = None if shape[0] in (1, 3) else shape[0]
     dataset, _, row = name.rpartition(":")
@@ -428,6 +433,13 @@ def _check_out(out: str, images: Sequence[str], overwrite: bool) -> Path:
 def _is_file(name: str) -> bool:
     """Whether an image's name is that of a file."""
     return _path("image", name).is_file()
+
+
+def _text(what: str, name: str | os.PathLike[str]) -> str:
+    """A name of a file or a model as text; `what` it is for begins the message of the error."""
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"{what} is {described(name)}; allowed: a name as text or a path")
+    return os.fspath(name)
 
 
 def _path(what: str, name: str) -> Path:

@@ -50,6 +50,8 @@ def curve_png(curve: RateDistortion) -> bytes:
     figure = Figure(figsize=(11, 4), layout="constrained")
     _draw_rate(figure.add_subplot(1, 2, 1), curve)
     _draw_bits(figure.add_subplot(1, 2, 2), curve)
+    for axes in figure.axes:
+        axes.title.set_fontsize(9)  # half a figure is narrow
     return figure_png(figure)
 
 

@@ -155,8 +155,9 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def read_note(path: Path) -> str | None:
+def read_note(path: str | os.PathLike[str]) -> str | None:
     """The note that `save_image` put into a file; None for any other file. Pixels are not looked at."""
+    path = Path(path)
     if not path.is_file():
         return None
     try:
