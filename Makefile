@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/digits
 STUDY ?= runs/study
 
-.PHONY: install demo study cards docs format lint types test test-slow bench check clean
+.PHONY: install demo study cards docs notebooks format lint types test test-slow bench check clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ cards: install
 # Strict: a link or an anchor that leads nowhere is an error. mkdocs is held below 2, and says so at length.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: install
+	$(BIN)/python docs/notebooks/run.py
 
 format: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -6,28 +6,33 @@ command `hf-ddpm interpolate`. No formula stands here but the mixture of two ima
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.checks import described
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.files import read_regular
 from hf_ddpm.data.pixels import WHITE, Decoder, to_float, to_uint8
 from hf_ddpm.data.stream import load_stream
 from hf_ddpm.folders.layout import RECORD
-from hf_ddpm.generation.grids import plot_reconstructions, to_pil
+from hf_ddpm.generation.given import as_pictures
+from hf_ddpm.generation.grids import checked_path, labelled_grid, png, save_image, to_pil
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.runtime.disk import why_not_writable
+from hf_ddpm.runtime.disk import named, why_not_writable
 from hf_ddpm.runtime.lock import file_lock
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import along
 from hf_ddpm.seeds import Use, derive_seed, image_generators
+from hf_ddpm.shown import count, or_none, summary
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,51 @@ class Sheet:
         images: mostly in [−1, 1], beyond which `save` clips, (rows, columns, C, H, W), float32, on the CPU.
         columns: a label for each column.
         rows: a label for each row.
+
+    A notebook shows it.
     """
 
     images: Tensor
     columns: list[str]
     rows: list[str]
 
-    def save(self, path: Path) -> Path:
-        """Write it as a PNG file, making its folder; returns the path.
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        rows, columns, channels, height, width = self.images.shape
+        return [f"{count(rows, 'row')} of {columns}", f"images {(channels, height, width)} (C, H, W)"]
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture, for a notebook."""
+        return or_none(lambda: png(self.picture()))
+
+    def picture(self) -> Image.Image:
+        """The sheet as one PIL image: images that are small enlarged, and labels above and beside them."""
+        pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
+        return labelled_grid(pictures, self.columns, self.rows)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `picture()` to a file, making its folders where they are missing; returns the path.
+
+        Args:
+            path: the file, such as "sheet.png"; the end of its name says which kind.
 
         Raises:
+            ValueError: the end of the name is none that pictures are written as.
             OSError: it can't be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
-        return plot_reconstructions(pictures, self.columns, path, self.rows)
+        path = checked_path(path)
+        with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return save_image(self.picture(), path)
 
 
 def interpolate(
     pipeline: DDPMPipeline,
-    x_0_a: Tensor,
-    x_0_b: Tensor,
+    x_0_a: Any,
+    x_0_b: Any,
     t: int | Sequence[int],
     num_images: int = 9,
     seed: int = 0,
@@ -74,7 +103,8 @@ def interpolate(
 
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
-        x_0_a: an image in [−1, 1], (C, H, W).
+        x_0_a: an image: a PIL image, or an array or a tensor of (C, H, W), (H, W, C) or (H, W), uint8 or
+            floating point in [−1, 1].
         x_0_b: the other image.
         t: zero-based step of the training process to interpolate at, or several, a row each.
         num_images: λ = 0, ..., 1 in even steps, at least 2.
@@ -89,10 +119,10 @@ def interpolate(
     """
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; allowed: whole numbers >= 2")
-    if x_0_a.shape != x_0_b.shape or x_0_a.ndim != 3:
+    x_0_a, x_0_b = (_one_image(image, pipeline) for image in (x_0_a, x_0_b))
+    if x_0_a.shape != x_0_b.shape:
         shapes = f"{tuple(x_0_a.shape)} and {tuple(x_0_b.shape)}"
         raise ValueError(f"the images have shapes {shapes}; allowed: one (C, H, W)")
-    _check(torch.stack([x_0_a, x_0_b]))
     steps = _steps(t, pipeline.process)
     noise = _noise(seed, [0], x_0_a)[0].to(pipeline.device)
     weights, places = torch.linspace(0, 1, num_images).view(-1, 1, 1, 1).to(noise), [0] * num_images
@@ -108,7 +138,7 @@ def interpolate(
 
 def encode_decode(
     pipeline: DDPMPipeline,
-    images: Tensor,
+    images: Any,
     timesteps: Sequence[int],
     seed: int = 0,
     num_inference_steps: int | None = None,
@@ -122,7 +152,8 @@ def encode_decode(
 
     Args:
         pipeline: the model, with the sampler `DDPMScheduler`.
-        images: in [−1, 1], (B, C, H, W).
+        images: PIL images, arrays or tensors, one or more, as in `DDPMPipeline.bits_per_dim`, but that
+            floating-point numbers are any in [−1, 1].
         timesteps: zero-based steps of the training process, a column each.
         seed: of all noise; image i's depends on (seed, i), and is the same at every step.
         num_inference_steps: as in `DDPMPipeline.denoise`.
@@ -134,7 +165,7 @@ def encode_decode(
         ValueError: a step that the process doesn't have, images of another shape than the model's, or another
             sampler.
     """
-    _check(images)
+    images = as_pictures(images, _shape(pipeline))
     steps, places = _steps(timesteps, pipeline.process), range(len(images))
     noise = _noise(seed, places, images[0]).to(pipeline.device)
     x_0 = images.to(noise)
@@ -186,12 +217,12 @@ def progressive_generation(
     return _sheet(columns, [*(f"t = {t}" for t in shown), "image"], ["x_t", "x̂_0"])
 
 
-def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int = 8, seed: int = 0) -> Sheet:
+def forward_process(process: DiffusionProcess, images: Any, num_columns: int = 8, seed: int = 0) -> Sheet:
     """Images on their way to noise: x_t ~ q(x_t | x_0) with one ε for all t, Ho et al. 2020, eq. 4.
 
     Args:
         process: such as `pipeline.process`.
-        images: in [−1, 1], (B, C, H, W).
+        images: as in `encode_decode`, with 1, 3 or 4 channels where they are no tensor (B, C, H, W).
         num_columns: steps shown, evenly spread from 0 to T − 1.
         seed: of the noise; image i's depends on (seed, i).
 
@@ -201,19 +232,21 @@ def forward_process(process: DiffusionProcess, images: Tensor, num_columns: int 
     Raises:
         ValueError: a number of columns that the process doesn't have, or no such images.
     """
-    _check(images)
+    if not isinstance(process, DiffusionProcess):
+        raise ValueError(f"process is {described(process)}; allowed: a DiffusionProcess, as pipeline.process")
+    images = as_pictures(images)
     steps, noise = _spread(num_columns, len(process)), _noise(seed, range(len(images)), images[0])
     x_0 = images.cpu().float()
     columns = [x_0, *(process.q_sample(x_0, noise, t) for t in steps)]
     labels = ["image", *(f"t = {process.timesteps[t]}" for t in steps)]
-    return Sheet(torch.stack(columns, 1), labels, [""] * len(images))
+    return Sheet(torch.stack(columns, 1).float(), labels, [f"image {i}" for i in range(len(images))])
 
 
 def draw_interpolation(
-    model: str,
-    image_a: str,
-    image_b: str,
-    out: str,
+    model: str | os.PathLike[str],
+    image_a: str | os.PathLike[str],
+    image_b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     timesteps: Sequence[int] | None = None,
     num_images: int = 9,
     seed: int = 0,
@@ -239,6 +272,10 @@ def draw_interpolation(
         ValueError: a bad argument, model or image, or a file that can't be written or is there already.
         OSError: the file can't be written after all.
     """
+    model, image_a, image_b, out = (
+        _text(what, name)
+        for what, name in (("model", model), ("image", image_a), ("image", image_b), ("out", out))
+    )
     path = _check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     reading = _trained_reading(model)
@@ -267,7 +304,7 @@ def _trained_reading(model: str) -> dict[str, Any]:
 
 
 def open_image(
-    name: str,
+    name: str | os.PathLike[str],
     shape: tuple[int, int, int],
     column: str | None = None,
     background: str = WHITE,
@@ -285,6 +322,7 @@ def open_image(
     Raises:
         ValueError: there is no such image, or it has another shape.
     """
+    name = _text("image", name)
     # Alpha is kept where the model has it; arrays of another number of channels have to be told theirs
     channels = None if shape[0] in (1, 3) else shape[0]
     dataset, _, row = name.rpartition(":")
@@ -310,13 +348,22 @@ def open_image(
     return image
 
 
-def _check(images: Tensor) -> None:
-    """Refuse a tensor that is not a batch of images as floating-point numbers."""
-    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; allowed: floating point in [-1, 1], "
-            "(B, C, H, W), at least one"
-        )
+def _shape(pipeline: DDPMPipeline) -> tuple[int, int, int] | None:
+    """(C, H, W) of the model's images; None where its network doesn't say it."""
+    try:
+        return pipeline.image_shape
+    except ValueError:
+        return None
+
+
+def _one_image(image: Any, pipeline: DDPMPipeline) -> Tensor:
+    """One image in any form as (C, H, W)."""
+    if isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point():
+        return as_pictures(image[None])[0]
+    found = as_pictures(image, _shape(pipeline))
+    if len(found) != 1:
+        raise ValueError(f"there are {len(found)} images where one is interpolated; allowed: one (C, H, W)")
+    return found[0]
 
 
 def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:
@@ -383,6 +430,13 @@ def _check_out(out: str, images: Sequence[str], overwrite: bool) -> Path:
 def _is_file(name: str) -> bool:
     """Whether an image's name is that of a file."""
     return _path("image", name).is_file()
+
+
+def _text(what: str, name: str | os.PathLike[str]) -> str:
+    """A name of a file or a model as text; `what` it is for begins the message of the error."""
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"{what} is {described(name)}; allowed: a name as text or a path")
+    return os.fspath(name)
 
 
 def _path(what: str, name: str) -> Path:

@@ -28,6 +28,7 @@ from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.schedules import make_betas
 from hf_ddpm.seeds import draw_noise
+from hf_ddpm.shown import summary
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
@@ -162,6 +163,17 @@ class DiffusionProcess(Tables):
     def __len__(self) -> int:
         """T, the number of steps."""
         return self.betas.shape[0]  # len() of a tensor is slow
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        steps = f"T={len(self)}"
+        if self.original is not None:
+            steps += f" of {len(self.original)}, timesteps {self.timesteps[0]}..{self.timesteps[-1]}"
+        betas = f"betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}"
+        return [steps, betas, f"alphas_cumprod down to {self.log_alphas_cumprod[-1].exp():.3g}"]
 
     # Constants of q(x_t | x_0), eq. 4. Each is a float64 table of shape (T,).
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import described
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.shown import summary
 from hf_ddpm.tables import wide
 
 
@@ -64,6 +65,8 @@ class Variance:
     trained: bool = True
     in_diffusers: bool = True
     same_as: str | None = None
+
+    __repr__ = summary
 
     @property
     def outputs(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import described
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.shown import count, summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,9 @@ class Visited:
     chain: DiffusionProcess
     given: list[int]
     ascending: list[int]
+
+    def __repr__(self) -> str:
+        return summary(self, lambda: [count(len(self.given), "step"), f"{self.given[0]}..{self.given[-1]}"])
 
     def holds(self, steps: Any) -> bool:
         """Whether these are the same steps still. A tensor on a device is not read: torch counts changes."""

@@ -15,6 +15,7 @@ from tests.launching import ROOT, environment
 LIBRARIES = ["diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors"]
 MATHEMATICS = """
     gaussian process schedules parametrization likelihood objectives exact variances seeds denoiser tables
+    shown
 """.split()
 DOCUMENTED = """
     likelihood gaussian models metrics pictures exact parametrization schedules process

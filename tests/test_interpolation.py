@@ -10,7 +10,7 @@ from hf_ddpm import DDPMPipeline, load_stream
 from hf_ddpm.cli import main
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.generation.samplers import swap_scheduler
-from hf_ddpm.pictures import interpolate
+from hf_ddpm.pictures import draw_interpolation, interpolate
 from tests.commands import pixels, refused
 
 
@@ -105,3 +105,12 @@ def test_interpolate_refuses_models(tiny_folder, tmp_path, capfd):
     assert line.endswith("model folder '/nowhere/model' does not exist")
     line = refused(capfd, "interpolate", tiny_folder)
     assert line.endswith("the following arguments are required: A, B, --out")
+
+
+def test_paths_are_as_good_as_text(tiny_folder, tmp_path):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(image)
+    out = tmp_path / "mixed.png"
+    assert draw_interpolation(tiny_folder, image, "digits:test:4", out, [3], 2) == out
+    with pytest.raises(ValueError, match="image is 3; allowed: a name as text or a path"):
+        draw_interpolation(str(tiny_folder), str(image), 3, str(out))  # type: ignore[arg-type]

@@ -1,12 +1,14 @@
 """pictures.py: of Gaussian data, where every picture is known in closed form; layout, seeds, files."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from hf_ddpm.data.pixels import to_float
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.samplers import swap_scheduler
 from hf_ddpm.pictures import encode_decode, forward_process, interpolate, progressive_generation
@@ -207,19 +209,125 @@ def test_another_sampler_is_refused(tiny_folder):
             make()
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+
+
 @pytest.mark.parametrize(
-    "images",
-    [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 8, 8)],
-    ids=["uint8", "none", "one"],
+    "form",
+    [
+        lambda x: [Image.fromarray(image) for image in x],
+        lambda x: x,
+        lambda x: x[..., None],
+        lambda x: list(x),
+        lambda x: tuple(torch.from_numpy(x)[:, None]),
+        lambda x: (image for image in torch.from_numpy(x)),
+        lambda x: torch.from_numpy(x)[:, None],
+        lambda x: x[:, None].astype(np.float32) / 127.5 - 1,
+        lambda x: (torch.from_numpy(x)[:, None] / 127.5 - 1).double(),
+    ],
+    ids=range(9),
 )
-def test_what_are_no_images_is_refused(images):
-    pipeline = DDPMPipeline(lambda x_t, t: 0 * x_t, DDPMScheduler())
+def test_images_of_every_form_give_the_same_picture(form, tiny_folder):
+    x_0 = to_float(torch.from_numpy(PIXELS)[:, None])
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    for draw_it in (
+        lambda x: forward_process(pipeline.process, x, 3),
+        lambda x: encode_decode(pipeline, x, [10], num_inference_steps=2),
+        lambda x: interpolate(pipeline, *(x if isinstance(x, list | tuple) else form(PIXELS)), 10, 2),
+    ):
+        near(draw_it(form(PIXELS)).images, draw_it(x_0).images, 1e-5)
+
+
+@pytest.mark.parametrize("form", [Image.fromarray, np.copy, torch.from_numpy], ids=["PIL", "array", "tensor"])
+def test_one_image_is_a_batch_of_one(form, tiny_folder):
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    x_0 = to_float(torch.from_numpy(PIXELS)[:1, None])
+    near(encode_decode(pipeline, form(PIXELS[0]), [10]).images, encode_decode(pipeline, x_0, [10]).images)
+    near(
+        forward_process(pipeline.process, form(PIXELS[0])).images,
+        forward_process(pipeline.process, x_0).images,
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(0, 1, 8, 8), "allowed: at least one image of at least one pixel"),
+        ([], "there are no images; allowed: at least one"),
+        (torch.full((1, 1, 8, 8), float("nan")), "values from nan to nan; allowed: [-1, 1], or uint8"),
+        (torch.from_numpy(PIXELS)[:, None].float(), "from 0 to 248; allowed: [-1, 1], or uint8"),
+        (torch.from_numpy(PIXELS)[:, None] / 255, "none below 0; allowed: [-1, 1], or uint8 (did you"),
+        (PIXELS.astype(np.int64), "are a int64 NumPy array of shape (2, 8, 8); allowed: PIL images, uint8"),
+        (Image.fromarray(PIXELS[0]).convert("P"), "an image has PIL mode P; allowed: L, RGB, RGBA"),
+        ([PIXELS[0], PIXELS[1, :4]], "(4, 8)"),
+        ("digit.png", "images are 'digit.png'; allowed: PIL images, uint8, or"),
+        (None, "images are None; allowed: PIL images, uint8, or"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_are_no_images_is_refused(images, words, tiny_folder):
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
     for draw_it in (
         lambda: encode_decode(pipeline, images, [0]),
         lambda: forward_process(pipeline.process, images),
     ):
-        with pytest.raises(ValueError, match=r"allowed: floating point in \[-1, 1\], \(B, C, H, W\)"):
+        with pytest.raises(ValueError) as error:
             draw_it()
+        line = str(error.value)
+        assert len(line) < 300 and "\n" not in line and (words in line or "(1, 4, 8)" in line)
+
+
+def test_what_is_not_one_image_and_no_process_is_refused():
+    pipeline, x = model(), images(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="there are 2 images where one is interpolated; allowed: one"):
+        interpolate(pipeline, x, x[0], 5)
+    with pytest.raises(ValueError, match="process is a DDPMPipeline; allowed: a DiffusionProcess, as pipe"):
+        forward_process(pipeline, x)
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "new/SHEET.PNG", "a/b/sheet.jpg", "sheet.webp", "sheet.tiff"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_sheet_is_saved_as_its_name_says(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sheet = forward_process(DDPMScheduler().process, images(1, 3, 5, 7), 3)
+    assert sheet.save(kind(name)) == Path(name)
+    with Image.open(name) as picture:
+        assert picture.format == {"jpg": "JPEG", "tiff": "TIFF"}.get(name[-3:].lower(), picture.format)
+        assert picture.size == sheet.picture().size
+        if picture.format != "JPEG":
+            np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), np.asarray(sheet.picture()))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        (
+            "sheet.xyz",
+            ValueError,
+            "path is 'sheet.xyz'; allowed: a name that ends in .png, .jpg, .jpeg, .webp",
+        ),
+        ("sheet", ValueError, "path is 'sheet'; allowed: a name that ends in .png"),
+        ("", ValueError, "path is ''; allowed: a name that ends in .png"),
+        ("a\0.png", ValueError, "allowed: a name without zero bytes"),
+        ("~nobody-here/x.png", ValueError, "path '~nobody-here/x.png' is no path of a file"),
+        (3, ValueError, "path is 3; allowed: the name of a file, such as 'sheet.png'"),
+        (None, ValueError, "path is None; allowed: the name of a file, such as 'sheet.png'"),
+        ("file/sheet.png", OSError, "can't write 'file/sheet.png': "),
+        ("folder.png", OSError, "can't write 'folder.png': "),
+    ],
+    ids=range(9),
+)
+def test_a_file_that_can_not_be(name, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folder.png").mkdir()
+    sheet = forward_process(DDPMScheduler().process, images(1, 1, 5, 7), 2)
+    with pytest.raises(error, match=re.escape(words)) as found:
+        sheet.save(name)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_the_noise_of_the_steps_is_not_that_in_x_t():

@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from hf_ddpm.data.files import MOST_BYTES
+from hf_ddpm.shown import summary
 
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -61,6 +62,8 @@ class Raster(NamedTuple):
     white: int
     storage: str = EIGHT_BITS
     frames: bool = False
+
+    __repr__ = summary
 
 
 def read_image(data: bytes) -> Raster:

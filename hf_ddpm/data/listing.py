@@ -22,6 +22,7 @@ from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 from PIL import features
 
 from hf_ddpm.data.files import open_regular, shown
+from hf_ddpm.shown import summary
 
 # What the suffix says of a file: the format by PIL's name
 SUFFIXES = {
@@ -88,6 +89,8 @@ class Listing:
     parquet: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    __repr__ = summary
 
     def leave_out(self, why: str, *names: str) -> None:
         """Count files, if any, among those that are left out."""

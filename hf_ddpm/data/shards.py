@@ -38,6 +38,7 @@ from hf_ddpm.data.holdout import Choice, Rows, titled
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
@@ -58,6 +59,8 @@ class Row(NamedTuple):
     number: int
     value: Any
 
+    __repr__ = summary
+
 
 class Layout(NamedTuple):
     """What is known of the rows before any is read.
@@ -71,6 +74,8 @@ class Layout(NamedTuple):
     counts: list[int]
     groups: list[int]
     sizes: list[int]
+
+    __repr__ = summary
 
     @property
     def num_bytes(self) -> int:

@@ -36,6 +36,7 @@ from hf_ddpm.data.listing import (
 )
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 PARQUET = ".parquet"
 BESIDE = "beside the folders of the splits"
@@ -83,6 +84,8 @@ class Source:
     notes: Sequence[str] = ()
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
+
+    __repr__ = summary
 
     @property
     def title(self) -> str:

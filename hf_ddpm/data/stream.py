@@ -40,6 +40,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
+from hf_ddpm.shown import summary
 from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class Slots(NamedTuple):
 
     images: Tensor
     present: Tensor
+    __repr__ = summary
 
 
 @final
@@ -180,6 +182,17 @@ class ImageStream:
     _skip_corrupt: bool
     _skipped: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
     _survey: Survey | None = field(default=None, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says; rows are counted only where nothing has to be read for it."""
+        known = self._shards.addressable or "_order" in self.__dict__
+        rows = self._shards.counts[0] if self._shards.addressable else known and self.num_rows()
+        images = f"{rows:,} images" if known else "images"
+        skipped = [f"{self.skipped:,} passed over"] if self.skipped else []
+        return [self._shards.title, f"{images} of {self.shape} (C, H, W)", *skipped]
 
     def read_first(self) -> None:
         """Find out `shape` by the first image that can be read; done by `load_stream`.

@@ -38,6 +38,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import Source, describe_left_out
 from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.progress import progress
+from hf_ddpm.shown import summary
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ class Survey:
             more = f" and {self.unreadable - 1:,} more" if self.unreadable > 1 else ""
             found.append(f"{self.unreadable:,} can't be read ({self.named[0]}{more})")
         return f"{words}{' of ' if self.heads else ' '}{', '.join(found)}"
+
+    __repr__ = summary
 
     def __str__(self) -> str:
         """One line for people."""

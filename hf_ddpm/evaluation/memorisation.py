@@ -26,6 +26,7 @@ from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import summary
 
 QUANTILE = 0.01  # share of the held-out images that count as near their nearest training image
 PAIRS = 8  # samples in the picture
@@ -92,6 +93,8 @@ class NearestFound:
     near: float
     num_training: int
     training_fingerprint: str
+
+    __repr__ = summary
 
 
 class Memorisation:

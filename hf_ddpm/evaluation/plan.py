@@ -13,6 +13,7 @@ from hf_ddpm.evaluation.quality import QualityFound, SampleQuality
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import Bound, Estimate
+from hf_ddpm.shown import summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class Evaluation:
 
     report: dict
     tensors: dict[str, Tensor]
+
+    __repr__ = summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,8 @@ class Plan:
     memorisation: Memorisation | None
     started: float
 
+    __repr__ = summary
+
     @property
     def numbers(self) -> list[int]:
         """The rows of the images in the whole of their split, ascending."""
@@ -85,3 +90,5 @@ class Results:
     other_bound: Bound | Estimate | None
     quality: QualityFound | None
     nearest: NearestFound | None
+
+    __repr__ = summary

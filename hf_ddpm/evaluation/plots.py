@@ -1,17 +1,19 @@
 """Pictures of an evaluation: the curves of the bound, and reconstructions from each noise level."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 # Never pyplot: no window is opened, and no global state is kept
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_ddpm.data.pixels import to_float, to_uint8
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.evaluation.scored_model import ScoredModel
-from hf_ddpm.generation.grids import plot_reconstructions, save_figure, to_pil
+from hf_ddpm.generation.grids import figure_png, plot_reconstructions, save_figure, to_pil
 from hf_ddpm.likelihood import RateDistortion, image_noise
 from hf_ddpm.parametrization import to_x0
 
@@ -19,15 +21,41 @@ from hf_ddpm.parametrization import to_x0
 LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.99)
 
 
-def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
+def plot_bits_per_step(curve: RateDistortion, path: str | os.PathLike[str]) -> Path:
     """Bits/dim of a step over t, both logarithmic, and their sum from t up; returns the path.
 
     Args:
         curve: of `rate_distortion`.
-        path: a PNG file.
+        path: the file, as in `save_figure`.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    _draw_bits(figure.add_subplot(), curve)
+    return save_figure(figure, path)
+
+
+def plot_rate_distortion(curve: RateDistortion, path: str | os.PathLike[str]) -> Path:
+    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path.
+
+    Args:
+        curve: of `rate_distortion`.
+        path: the file, as in `save_figure`.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    _draw_rate(figure.add_subplot(), curve)
+    return save_figure(figure, path)
+
+
+def curve_png(curve: RateDistortion) -> bytes:
+    """Both pictures of a curve side by side, as the content of a PNG file: what a notebook shows of it."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    _draw_rate(figure.add_subplot(1, 2, 1), curve)
+    _draw_bits(figure.add_subplot(1, 2, 2), curve)
+    for axes in figure.axes:
+        axes.title.set_fontsize(9)  # half a figure is narrow
+    return figure_png(figure)
+
+
+def _draw_bits(axes: Axes, curve: RateDistortion) -> None:
     t = curve.t.numpy() + 1
     axes.plot(t, curve.step_bpd, color="C0", marker="." if len(t) < 100 else "", label="one step")
     axes.plot(t, curve.step_bpd + curve.bpd, color="C1", label="this step and all above, with the prior")
@@ -38,30 +66,20 @@ def plot_bits_per_step(curve: RateDistortion, path: Path) -> Path:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    return save_figure(figure, path)
 
 
-def plot_rate_distortion(curve: RateDistortion, path: Path) -> Path:
-    """Error of x̂_0 on 0..255 over the bits received, Ho et al. 2020, figure 5; returns the path.
-
-    Args:
-        curve: of `rate_distortion`.
-        path: a PNG file.
-    """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+def _draw_rate(axes: Axes, curve: RateDistortion) -> None:
     axes.plot(curve.bpd, curve.rmse_255, marker="." if len(curve.t) < 100 else "")
     axes.set(
         xlabel="bits/dim received", ylabel="RMSE of the predicted x₀, 0..255", ylim=(0, None), xlim=(0, None)
     )
     axes.set_title("Progressive code: from pure noise (left) to x at t = 0 (right)")
     axes.grid(alpha=0.3)
-    return save_figure(figure, path)
 
 
 @torch.no_grad()
 def plot_reconstruction_levels(
-    model: ScoredModel, stream: ImageStream, rows: list[int], seed: int, path: Path
+    model: ScoredModel, stream: ImageStream, rows: list[int], seed: int, path: str | os.PathLike[str]
 ) -> Path:
     """Rows of x_t above the predicted x_0, a pair for each image and a column for each noise level.
 
@@ -88,4 +106,5 @@ def plot_reconstruction_levels(
         for i in range(len(rows))
         for kind in (columns, predictions)
     ]
-    return plot_reconstructions(pictures, ["image", *(f"t = {process.timesteps[t]}" for t in levels)], path)
+    labels = ["image", *(f"t = {process.timesteps[t]}" for t in levels)]
+    return plot_reconstructions(pictures, labels, path, ["x_t", "x̂_0"] * len(rows))

@@ -29,6 +29,7 @@ from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import summary
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class QualityFound:
 
     samples: SampleMetrics
     floor: SampleMetrics
+
+    __repr__ = summary
 
 
 def choose_real(config: EvaluationConfig, total: int) -> tuple[np.ndarray, np.ndarray]:

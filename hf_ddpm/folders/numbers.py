@@ -40,6 +40,7 @@ from hf_ddpm.folders.layout import EVALUATION, LOG
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.runtime.messages import shorten
 from hf_ddpm.runtime.untrusted import check_regular, shown
+from hf_ddpm.shown import summary
 
 TASK = "unconditional-image-generation"
 BITS = (("bits/dim", "bpd"), ("rate", "rate_bpd"), ("distortion (L₀)", "distortion_bpd"))  # rows of the table
@@ -316,6 +317,8 @@ class Log:
     lines: list[dict[str, Any]]
     odd: dict[int, bytes]
     cut: int | None
+
+    __repr__ = summary
 
 
 def read_log(log: Path) -> Log:

@@ -17,8 +17,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from hf_ddpm.data.pixels import to_uint8
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
+from hf_ddpm.generation.grids import image_grid, png, to_pil
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
 from hf_ddpm.generation.samplers import (
     check_process,
@@ -32,11 +34,13 @@ from hf_ddpm.likelihood import Estimate
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
+from hf_ddpm.shown import count, or_none, summary
 from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 2, 3, 4)
+MOST_SHOWN = 64  # images of an output that a notebook shows
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -50,6 +54,23 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     """
 
     pred_original_images: dict[int, Any] | None = None
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        first, number = self.images[0], count(len(self.images), "image")
+        kind = f"PIL {first.mode}, {first.width}x{first.height}" if isinstance(self.images, list) else ""
+        if not kind:
+            array: Any = self.images  # (B, H, W, C), or a tensor (B, C, H, W)
+            kind = f"{str(array.dtype).removeprefix('torch.')} {tuple(array.shape)}"
+        seen = self.pred_original_images
+        return [number, kind, *([] if seen is None else [f"x̂_0 at {count(len(seen), 'position')}"])]
+
+    def _repr_png_(self) -> bytes | None:
+        """The images in a grid, for a notebook; of very many, the first ones."""
+        return or_none(lambda: png(image_grid(_as_pil(self.images[:MOST_SHOWN]))))
 
 
 class DDPMPipeline(PredictingPipeline):
@@ -415,6 +436,14 @@ def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
 def _to_unit(x: Tensor) -> Tensor:
     """[−1, 1] → [0, 1] on the CPU, float32."""
     return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _as_pil(images: Any) -> list[Any]:
+    """The images of an output, of any type, as PIL images; of more than 4 channels the first one."""
+    if isinstance(images, list):
+        return images
+    x = images.float() if isinstance(images, Tensor) else torch.as_tensor(images).permute(0, 3, 1, 2)
+    return [to_pil(image) for image in to_uint8(2 * x - 1)]
 
 
 def _as_type(chunks: list[Tensor], output_type: str) -> Any:

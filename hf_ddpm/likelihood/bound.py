@@ -21,6 +21,7 @@ from hf_ddpm.checks import check_images, described
 from hf_ddpm.gaussian import check_levels, log_decoder, normal_kl
 from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.shown import count, summary, with_error
 from hf_ddpm.variances import check_scored, log_variance_at, outputs
 
 DECODERS = ("exact", "tanh")  # of L_0; "tanh" is the published code's formula, not its numbers
@@ -39,6 +40,15 @@ class BoundTerm:
     nats: Tensor
     x0_mse: Tensor
     eps_mse: Tensor
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says: the mean over the examples, and its standard error."""
+        nats = self.nats.detach().double()
+        stderr = nats.std() / len(nats) ** 0.5 if nats.numel() > 1 else nats.new_tensor(float("nan"))
+        return [with_error(nats.mean().item(), stderr.item(), "nats"), count(len(nats), "example")]
 
 
 def prior_kl(process: DiffusionProcess, x_0: Tensor) -> Tensor:

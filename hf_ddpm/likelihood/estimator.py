@@ -23,6 +23,7 @@ from hf_ddpm.gaussian import bits_per_dim, check_levels
 from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import count, summary, with_error
 
 UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
 CHUNK = 2**26  # numbers of noise held at once
@@ -56,6 +57,20 @@ class Estimate:
     x0_mse: Tensor
     proposal: Tensor
     seed: int
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        evals = self.t.shape[1] + self.decoder_bpd.shape[1]
+        return [
+            with_error(self.bpd, self.stderr, "bits/dim"),
+            count(len(self.image_indices), "image"),
+            f"{count(evals, 'evaluation')} each",
+            f"T={self.proposal.shape[0]}",
+            f"seed={int(self.seed)}",
+        ]
 
     @property
     def per_image_rate_bpd(self) -> Tensor:

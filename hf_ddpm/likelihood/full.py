@@ -17,9 +17,10 @@ from torch import Tensor
 from hf_ddpm.checks import check_count, check_seed, described
 from hf_ddpm.gaussian import bits_per_dim, check_levels, normal_kl
 from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
-from hf_ddpm.likelihood.estimator import Estimate, randn_like
+from hf_ddpm.likelihood.estimator import Estimate, mean_and_stderr, randn_like
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import count, painted, summary, with_error
 from hf_ddpm.variances import log_variance_table
 
 
@@ -38,6 +39,15 @@ class Bound:
     prior_bpd: Tensor
     x0_mse: Tensor
     eps_mse: Tensor
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        images, steps = self.terms_bpd.shape
+        total = with_error(*mean_and_stderr(self.total_bpd), "bits/dim")
+        return [total, count(images, "image"), f"T={steps}"]
 
     @property
     def rate_bpd(self) -> Tensor:
@@ -74,6 +84,19 @@ class RateDistortion:
     rmse_255: Tensor
     rate_bpd: float
     distortion_bpd: float
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        parts = f"{self.rate_bpd:.4g} rate + {self.distortion_bpd:.4g} distortion"
+        points = f"{count(len(self.t), 'point')} in t={self.t[0].item():g}..{self.t[-1].item():g}"
+        return [f"{self.rate_bpd + self.distortion_bpd:.4g} bits/dim = {parts}", points]
+
+    def _repr_png_(self) -> bytes | None:
+        """Both curves, for a notebook."""
+        return painted(self)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.untrusted import check_regular
+from hf_ddpm.shown import count, summary
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,14 @@ class SampleMetrics:
     inception_score: tuple[float, float] | None
     num_samples: int
     num_reference: int
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says: the distances by their names, and of how many images they are."""
+        named = [f"{name} {value:.4g}" for name, value in self.labelled().items() if " std" not in name]
+        return [*named, f"{count(self.num_samples, 'sample')} against {self.num_reference:,}"]
 
     def labelled(self) -> dict[str, float]:
         """The numbers by name: FID, KID and IS if Inception's, else FD, KD and CS with the network's name.

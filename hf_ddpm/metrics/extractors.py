@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
+from hf_ddpm.shown import summary
 
 INCEPTION = "inception-v3"
 
@@ -43,6 +44,8 @@ class Features:
     extractor: str
     features: Tensor
     logits: Tensor | None = None
+
+    __repr__ = summary
 
     def __post_init__(self) -> None:
         for name, x in self.tensors().items():
@@ -85,6 +88,8 @@ class Extractor:
     name: str
     channels: int | None
     _forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+    __repr__ = summary
 
     @torch.no_grad()
     def __call__(self, images_uint8: Tensor) -> Features:

@@ -28,6 +28,7 @@ from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
+from hf_ddpm.shown import summary
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ class Batch(NamedTuple):
     positions: list[int]
     images: Tensor
     present: Tensor
+
+    __repr__ = summary
 
 
 class _Batches(IterableDataset):

@@ -1,5 +1,6 @@
 """A run's log.jsonl as a picture: the loss, and the bits/dim of held-out images, over the optimizer steps."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +32,16 @@ def draw_curve(run: Path) -> None:
 
 
 def plot_training(
-    losses: Sequence[tuple[int, float]], heldout: Sequence[tuple[int, float, float]], path: Path
+    losses: Sequence[tuple[int, float]],
+    heldout: Sequence[tuple[int, float, float]],
+    path: str | os.PathLike[str],
 ) -> Path:
     """The loss over the optimizer steps, and beside it the bound of held-out images; returns the path.
 
     Args:
         losses: step and mean loss since the entry before.
         heldout: step, bits/dim and its standard error; may be empty.
-        path: a PNG file.
+        path: the file, as in `save_figure`.
     """
     figure = Figure(figsize=(10 if heldout else 7, 4.2), layout="constrained")
     axes = figure.add_subplot(1, 2 if heldout else 1, 1)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.layout import CURVE
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
 from hf_ddpm.publishing.background import BackgroundPush
@@ -30,6 +31,7 @@ from hf_ddpm.publishing.upload import PublishError
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.signals import Interrupted, StopSignals, TrainingStopped, interruptible
+from hf_ddpm.shown import or_none, summary
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
@@ -83,6 +85,18 @@ class TrainResult:
                 "FSDP shares the network out; allowed: load_run(folder, model=...), with a new one"
             )
         return load_run(self.output_dir, copy.deepcopy(self.network))
+
+    def __repr__(self) -> str:
+        return summary(self, self._facts)
+
+    def _facts(self) -> list[str]:
+        """What its one-line `repr` says."""
+        folder = f"output_dir={str(self.output_dir)!r}"
+        return [f"step {self.step:,}", f"{self.images:,} images", f"loss {self.loss:.4g}", folder]
+
+    def _repr_png_(self) -> bytes | None:
+        """The run's curve, for a notebook."""
+        return or_none((self.output_dir / CURVE).read_bytes)
 
 
 @suggest_keywords

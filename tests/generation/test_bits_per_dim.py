@@ -9,7 +9,7 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, DDPMScheduler, create_model
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.denoiser import as_denoiser
-from hf_ddpm.generation.bits_per_dim import as_images
+from hf_ddpm.generation.given import as_images
 from hf_ddpm.generation.samplers import swap_scheduler
 from hf_ddpm.likelihood import estimate_bound
 

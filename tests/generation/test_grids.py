@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.generation.grids import GAP, TARGET, image_grid, plot_reconstructions, save_image, to_pil
+from hf_ddpm.generation.grids import (
+    GAP,
+    TARGET,
+    image_grid,
+    labelled_grid,
+    plot_reconstructions,
+    save_image,
+    to_pil,
+)
 
 GROUND = (127, 127, 127)
 
@@ -52,16 +60,32 @@ def test_small_images_are_enlarged(size, scale):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ((pictures(1), 1.5), "columns is 1.5; allowed: whole numbers >= 1"),
+        ((np.zeros((1, 8, 8), int),), "int64 NumPy array"),
         (([],), r"sizes \[\]; allowed: at least one image, all of one size"),
         ((pictures(1) + pictures(1, (2, 3)),), r"sizes \[\(2, 3\), \(3, 2\)\]; allowed: at least one image"),
         ((pictures(1), 0), "columns is 0; allowed: whole numbers >= 1"),
         ((pictures(1), 1, -1), "scale is -1; allowed: whole numbers >= 1"),
     ],
-    ids=["none", "two sizes", "columns", "scale"],
+    ids=["fraction", "int64", "none", "two sizes", "columns", "scale"],
 )
 def test_bad_argument(arguments, words):
     with pytest.raises(ValueError, match=words):
         image_grid(*arguments)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grids_of_every_form(mode):
+    images = pictures(3, (9, 7), mode)
+    expected = np.asarray(image_grid(images))
+    arrays = [np.asarray(image) for image in images]
+    tensors = [torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy()) for array in arrays]
+    batch = torch.stack(tensors)
+    for form in (arrays, tensors, iter(tensors), batch, batch.numpy(), batch / 127.5 - 1, iter(images)):
+        np.testing.assert_array_equal(np.asarray(image_grid(form)), expected)
+    np.testing.assert_array_equal(np.asarray(image_grid(images[0])), np.asarray(image_grid(arrays[:1])))
+    with pytest.raises(ValueError, match=r"may be \(C, H, W\) or .*; allowed: PIL images"):
+        image_grid(np.zeros((3, 20, 20), np.uint8))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
@@ -73,7 +97,48 @@ def test_saved_as_lossless_png(mode, tmp_path):
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
 
 
+def test_a_name_says_the_kind_of_file(tmp_path):
+    image = pictures(1, mode="RGB")[0]
+    for name, kind in (("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a.TIF", "TIFF")):
+        with Image.open(save_image(image, str(tmp_path / name))) as found:
+            assert found.format == kind
+    with pytest.raises(
+        ValueError, match=r"PIL mode RGBA can't be a .jpg file; allowed: .png, or image.convert"
+    ):
+        save_image(image.convert("RGBA"), tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match=r"ends in .png, .jpg, .jpeg, .webp, .tif, .tiff$"):
+        save_image(image, tmp_path / "b.pdf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.TIF", "a.jpg", "a.webp"]
+
+
 # Labelled rows of pictures
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", [(28, 28), (8, 8), (5, 3), (200, 120), (64, 4), (4, 64), (1, 1)], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (4, 2)])
+def test_a_sheet_has_labels_and_no_white_band(mode, size, rows, columns):
+    images = [[Image.new(mode, size, 0 if mode == "L" else (90, 0, 0))] * columns] * rows
+    labels = [f"t = {100 * i}" for i in range(columns)]
+    sheet = labelled_grid(images, labels, ["original", "x_t", "x̂_0", "decoded"][:rows])
+    grey = (np.asarray(sheet) == GROUND).all(2)
+    across, down = (np.flatnonzero(grey.sum(axis) > 20) for axis in (1, 0))  # letters have few grey pixels
+    top, left = across[0], down[0]
+    assert across[-1] == sheet.height - 1  # no band below the images,
+    assert down[-1] == sheet.width - 1  # nor beside them
+    ink = np.asarray(sheet.convert("L")) < 128
+    assert 15 < top < 120 and left > 15 and not ink[0].any() and not ink[:, 0].any()  # no label is cut off
+    height, width = (sheet.height - top) / rows, (sheet.width - left) / columns
+    for i in range(rows):
+        assert ink[int(top + height * i) : int(top + height * (i + 1)), : left - 2].any(1).sum() >= 7
+    for i in range(columns):
+        assert ink[: top - 2, int(left + width * i) : int(left + width * (i + 1))].any(0).sum() >= 7
+
+
+def test_without_labels_there_is_no_margin():
+    images = [[Image.new("L", (28, 28))] * 3] * 2
+    sheet = labelled_grid(images, ["", "", ""], ["", ""])
+    assert sheet.size == image_grid(images[0] * 2, 3).size
 
 
 def opened(path, least=300):
