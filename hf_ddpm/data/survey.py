@@ -241,8 +241,7 @@ def _kept_file(shards: Shards) -> Path:
     return Path(constants.HF_HOME, *_CACHE, f"{name}.json")
 
 
-def _state(shards: Shards) -> str:
-    """A digest of the files (paths, sizes, times of change), of which rows are read, and of what reads them."""
+    """A digest of the files (paths, sizes, times of change), of the rows read, and of what reads them."""
     digest = hashlib.sha256(f"{_VERSION} {PIL.__version__}".encode())
     if shards.whole is not shards:
         digest.update(shards.chosen.digest.encode())
