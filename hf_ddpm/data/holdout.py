@@ -92,9 +92,9 @@ def check_holdout(name: str, value: float) -> None:
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (0 < value < 1 or (2 <= value < math.inf and value == math.floor(value))):
+        said = shown(int(value) if number and value == value // 1 else value)
         raise ValueError(
-            f"{name} is {shown(value)}; allowed: a share of the images, above 0 and below 1, or how many, "
-            "2 or more"
+            f"{name} is {said}; allowed: a share of the images, above 0 and below 1, or how many, 2 or more"
         )
 
 

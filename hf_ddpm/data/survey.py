@@ -240,7 +240,6 @@ def _kept_file(shards: Shards) -> Path:
     name = hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()[:32]
     return Path(constants.HF_HOME, *_CACHE, f"{name}.json")
 
-
     """A digest of the files (paths, sizes, times of change), of the rows read, and of what reads them."""
     digest = hashlib.sha256(f"{_VERSION} {PIL.__version__}".encode())
     if shards.whole is not shards:

@@ -149,9 +149,9 @@ def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str, spl
     held = record.holdout is not None
     if _known(split) != _known(record.split):
         return Trained(None, record.split, held, None) if named else None
-    as_trained = dataclasses.replace(
-        config, holdout=record.holdout, holdout_seed=record.seed if held else None, part="train"
-    )
+    # Which rows they are doesn't depend on whether these can be read
+    as_trained = dataclasses.replace(config, holdout=record.holdout, part="train", skip_corrupt=True)
+    as_trained = dataclasses.replace(as_trained, holdout_seed=record.seed if held else None)
     try:
         stream = load_images(as_trained, dataset, record.split, _sides(config, model))
         facts = stream.facts()
@@ -242,10 +242,13 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
     except ValueError as error:
         if given:
             raise
-        raise ValueError(f"DATASET is not given, and of the run's own: {error}") from error
+        raise ValueError(f"the run's own data set, as DATASET is not given: {error}") from error
     is_main = process_state().is_main_process
     if is_main:
         logger.warning("%s", stream.survey(show=True))
+        if trained is None and model.record is not None and model.record.holdout is not None:
+            words = "%s is not the data set of the run (%s), or has changed: nobody knows what it trained on"
+            logger.warning(words, config.dataset, model.record.dataset)
     _check_shape(config, stream, model)
     stream, skipped = _readable(config, stream)
     seen = 0 if trained is None else trained.count(stream)
@@ -296,31 +299,40 @@ def _open_part(
         config = dataclasses.replace(config, split=split, part=config.part or "held-out", holdout_seed=seed)
         return config, load_images(config, config.dataset, split, sides, check)
     config, part = dataclasses.replace(config, split=split, part="all"), config.part
-    whole = load_images(config, config.dataset, split, sides, check)
+    # Of the run's own split an image that can't be read matters only if it is in the part
+    own = held and record is not None and split == record.split
+    whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
     if part is None:
-        part = "held-out" if trained is not None and held and trained.count(whole) else "all"
-    if part == "all":
+        some = own or (trained is not None and held and whole is not None and trained.count(whole))
+        part = "held-out" if some else "all"
+    if whole is not None and part == "all":
         return config, whole
-    if record is None or trained is None or not trained.shares(whole) or (part == "held-out" and not held):
+    if (
+        record is None
+        or trained is None
+        or _known(split) != _known(record.split)
+        or (part != "train" and not held)
+    ):
         raise ValueError(
             f"part is {part!r}, but no record says that the model's training had such images of "
-            f"{shown(split)}; allowed: all, or such images by holdout"
+            f"{shown(split)}; allowed: all, or the same with a holdout"
         )
     if trained.changed is not None or trained.stream is None:
         raise ValueError(
             f"{shown(config.dataset)} has changed since the run began ({trained.changed}), so nobody knows "
-            f"which of its images are {part}; allowed: the same data, or part all"
+            f"which of its images are {part}; give the data as they were, or add part=all"
         )
     if model.data_record is None and process_state().is_main_process:
         logger.warning("no %s says whether %s is as it was when the run began", TRAINED_ON, config.dataset)
-    rows = trained.stream.chosen if part == "train" else trained.stream.chosen.others
-    rows = whole.chosen.both(rows)
-    if not len(rows):
-        raise ValueError(f"part is {part!r}, which none of the images of {shown(split)} are; allowed: all")
-    words = f", {'held-out images' if part == 'held-out' else 'those trained on'}"
     if held:
         config = dataclasses.replace(config, part=part, holdout=record.holdout, holdout_seed=record.seed)
-    return dataclasses.replace(config, part=part), whole.only(rows, words)
+    config = dataclasses.replace(config, part=part)
+    if whole is None:
+        return config, load_images(config, config.dataset, split, sides)
+    rows = whole.chosen.both(trained.stream.chosen if part == "train" else trained.stream.chosen.others)
+    if not len(rows):
+        raise ValueError(f"part is {part!r}, which none of the images of {shown(split)} are; allowed: all")
+    return config, whole.only(rows, f", {'held-out images' if part == 'held-out' else 'those trained on'}")
 
 
 def _readable(config: EvaluationConfig, stream: ImageStream) -> tuple[ImageStream, int]:

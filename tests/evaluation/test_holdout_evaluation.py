@@ -1,0 +1,197 @@
+"""Which images `hf-ddpm evaluate` scores of a run's own data, and what it takes from the run.
+
+The images' pixels are the number of their row, so that their digests say which were scored.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import TrainConfig, train
+from hf_ddpm.cli import main
+from hf_ddpm.data.holdout import held_out
+from hf_ddpm.data.pixels import image_digest
+from tests.evaluation.commands import refused, run
+
+N = 60
+HELD = held_out(range(N), 0.1, 5).tolist()
+FEW = ("--num-evals-per-image", 2)
+
+
+def make_images(folder):
+    folder.mkdir(parents=True)
+    for row in range(N):
+        Image.fromarray(np.full((10, 12), row, np.uint8)).save(folder / f"{row:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "photos")
+
+
+def trained(folder, photos, **changes):
+    values = {
+        **{"dataset": str(photos), "holdout": 0.1, "seed": 5, "fit": "random_crop", "image_size": 8},
+        **{"model": "tiny", "max_steps": 1, "batch_size": 2, "sample_every": 0, "lr_warmup_steps": 0},
+        **{"num_train_timesteps": 20, "beta_end": 0.5, "output_dir": str(folder)},
+    }
+    train(TrainConfig(**values | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, photos):
+    return trained(tmp_path_factory.mktemp("runs") / "run", photos)
+
+
+def score(model, out, *words):
+    """The report, the scored rows, and what is printed."""
+    main(["evaluate", *(str(word) for word in (model, *words, *FEW, "--out", out))])
+    from safetensors.torch import load_file
+
+    tensors = load_file(out / "evaluation.safetensors")
+    rows = tensors["image_indices"].tolist()
+    digests = [image_digest(torch.full((1, 8, 8), row, dtype=torch.uint8)) for row in rows]
+    assert tensors["digests"].tolist() == digests  # the rows are those that they are said to be
+    return json.loads((out / "evaluation.json").read_text())["data"], rows
+
+
+def test_by_default_the_held_out_images_of_the_run(model, photos, tmp_path, capsys, caplog):
+    data, rows = score(model, tmp_path / "a")
+    assert rows == HELD and data["part"] == "held-out" and data["split"] == "train"
+    assert (data["dataset"], data["holdout"], data["holdout_seed"]) == (str(photos), 0.1, 5)
+    assert (data["fit"], data["trained_on"], data["num_trained_on"]) == ("center_crop", False, 0)
+    words = f"6 of 6 held-out images of {photos}, train (holdout 0.1, seed 5), changed by fit center_crop; "
+    assert words in capsys.readouterr().out and "trained on" not in caplog.text
+    for number, words in enumerate([[photos], [photos, "--split", "train"], [f"{photos}/../photos"]]):
+        assert score(model, tmp_path / str(number), *words)[1] == HELD
+
+
+def test_the_same_images_in_another_folder_are_known(model, photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    data, rows = score(model, tmp_path / "a", moved)
+    assert rows == HELD and data["part"] == "held-out" and data["dataset"] == str(moved)
+
+
+def test_other_parts_are_asked_for_and_told(model, photos, tmp_path, capsys, caplog):
+    others = sorted(set(range(N)) - set(HELD))
+    data, rows = score(model, tmp_path / "a", "--part", "train")
+    assert rows == others and data["trained_on"] and data["num_trained_on"] == 54
+    assert "54 of 54 trained-on images of " in capsys.readouterr().out
+    data, rows = score(model, tmp_path / "b", "--part", "all")
+    assert rows == list(range(N)) and data["num_trained_on"] == 54 and "part" not in data
+    assert "60 of 60 images of " in (out := capsys.readouterr().out) and ", 54 of them trained on" in out
+    assert "the model was trained on 54 of these 60 images: their bits/dim here say nothing" in caplog.text
+    data, rows = score(model, tmp_path / "c", photos, "--split", "train[:50%]")
+    assert rows == [row for row in HELD if row < 30] and data["split"] == "train[:50%]"
+    data, rows = score(model, tmp_path / "d", photos, "--holdout", 12, "--num-images", 5)
+    wider = held_out(range(N), 12, 5).tolist()
+    assert len(rows) == 5 and set(rows) <= set(wider) and data["num_trained_on"] == 6
+
+
+def test_an_image_has_the_same_number_in_every_slice(model, photos, tmp_path):
+    """Its draws depend on the seed and its row in the whole split alone."""
+    _, one = run(model, tmp_path / "a", *FEW, "--part", "all", "--split", "train[20:40]", dataset=photos)
+    _, two = run(model, tmp_path / "b", *FEW, "--part", "all", "--split", "train", dataset=photos)
+    assert one["image_indices"].tolist() == list(range(20, 40))
+    torch.testing.assert_close(one["bpd"], two["bpd"][20:40], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_on_a_slice(photos, tmp_path, capfd, caplog):
+    folder = trained(tmp_path / "run", photos, holdout=None, split="train[:80%]")
+    line = refused(capfd, folder, "--out", tmp_path / "out")
+    assert (
+        f"the run's own data set, as DATASET is not given: no split 'test' in {photos}; it has train" in line
+    )
+    data, rows = score(folder, tmp_path / "a", "--split", "train[80%:]")
+    assert rows == list(range(48, 60)) and not data["trained_on"]
+    assert "trained on" not in caplog.text
+    data, _ = score(folder, tmp_path / "b", "--split", "train[70%:]")
+    assert data["trained_on"] and (data["num_trained_on"], data["num_rows"]) == (6, 18)
+    words = refused(
+        capfd, folder, photos, "--split", "train", "--part", "held-out", "--out", tmp_path / "out"
+    )
+    assert "--part is 'held-out', but no record says that the model's training had such images" in words
+
+
+def test_a_run_with_a_test_split_is_scored_on_it(photos, tmp_path):
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(photos, data / split)
+    folder = trained(tmp_path / "run", data, holdout=None)
+    found, rows = score(folder, tmp_path / "a")
+    assert (found["dataset"], found["split"], found["trained_on"]) == (str(data), "test", False)
+    assert rows == list(range(N)) and "part" not in found
+    folder = trained(tmp_path / "held", data)
+    assert score(folder, tmp_path / "b")[0]["split"] == "train"
+    found, rows = score(folder, tmp_path / "c", "--split", "test")
+    assert rows == list(range(N)) and not found["trained_on"]
+
+
+def test_data_that_have_changed_are_noticed(photos, tmp_path, capfd, caplog):
+    data = shutil.copytree(photos, tmp_path / "data")
+    folder = trained(tmp_path / "run", data)
+    (data / "030.png").unlink()
+    for words in ([], [data], [data, "--split", "train", "--part", "train"]):
+        line = refused(capfd, folder, *words, "--out", tmp_path / "out")
+        assert " (59 images, then 60), so nobody knows which of its images are " in line
+        assert line.endswith("add --part all")
+    run(folder, tmp_path / "a", *FEW, "--part", "all", "--split", "train", dataset=data)
+    report = json.loads((tmp_path / "a" / "evaluation.json").read_text())["data"]
+    assert report["changed"] == "59 images, then 60" and report["trained_on"] is True
+    assert "has changed since the run began (59 images, then 60)" in caplog.text
+    Image.fromarray(np.full((10, 12), 99, np.uint8)).save(data / "030.png")
+    assert "(other names, sizes or images)" in refused(capfd, folder, "--out", tmp_path / "out")
+    shutil.copytree(data, tmp_path / "elsewhere")
+    assert "no split 'test'" in refused(capfd, folder, tmp_path / "elsewhere", "--out", tmp_path / "out")
+
+
+def test_skipped_images_are_counted(photos, tmp_path, capfd):
+    data = shutil.copytree(photos, tmp_path / "data")
+    held, other = HELD[2], next(row for row in range(N) if row not in HELD)
+    for row in (held, other):
+        (data / f"{row:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    folder = trained(tmp_path / "run", data, skip_corrupt=True)
+    found, rows = score(folder, tmp_path / "a", "--nearest-dataset", data, "--num-samples", 2)
+    assert rows == [row for row in HELD if row != held] and found["num_skipped"] == 1
+    line = refused(capfd, folder, "--skip-corrupt", "false", "--out", tmp_path / "out")
+    assert f"{held:03d}.png: corrupt image" in line
+
+
+def test_nearest_images_are_those_that_it_trained_on(model, photos, tmp_path, capfd):
+    words = [*FEW, "--nearest-dataset", photos, "--num-samples", 4, "--sampling-steps", 2]
+    report, tensors = run(model, tmp_path / "a", *words, dataset=photos)
+    assert report["memorisation"]["num_rows"] == 54 and report["memorisation"]["trained_on"] is True
+    assert set(tensors["heldout_rows"].tolist()) <= set(HELD)
+    assert not set(tensors["nearest_rows"].tolist()) & set(HELD)
+    for row, nearest in zip(tensors["heldout_rows"], tensors["heldout_nearest_rows"], strict=True):
+        others = [other for other in range(N) if other not in HELD]
+        assert abs(int(nearest) - int(row)) == min(abs(other - int(row)) for other in others)
+    line = refused(capfd, model, photos, "--part", "train", "--out", tmp_path / "b", *words)
+    assert "has the images that are evaluated" in line
+
+
+def test_without_a_run_there_is_no_default(tiny_folder, photos, tmp_path, capfd):
+    line = refused(capfd, tiny_folder, "--out", tmp_path / "out")
+    assert "DATASET is not given, and " in line and "has no record of a training run" in line
+    for words, said in (
+        (["--part", "held-out"], "--part is 'held-out', but no record says"),
+        (["--holdout-seed", 3], "--holdout-seed is 3, but has no use without --holdout"),
+        (
+            ["--holdout", 1],
+            "--holdout is 1; allowed: a share of the images, above 0 and below 1, or how many",
+        ),
+        (["--part", "heldout"], "--part is 'heldout' (did you mean 'held-out'?)"),
+        (["--split", "test[1"], "--split is 'test[1'; allowed: a split's name, or a slice"),
+    ):
+        assert said in refused(capfd, tiny_folder, "digits", *words, "--out", tmp_path / "out")
+    # Another model, such as a baseline, on the images that a run held out
+    data, rows = score(
+        tiny_folder, tmp_path / "a", photos, "--fit", "center_crop", "--holdout", 0.1, "--holdout-seed", 5
+    )
+    assert rows == HELD and data["part"] == "held-out" and not data["trained_on"]
