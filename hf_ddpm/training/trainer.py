@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -59,7 +59,7 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
-    next_steps: tuple[str, ...] = ()
+    next_steps: tuple[str, ...] = field(default=(), repr=False)
 
 
 def train(
@@ -251,5 +251,5 @@ def _finish(
     images, lines = run.step * run.share.per_step, next_steps(run) if run.accelerator.is_main_process else ()
     if not isinstance(run.averaged, ModelMixin):
         for line in lines:  # no command has made this network, and so none tells them
-            logger.warning("%s", line)
+            logger.warning("next: %s", line)
     return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, lines)
