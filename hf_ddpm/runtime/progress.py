@@ -286,7 +286,7 @@ class _Terminal:
         words, width = bar.words, _width()
         prefix = f"{bar.what}: {100 * min(bar.n / max(bar.total, 1), 1):3.0f}%"
         room = width - len(prefix) - len(words) - 3
-        line = f"{prefix} {words}"
+        line = f"{prefix} {words}" if room > -2 else words
         if room >= LEAST_BAR:
             drawn = tqdm.format_meter(
                 min(bar.n, bar.total), max(bar.total, 1), 0, room, ascii=self._ascii, bar_format="{bar}"

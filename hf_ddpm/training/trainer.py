@@ -68,7 +68,7 @@ class TrainResult:
     images: int
     loss: float
     images_per_second: float
-    next_steps: tuple[str, ...] = ()
+    next_steps: tuple[str, ...] = field(default=(), repr=False)
     network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
@@ -301,5 +301,5 @@ def _finish(
     images, lines = run.step * run.share.per_step, next_steps(run) if run.accelerator.is_main_process else ()
     if not isinstance(run.averaged, ModelMixin):
         for line in lines:  # no command has made this network, and so none tells them
-            logger.warning("%s", line)
+            logger.warning("next: %s", line)
     return TrainResult(run.folder, run.step, images, log.loss, log.images_per_second, lines, own)
