@@ -21,7 +21,7 @@ LONGEST_VALUE = 40  # characters of a number or a text in it
 PAINTERS = {"RateDistortion": "hf_ddpm.evaluation.plots:curve_png"}  # class -> function that gives a PNG file
 
 
-def summary(owner: Any, facts: Callable[[], Iterable[str]] | None = None) -> str:
+def summary(owner: Any, /, facts: Callable[[], Iterable[str]] | None = None) -> str:
     """A `repr` of one line: the name of the class, and in parentheses what the object is.
 
     Args:
