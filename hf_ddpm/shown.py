@@ -21,7 +21,7 @@ LONGEST_VALUE = 40  # characters of a number or a text in it
 PAINTERS = {"RateDistortion": "hf_ddpm.evaluation.plots:curve_png"}  # class -> function that gives a PNG file
 
 
-def summary(owner: Any, /, facts: Callable[[], Iterable[str]] | None = None) -> str:
+def summary(owner: Any, facts: Callable[[], Iterable[str]] | None = None) -> str:
     """A `repr` of one line: the name of the class, and in parentheses what the object is.
 
     Args:
@@ -44,6 +44,11 @@ def summary(owner: Any, /, facts: Callable[[], Iterable[str]] | None = None) -> 
     if len(words) > room:
         words = f"{words[: room - 3]}..."
     return f"{name}({words})"
+
+
+def fields_line(self: Any) -> str:
+    """`summary` of an object's fields, to be assigned to `__repr__` in the class."""
+    return summary(self)
 
 
 def with_error(value: float, stderr: float, unit: str) -> str:

@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import (
     SAMPLEFORMAT,
 )
 
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -59,7 +59,7 @@ class Raster(NamedTuple):
     storage: str = EIGHT_BITS
     frames: bool = False
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 def read_image(data: bytes) -> Raster:

@@ -35,7 +35,7 @@ from hf_ddpm.data.listing import (
     unused_splits,
 )
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 BESIDE = "beside the folders of the splits"
 NO_IMAGES_READ, NO_PARQUET_READ = "images beside parquet files", "parquet files beside images"
@@ -83,7 +83,7 @@ class Source:
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def title(self) -> str:

@@ -22,7 +22,7 @@ from hf_ddpm.data.encoded import FORMATS
 from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import Source, describe_left_out
 from hf_ddpm.runtime.progress import progress
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Survey:
     unreadable: int = 0
     spread: bool = False
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __str__(self) -> str:
         """One line for people."""

@@ -12,7 +12,7 @@ from hf_ddpm.evaluation.quality import QualityFound, SampleQuality
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import Bound, Estimate
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Evaluation:
     report: dict
     tensors: dict[str, Tensor]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Plan:
     memorisation: Memorisation | None
     started: float
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,4 +83,4 @@ class Results:
     quality: QualityFound | None
     nearest: NearestFound | None
 
-    __repr__ = summary
+    __repr__ = fields_line

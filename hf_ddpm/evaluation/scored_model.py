@@ -24,7 +24,7 @@ from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
@@ -49,7 +49,7 @@ class ScoredModel:
     variance_type: str
     record: TrainConfig | None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def other_variance(self) -> Literal["fixed_small", "fixed_large"] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 INCEPTION = "inception-v3"
 
@@ -44,7 +44,7 @@ class Features:
     features: Tensor
     logits: Tensor | None = None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __post_init__(self) -> None:
         for name, x in self.tensors().items():
@@ -88,7 +88,7 @@ class Extractor:
     channels: int | None
     _forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @torch.no_grad()
     def __call__(self, images_uint8: Tensor) -> Features:
