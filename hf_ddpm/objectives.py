@@ -31,7 +31,7 @@ from hf_ddpm.likelihood.bound import check_batch, checked_options, predicted, te
 from hf_ddpm.parametrization import from_x0_eps, output_scale, parametrization
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import draw_noise, draw_steps
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import wide
 from hf_ddpm.variances import FIXED, LEARNED, TRAINED, log_variance_at, outputs
@@ -289,7 +289,7 @@ class Objective:
     variance: Literal["fixed", "any", "learned"] = "fixed"
     outputs: int = 1
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __post_init__(self):
         if not callable(self.loss):
@@ -345,7 +345,7 @@ class Choices:
     snr_gamma: float = 5.0
     hybrid_weight: float = 1e-3
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def both(self) -> dict[str, str]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import check_images, described
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.tables import add_scaled, narrow, wide, wide_dtype
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "score"]
@@ -58,7 +58,7 @@ class Parametrization:
     in_diffusers: bool
     determinant: Callable[[DiffusionProcess], Tensor] | None = None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def x0(self, process: DiffusionProcess) -> tuple[Tensor, Tensor, Tensor]:
         """Tables u, v, w of x̂_0 = (u x_t + v m) / w, each (T,) float64; where q = 0, x̂_0 = m / p."""

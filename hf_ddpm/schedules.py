@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.checks import described
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.spelling import did_you_mean
 
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
@@ -166,7 +166,7 @@ class Schedule:
     uses: tuple[str, ...] = ("beta_start", "beta_end")
     in_diffusers: bool = False
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 SCHEDULES: dict[str, Schedule] = {

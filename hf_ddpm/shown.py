@@ -21,11 +21,11 @@ LONGEST_VALUE = 40  # characters of a number or a text in it
 PAINTERS = {"RateDistortion": "hf_ddpm.evaluation.plots:curve_png"}  # class -> function that gives a PNG file
 
 
-def summary(self: Any, facts: Callable[[], Iterable[str]] | None = None) -> str:
+def summary(owner: Any, facts: Callable[[], Iterable[str]] | None = None) -> str:
     """A `repr` of one line: the name of the class, and in parentheses what the object is.
 
     Args:
-        self: a dataclass or a named tuple.
+        owner: a dataclass or a named tuple.
         facts: gives the words in parentheses. Where it fails, or by default, they are the fields and, of
             arrays and lists, no more than the kind and the shape or number.
     """
@@ -37,13 +37,18 @@ def summary(self: Any, facts: Callable[[], Iterable[str]] | None = None) -> str:
         except Exception:
             words = None
     if words is None:
-        words = ", ".join(f"{name}={_kind(self, name)}" for name in _names(self))
+        words = ", ".join(f"{name}={_kind(owner, name)}" for name in _names(owner))
     words = " ".join(words.split())
-    name = type(self).__name__
+    name = type(owner).__name__
     room = max(3, LONGEST - len(name) - 2)
     if len(words) > room:
         words = f"{words[: room - 3]}..."
     return f"{name}({words})"
+
+
+def fields_line(self: Any) -> str:
+    """`summary` of an object's fields, to be assigned to `__repr__` in the class."""
+    return summary(self)
 
 
 def with_error(value: float, stderr: float, unit: str) -> str:

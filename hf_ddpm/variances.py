@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import described
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.tables import wide
 
 
@@ -66,7 +66,7 @@ class Variance:
     in_diffusers: bool = True
     same_as: str | None = None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def outputs(self) -> int:

@@ -25,7 +25,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from hf_ddpm.data.files import MOST_BYTES
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 # Pillow's names of the formats that are read, AVIF's where Pillow was built with it
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -63,7 +63,7 @@ class Raster(NamedTuple):
     storage: str = EIGHT_BITS
     frames: bool = False
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 def read_image(data: bytes) -> Raster:

@@ -22,7 +22,7 @@ from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 from PIL import features
 
 from hf_ddpm.data.files import open_regular, shown
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 # What the suffix says of a file: the format by PIL's name
 SUFFIXES = {
@@ -90,7 +90,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def leave_out(self, why: str, *names: str) -> None:
         """Count files, if any, among those that are left out."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_ddpm.data.encoded import EIGHT_BITS, ImageRefused, Raster, read_image
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Decoder:
     _ground: tuple[int, int, int] = field(init=False, repr=False)
     _said: bool = field(default=False, init=False, repr=False)
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __post_init__(self) -> None:
         self._ground = parse_background(self.background)

@@ -38,7 +38,7 @@ from hf_ddpm.data.holdout import Choice, Rows, titled
 from hf_ddpm.data.pages import rows_per_read
 from hf_ddpm.data.sources import Source
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 _ROWS_PER_READ = 64
 _BYTES_PER_READ = 1 << 20
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     number: int
     value: Any
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 class Layout(NamedTuple):
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
     groups: list[int]
     sizes: list[int]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def num_bytes(self) -> int:

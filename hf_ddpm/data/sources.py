@@ -36,7 +36,7 @@ from hf_ddpm.data.listing import (
 )
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 PARQUET = ".parquet"
 BESIDE = "beside the folders of the splits"
@@ -85,7 +85,7 @@ class Source:
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def title(self) -> str:

@@ -40,7 +40,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import open_source
 from hf_ddpm.data.survey import Survey, survey, tell
 from hf_ddpm.seeds import Use
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line, summary
 from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Slots(NamedTuple):
 
     images: Tensor
     present: Tensor
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 @final

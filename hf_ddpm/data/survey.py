@@ -38,7 +38,7 @@ from hf_ddpm.data.shards import Row, Shards
 from hf_ddpm.data.sources import Source, describe_left_out
 from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.progress import progress
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Survey:
             found.append(f"{self.unreadable:,} can't be read ({self.named[0]}{more})")
         return f"{words}{' of ' if self.heads else ' '}{', '.join(found)}"
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __str__(self) -> str:
         """One line for people."""
@@ -240,6 +240,8 @@ def _kept_file(shards: Shards) -> Path:
     name = hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()[:32]
     return Path(constants.HF_HOME, *_CACHE, f"{name}.json")
 
+
+def _state(shards: Shards) -> str:
     """A digest of the files (paths, sizes, times of change), of the rows read, and of what reads them."""
     digest = hashlib.sha256(f"{_VERSION} {PIL.__version__}".encode())
     if shards.whole is not shards:

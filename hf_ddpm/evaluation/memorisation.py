@@ -26,7 +26,7 @@ from hf_ddpm.generation.grids import plot_reconstructions, to_pil
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 QUANTILE = 0.01  # share of the held-out images that count as near their nearest training image
 PAIRS = 8  # samples in the picture
@@ -94,7 +94,7 @@ class NearestFound:
     num_training: int
     training_fingerprint: str
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 class Memorisation:

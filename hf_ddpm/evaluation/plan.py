@@ -13,7 +13,7 @@ from hf_ddpm.evaluation.quality import QualityFound, SampleQuality
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import Bound, Estimate
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Evaluation:
     report: dict
     tensors: dict[str, Tensor]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Plan:
     memorisation: Memorisation | None
     started: float
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def numbers(self) -> list[int]:
@@ -91,4 +91,4 @@ class Results:
     quality: QualityFound | None
     nearest: NearestFound | None
 
-    __repr__ = summary
+    __repr__ = fields_line

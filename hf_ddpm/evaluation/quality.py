@@ -29,7 +29,7 @@ from hf_ddpm.runtime.disk import why_not_writable
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class QualityFound:
     samples: SampleMetrics
     floor: SampleMetrics
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 def choose_real(config: EvaluationConfig, total: int) -> tuple[np.ndarray, np.ndarray]:

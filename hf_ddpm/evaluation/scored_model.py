@@ -27,7 +27,7 @@ from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import FIXED, LEARNED, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
@@ -55,7 +55,7 @@ class ScoredModel:
     record: TrainConfig | None
     data_record: Mapping[str, Any] | None = None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @property
     def other_variance(self) -> Literal["fixed_small", "fixed_large"] | None:

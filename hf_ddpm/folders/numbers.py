@@ -40,7 +40,7 @@ from hf_ddpm.folders.layout import EVALUATION, LOG
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.runtime.messages import shorten
 from hf_ddpm.runtime.untrusted import check_regular, shown
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 TASK = "unconditional-image-generation"
 BITS = (("bits/dim", "bpd"), ("rate", "rate_bpd"), ("distortion (L₀)", "distortion_bpd"))  # rows of the table
@@ -318,7 +318,7 @@ class Log:
     odd: dict[int, bytes]
     cut: int | None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 def read_log(log: Path) -> Log:

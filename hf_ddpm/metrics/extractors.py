@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 INCEPTION = "inception-v3"
 
@@ -45,7 +45,7 @@ class Features:
     features: Tensor
     logits: Tensor | None = None
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def __post_init__(self) -> None:
         for name, x in self.tensors().items():
@@ -89,7 +89,7 @@ class Extractor:
     channels: int | None
     _forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     @torch.no_grad()
     def __call__(self, images_uint8: Tensor) -> Features:

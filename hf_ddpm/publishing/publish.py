@@ -54,7 +54,7 @@ from hf_ddpm.publishing.upload import Published, PublishError, Retry, reason, up
 from hf_ddpm.runtime.hub import check_repo_id, or_near
 from hf_ddpm.runtime.messages import one_line, redact
 from hf_ddpm.runtime.untrusted import check_regular, read_bytes, read_json, shown
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Publication:
     portable: bool
     command: str
 
-    __repr__ = summary
+    __repr__ = fields_line
 
     def describe(self) -> str:
         """Every file with its size, a line each."""

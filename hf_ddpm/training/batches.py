@@ -28,7 +28,7 @@ from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.signals import ignore_signals
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class Batch(NamedTuple):
     images: Tensor
     present: Tensor
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 class _Batches(IterableDataset):

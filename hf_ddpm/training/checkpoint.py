@@ -29,7 +29,7 @@ from hf_ddpm.folders.layout import CHECKPOINTS, STEP, STEPS, step_name
 from hf_ddpm.runtime.disk import free_path, named, write_folder
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import check_regular
-from hf_ddpm.shown import summary
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     state: Mapping[str, Any]
 
-    __repr__ = summary
+    __repr__ = fields_line
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
