@@ -14,6 +14,7 @@ from torch import nn
 
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, EvaluationConfig, evaluate, load_run, load_stream, train
+from tests.launching import together
 from tests.training.helpers import Conv, assert_same, kill_at, small, weights
 
 SHORT = {"num_train_timesteps": 20, "beta_end": 0.4}
@@ -158,6 +159,22 @@ def test_a_run_that_was_killed_and_goes_on(run, tmp_path, caplog):
     shutil.rmtree(tmp_path / "unet")
     train(small(tmp_path, **plan), Many())
     assert_same(dict(load_run(tmp_path, model=Many()).unet.state_dict()), whole)
+
+
+def trained_together(folder):
+    """What each of two processes has of the run's pipeline: its weights, and those of `load_run`."""
+    torch.manual_seed(0)
+    result = train(small(folder, **SHORT), Many("dict"))
+    own, loaded = result.pipeline.unet, load_run(folder, model=Many("dict")).unet
+    return dict(own.state_dict()), dict(loaded.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes(tmp_path):
+    for own, loaded in together(tmp_path, trained_together, tmp_path / "run"):
+        assert_same(own, loaded)
+        assert_same(own, weights(tmp_path / "run", 3, "ema_0.9999"))
 
 
 def test_runs_of_networks_of_diffusers(finished):
