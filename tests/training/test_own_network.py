@@ -95,6 +95,8 @@ def test_it_samples_and_is_measured(run):
     assert_same(dict(result.network.state_dict()), weights(folder, 3))
     other = load_run(folder, model=Many(), ema_decay=0.5)
     assert_same(dict(other.unet.state_dict()), weights(folder, 3, "ema_0.5"))
+    first = load_run(folder, model=Many(), ema_decay=0.9)
+    assert_same(dict(first.unet.state_dict()), weights(folder, 3, "ema_0.9"))
     assert other.unet.second.weight is other.unet.first.weight
 
 
@@ -204,7 +206,7 @@ def test_refused(run, finished, tmp_path):
     owners = "is its owner's; allowed: hf_ddpm.load_run(folder, model=...)"
     assert owners in refused(lambda: DDPMPipeline.from_pretrained(folder))
     words = refused(lambda: load_run(folder, model=Many(), ema_decay=0.7))
-    assert words.endswith("ema_decay is 0.7; allowed: None, the run's first, 0.5")
+    assert words.endswith("ema_decay is 0.7; allowed: 0.5, 0.9")
     assert "ema_decay is 0.7" in refused(lambda: load_run(finished, ema_decay=0.7))
     assert "it has no weights; allowed" in refused(lambda: load_run(tmp_path, model=Many()))
     assert "register_network" in refused(lambda: load_run(folder, model=Many()).save_pretrained(tmp_path))
