@@ -115,7 +115,7 @@ class EvaluationConfig:
     )
     sampling_steps: int | None = option(None, "sampling steps of these samples, by default all T", least=1)
     sampling_spacing: str | None = option(
-        None, "which of the T steps those are, by default as the model's sampler has it", choices=_spacings
+        None, "how these steps are spaced among the T, by default as the sampler does", choices=_spacings
     )
     num_reference: int | None = option(
         None, "real images that the extractor compares the samples with, by default as many", least=2
