@@ -134,8 +134,8 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--timestep-spacing",
         metavar="NAME",
-        help="which of the T steps those of --steps are, by default as the sampler chooses (linspace, "
-        "leading, trailing)",
+        help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
+        "trailing)",
     )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(

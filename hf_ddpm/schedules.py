@@ -18,6 +18,7 @@ from hf_ddpm.checks import described
 from hf_ddpm.shown import fields_line
 from hf_ddpm.spelling import did_you_mean
 
+SPACINGS = ("linspace", "leading", "trailing")  # of the steps that a shorter chain visits
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
 
@@ -104,7 +105,7 @@ def spaced_timesteps(
         steps = (np.round(np.arange(total, 0, -total / n))[:n] - 1)[::-1]
     else:
         raise ValueError(
-            f"timestep_spacing is {described(spacing)}; allowed: 'linspace', 'leading', 'trailing'"
+            f"timestep_spacing is {described(spacing)}; allowed: {', '.join(map(repr, SPACINGS))}"
         )
     if steps[0] < 0 or steps[-1] >= total:
         raise ValueError(

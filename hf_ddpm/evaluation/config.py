@@ -31,12 +31,19 @@ def _fixed_variances() -> Iterable[str]:
     return sorted(FIXED)
 
 
+def _spacings() -> Iterable[str]:
+    from hf_ddpm.schedules import SPACINGS
+
+    return SPACINGS
+
+
 MOST_SAMPLES = 10**7  # far above what is of use, and far below what harms a machine that is asked for it
 
 # Keys that have an effect only together with another key, or with one of several.
 NEEDS = {
     "num_samples": ("extractor", "nearest_dataset"),
     "sampling_steps": ("extractor", "nearest_dataset"),
+    "sampling_spacing": ("sampling_steps",),
     "num_reference": ("extractor",),
     "reference": ("extractor",),
     "nearest_split": ("nearest_dataset",),
@@ -150,6 +157,9 @@ class EvaluationConfig:
         most=MOST_SAMPLES,
     )
     sampling_steps: int | None = option(None, "sampling steps of these samples, by default all T", least=1)
+    sampling_spacing: str | None = option(
+        None, "how these steps are spaced among the T, by default as the sampler does", choices=_spacings
+    )
     num_reference: int | None = option(
         None, "real images that the extractor compares the samples with, by default as many", least=2
     )

@@ -138,6 +138,7 @@ def _drawing(drawing: Drawing) -> dict[str, Any]:
     """How the samples were drawn."""
     return {
         "sampling_steps": drawing.num_steps,
+        "timestep_spacing": drawing.scheduler.config.get("timestep_spacing"),
         "scheduler": type(drawing.scheduler).__name__,
         "variance_type": drawing.scheduler.config.get("variance_type"),
     }

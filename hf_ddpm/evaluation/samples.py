@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.generation.pipeline import DDPMPipeline, count_images
-from hf_ddpm.generation.samplers import whole_config
+from hf_ddpm.generation.samplers import respace, whole_config
 from hf_ddpm.metrics import Extractor
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
@@ -25,11 +25,11 @@ class Drawing:
     """A drawing of samples. Its inputs are checked when it is constructed; `run` draws.
 
     Args:
-        pipeline: the model, which draws with its own scheduler.
+        pipeline: the model, which draws with its own scheduler; its steps are spaced as the config says.
         config: how many samples, in how many steps, with which seed, how many at once in each process.
 
     Raises:
-        ValueError: an impossible number of sampling steps.
+        ValueError: an impossible number of sampling steps, or a spacing of them that the sampler can't do.
 
     Attributes:
         scheduler: what draws.
@@ -38,11 +38,14 @@ class Drawing:
 
     def __init__(self, pipeline: DDPMPipeline, config: EvaluationConfig):
         self._pipeline, self._config = pipeline, config
-        self.scheduler: Any = pipeline.scheduler
         try:
+            if config.sampling_spacing is not None:
+                respace(pipeline, config.sampling_spacing)
+            self.scheduler: Any = pipeline.scheduler
             _, self.num_steps, _ = pipeline.check_inputs(num_inference_steps=config.sampling_steps)
         except ValueError as error:
-            raise ValueError(str(error).replace("num_inference_steps", "sampling_steps")) from error
+            words = str(error).replace("num_inference_steps", "sampling_steps")
+            raise ValueError(words.replace("timestep_spacing", "sampling_spacing")) from error
 
     def run(self, weights: str, out: Path, extractor: Extractor | None, keep: bool) -> dict[str, Tensor]:
         """Draw the samples; every process gets all of them.

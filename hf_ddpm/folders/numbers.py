@@ -16,11 +16,11 @@ images with its standard error (null for a single image), and those marked ° ma
     model             name, weights (a digest), process (a digest), prediction_type
     comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
     sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
-                      scheduler, sampling_steps, variance_type; a label with " std " in it is a
-                      spread, not a metric
+                      scheduler, sampling_steps, timestep_spacing, variance_type; a label with " std " in it
+                      is a spread, not a metric
     memorisation °    dataset, split, num_rows, fingerprint, quantile, near (grey levels), trained_on;
                       samples and heldout: {num_images, share_near, median_distance (grey levels),
-                      exact_copies}; scheduler, sampling_steps, variance_type
+                      exact_copies}; scheduler, sampling_steps, timestep_spacing, variance_type
     seconds, processes, device, command, date, versions
 
 evaluation/report.py writes it. No other module reads it, but for a comparison of two evaluations, in that

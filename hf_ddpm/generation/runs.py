@@ -29,6 +29,7 @@ from hf_ddpm.folders.layout import (
     CHECKPOINTS,
     CONFIG,
     INDEX,
+    RECORD,
     SCHEDULER,
     SCHEDULER_FILE,
     TENSORS,
@@ -40,6 +41,7 @@ from hf_ddpm.folders.layout import (
 )
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.portable import refuse_not_finite
+from hf_ddpm.publishing.publish import main_decay
 from hf_ddpm.runtime.disk import named
 from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.untrusted import check_regular, read_json
@@ -140,12 +142,14 @@ def _variant(place: Path, ema_decay: float | None) -> str | None:
     Raises:
         ValueError: there are none with this decay.
     """
-    if ema_decay is None:
+    record = place / RECORD
+    main = main_decay(read_json(record)) if record.is_file() else None
+    if ema_decay in (None, main):
         return None
     names = [path.name for path in (place / UNET).glob(f"{WEIGHTS}.*{TENSORS}")]
     decays = {decay: name for name in names if (decay := decay_of(name)) is not None}
     if ema_decay not in decays:
-        allowed = ", ".join(["None, the run's first", *map(str, sorted(decays))])
+        allowed = ", ".join(map(str, sorted({*decays, *([] if main is None else [main])}))) or "none"
         raise ValueError(f"ema_decay is {described(ema_decay)}; allowed: {allowed}")
     return decays[ema_decay].removeprefix(f"{WEIGHTS}.").removesuffix(TENSORS)
 

@@ -22,6 +22,7 @@ from hf_ddpm.folders.values import NEEDED
 from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
+from hf_ddpm.schedules import SPACINGS
 
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
@@ -62,7 +63,6 @@ STRIDING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.
 # diffusers multiplies t + 1 factors in float32. Most tables err by 1.5e-6, a small constant β by more.
 SAME_PROCESS = 1e-5
 ROUNDING = 2.0**-24
-SPACINGS = ("linspace", "leading", "trailing")  # Lin et al. 2023, table 2, by diffusers' words
 LCM_WARNING = (
     "LCMScheduler draws with networks that were distilled for it; the images of any other come out too smooth"
 )

@@ -23,6 +23,7 @@ from hf_ddpm.evaluation.parts import Parts
 from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.exact import ExactDenoiser
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.samplers import swap_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.evaluation.commands import CLASSIFIER, write_images
 from tests.launching import ROOT
@@ -107,6 +108,7 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pictures, capsys, monke
     assert found["samples"]["share_near"] >= 3 / 12
     assert found["heldout"]["num_images"] == 12 and found["heldout"]["exact_copies"] == 0
     assert (found["sampling_steps"], found["scheduler"]) == (2, "DDPMScheduler")
+    assert found["timestep_spacing"] == "leading"
     assert found["trained_on"] is False and "sample_metrics" not in report
     line = next(line for line in capsys.readouterr().out.splitlines() if " samples lie within " in line)
     assert "of 12 samples" in line and "exact copies 2 against 0" in line
@@ -216,14 +218,28 @@ def share_near(distances, found):
 def test_the_exact_denoiser_repeats_its_images(tmp_path):
     chosen = range(0, 1497, 100)
     scheduler = DDPMScheduler(1000, prediction_type="sample")
-    shaped = type("Shaped", (DDPMPipeline,), {"image_shape": (1, 8, 8)})  # which no config says here
-    pipeline = shaped(ExactDenoiser(scheduler.process, to_float(digits("train", chosen))), scheduler)
+    exact = ExactDenoiser(scheduler.process, to_float(digits("train", chosen)))
+    pipeline = DDPMPipeline(exact, scheduler, image_shape=(1, 8, 8))
     drawing = Drawing(pipeline, config(30, sampling_steps=100, batch_size=30))
     images = drawing.run("weights", tmp_path, None, keep=True)["images"]
     found = search(images, load_stream("digits", "test"), tmp_path, 300)
     assert len(found.distances) == 30 and not found.distances.any()
     assert found.near > 5 and found.heldout_distances.all()
     assert set(found.rows.tolist()) <= set(chosen)
+
+
+def test_the_spacing_of_sampling_steps():
+    pipeline = DDPMPipeline(lambda x_t, t: x_t, DDPMScheduler(20), image_shape=(1, 8, 8))
+    drawing = Drawing(pipeline, config(2, sampling_steps=4, sampling_spacing="trailing"))
+    assert drawing.scheduler is pipeline.scheduler
+    assert drawing.scheduler.timesteps.tolist() == [19, 14, 9, 4]
+    with pytest.raises(
+        ValueError, match="sampling_spacing is 'trailing', but has no use without sampling_steps"
+    ):
+        config(2, sampling_spacing="trailing")
+    swap_scheduler(pipeline, "ddim")
+    with pytest.raises(ValueError, match=r"goes down by 2 .* but sampling_spacing 'trailing' lists"):
+        Drawing(pipeline, config(2, sampling_steps=7, sampling_spacing="trailing"))
 
 
 def test_new_images_are_as_near_as_held_out_ones(tmp_path):

@@ -5,11 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, create_model
+from hf_ddpm.generation.samplers import respace
 from hf_ddpm.seeds import image_generators
 from tests.commands import pixels, refused, same_images, sample
 from tests.launching import ROOT, forked
@@ -80,10 +82,17 @@ def test_timestep_spacing(tiny_folder, tmp_path):
     assert not same_images(trailing, sample(tiny_folder, tmp_path / "ddim-own", *ddim))
 
 
+def test_samplers_without_a_choice_of_spacing():
+    pipeline = DDPMPipeline(create_model("tiny"), diffusers.DPMSolverSinglestepScheduler())
+    with pytest.raises(ValueError, match="'trailing', but DPMSolverSinglestepScheduler has no such key"):
+        respace(pipeline, "trailing")
+
+
 def test_a_drawing_knows_its_spacing(tiny_folder, tmp_path, capfd):
     few = ["--num-images", 2, "--steps", 4]
     sample(tiny_folder, tmp_path / "out", *few, "--timestep-spacing", "trailing")
     (tmp_path / "out" / "grid.png").unlink()  # as if it had been stopped
+    capfd.readouterr()
     command = ["sample", tiny_folder, "--out", tmp_path / "out", *few, "--timestep-spacing"]
     assert "holds samples already" in refused(capfd, *command, "linspace")
     assert sample(tiny_folder, tmp_path / "out", *few, "--timestep-spacing", "trailing")["grid.png"].any()

@@ -14,6 +14,7 @@ from torch import nn
 
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, EvaluationConfig, evaluate, load_run, load_stream, train
+from tests.launching import together
 from tests.training.helpers import Conv, assert_same, kill_at, small, weights
 
 SHORT = {"num_train_timesteps": 20, "beta_end": 0.4}
@@ -94,6 +95,8 @@ def test_it_samples_and_is_measured(run):
     assert_same(dict(result.network.state_dict()), weights(folder, 3))
     other = load_run(folder, model=Many(), ema_decay=0.5)
     assert_same(dict(other.unet.state_dict()), weights(folder, 3, "ema_0.5"))
+    first = load_run(folder, model=Many(), ema_decay=0.9)
+    assert_same(dict(first.unet.state_dict()), weights(folder, 3, "ema_0.9"))
     assert other.unet.second.weight is other.unet.first.weight
 
 
@@ -160,6 +163,22 @@ def test_a_run_that_was_killed_and_goes_on(run, tmp_path, caplog):
     assert_same(dict(load_run(tmp_path, model=Many()).unet.state_dict()), whole)
 
 
+def trained_together(folder):
+    """What each of two processes has of the run's pipeline: its weights, and those of `load_run`."""
+    torch.manual_seed(0)
+    result = train(small(folder, **SHORT), Many("dict"))
+    own, loaded = result.pipeline.unet, load_run(folder, model=Many("dict")).unet
+    return dict(own.state_dict()), dict(loaded.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes(tmp_path):
+    for own, loaded in together(tmp_path, trained_together, tmp_path / "run"):
+        assert_same(own, loaded)
+        assert_same(own, weights(tmp_path / "run", 3, "ema_0.9999"))
+
+
 def test_runs_of_networks_of_diffusers(finished):
     pipeline = load_run(finished)
     assert_same(dict(pipeline.unet.state_dict()), weights(finished, 4, "ema_0.9999"))
@@ -187,7 +206,7 @@ def test_refused(run, finished, tmp_path):
     owners = "is its owner's; allowed: hf_ddpm.load_run(folder, model=...)"
     assert owners in refused(lambda: DDPMPipeline.from_pretrained(folder))
     words = refused(lambda: load_run(folder, model=Many(), ema_decay=0.7))
-    assert words.endswith("ema_decay is 0.7; allowed: None, the run's first, 0.5")
+    assert words.endswith("ema_decay is 0.7; allowed: 0.5, 0.9")
     assert "ema_decay is 0.7" in refused(lambda: load_run(finished, ema_decay=0.7))
     assert "it has no weights; allowed" in refused(lambda: load_run(tmp_path, model=Many()))
     assert "register_network" in refused(lambda: load_run(folder, model=Many()).save_pretrained(tmp_path))
