@@ -11,8 +11,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from hf_ddpm.denoiser import as_denoiser, scoring_device
 from hf_ddpm.models import PRESETS, create_model
+from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, nearest_sizes
 
-UNETS = [name for name, config in PRESETS.items() if config["_class_name"] == "UNet2DModel"]
+NAMES = [name for name, config in PRESETS.items() if config["_class_name"] == "UNet2DModel"]
 
 
 def on_meta(preset: str, **changes) -> UNet2DModel:
@@ -46,6 +47,10 @@ def attention_sides(model: UNet2DModel, size: int) -> set[int]:
         ("fashion-mnist", 1_112_801),
         ("digits", 284_513),
         ("tiny", 44_969),
+        ("small-32", 4_329_059),
+        ("small-64", 6_806_179),
+        ("small-128", 10_244_611),
+        ("small-256", 10_354_083),
     ],
 )
 def test_parameter_count(preset, parameters):
@@ -78,14 +83,18 @@ def test_cifar10_is_the_published_layout():
     assert config["dropout"] == 0.1
 
 
-@pytest.mark.parametrize("preset", UNETS)
+@pytest.mark.parametrize("preset", NAMES)
 def test_every_attention_has_one_head(preset):
     attentions = [m for m in on_meta(preset).modules() if isinstance(m, Attention)]
     assert attentions and all(a.heads == 1 and a.inner_dim == a.query_dim for a in attentions)
 
 
 @pytest.mark.parametrize(
-    ("preset", "side"), [("cifar10", 16), ("256", 16), ("fashion-mnist", 7), ("digits", 4), ("tiny", 4)]
+    ("preset", "side"),
+    [
+        *(("cifar10", 16), ("256", 16), ("fashion-mnist", 7), ("digits", 4), ("tiny", 4)),
+        *(("small-32", 8), ("small-64", 16), ("small-128", 16), ("small-256", 16)),
+    ],
 )
 def test_attention_acts_at_one_resolution(preset, side):
     model = on_meta(preset)
@@ -324,3 +333,47 @@ def test_a_denoiser_elsewhere():
 @pytest.mark.parametrize(("network", "bound"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu")])
 def test_the_bound_is_computed_where_float64_is(network, bound):
     assert scoring_device(torch.device(network)) == torch.device(bound)
+
+
+# The preset for a size
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        *((8, "digits"), (16, "digits"), (28, "fashion-mnist"), (32, "small-32"), (48, "small-32")),
+        *((64, "small-64"), (96, "small-64"), (128, "small-128"), (192, "small-128"), (256, "small-256")),
+        *((512, "small-256"), ((28, 32), "fashion-mnist"), ((64, 128), "small-64"), (36, "fashion-mnist")),
+        *((18, "digits"), (9, None), (30, None), (100, None), ((101, 100), None)),
+    ],
+    ids=str,
+)
+def test_auto_takes_a_preset_by_the_size(size, name):
+    sides = size if isinstance(size, tuple) else (size, size)
+    row = choose_preset(*sides)
+    assert (row and row.name) == name
+    if row is not None:
+        assert on_meta(row.name, image_size=sides).config["sample_size"] == sides
+
+
+@pytest.mark.parametrize("size", [(30, 30), (100, 100), (200, 190), (9, 9), (1, 1), (41, 54), (163, 217)])
+def test_sizes_near_one_that_can_not_be_halved_are_taken(size):
+    near = nearest_sizes(AUTO, *size)
+    assert near and size not in near and len(near) <= 2
+    assert all(choose_preset(*sides) is not None for sides in near)
+
+
+def test_sizes_near():
+    assert nearest_sizes(AUTO, 64, 64) == [(64, 64)] and nearest_sizes("256", 64, 64) == [(64, 64)]
+    assert nearest_sizes(AUTO, 100, 100) == [(96, 96), (104, 104)]
+    assert nearest_sizes("cifar10", 30, 41) == [(24, 40), (32, 48)]
+    assert nearest_sizes("conv-autoencoder", 7, 9) == [(7, 9)]
+    with pytest.raises(ValueError, match=r"multiple of 8, .* such as 96 or 104$"):
+        create_model("cifar10", image_size=100)
+
+
+def test_auto_takes_small_networks_of_the_table():
+    taken = [row for row in UNETS if row.up_to is not None]
+    counts = [sum(weight.numel() for weight in on_meta(row.name).parameters()) for row in taken]
+    assert max(counts) < 35_746_307 / 3 and len({row.up_to for row in taken}) == len(taken)
+    assert all(row.reason and row.size <= (row.up_to or 0) for row in taken)

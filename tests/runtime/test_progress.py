@@ -3,7 +3,6 @@
 import io
 import logging
 import sys
-import time
 
 import pytest
 
@@ -23,11 +22,15 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Standard output and error, which are one terminal."""
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr(sys, "stderr", shown)
-    return shown
+    """Makes standard output and error one terminal, when the test has begun: pytest sets them just before."""
+
+    def begin():
+        shown = Terminal()
+        monkeypatch.setattr(sys, "stdout", shown)
+        monkeypatch.setattr(sys, "stderr", shown)
+        return shown
+
+    return begin
 
 
 def lines(stream):
@@ -42,6 +45,7 @@ def work(bar, clock, count, after=lambda number: None):
 
 
 def test_a_bar_that_stays(terminal, clock):
+    terminal = terminal()
     with progress("evaluate", 4, "eval", True) as bar:
         work(bar, clock, 2)
         (line,) = lines(terminal)
@@ -54,6 +58,7 @@ def test_a_bar_that_stays(terminal, clock):
 
 
 def test_a_bar_that_goes_leaves_nothing(terminal, clock):
+    terminal = terminal()
     with progress("read", 4, "image", True, leave=False) as bar:
         work(bar, clock, 3)
         assert len(lines(terminal)) == 1
@@ -63,11 +68,13 @@ def test_a_bar_that_goes_leaves_nothing(terminal, clock):
 
 
 def test_work_that_is_done_at_once_shows_no_bar(terminal):
+    terminal = terminal()
     assert list(along("look", range(100))) == list(range(100))
     assert terminal.getvalue() == ""
 
 
 def test_nothing_is_shown_on_other_processes(terminal, clock):
+    terminal = terminal()
     with progress("evaluate", 4, "eval", False) as bar:
         work(bar, clock, 4)
         bar.line()
@@ -75,6 +82,7 @@ def test_nothing_is_shown_on_other_processes(terminal, clock):
 
 
 def test_a_bar_within_a_bar_takes_its_place(terminal, clock):
+    terminal = terminal()
     with progress("train", 4, "step", True) as bar:
         work(bar, clock, 1)
         for _ in range(3):
@@ -88,6 +96,7 @@ def test_a_bar_within_a_bar_takes_its_place(terminal, clock):
 
 
 def test_an_error_within_both_leaves_the_state_and_a_free_line(terminal, clock):
+    terminal = terminal()
     with pytest.raises(ValueError), progress("train", 4, "step", True) as bar:
         work(bar, clock, 1)
         with progress("sample", 2, "image", True) as inner:
@@ -98,6 +107,8 @@ def test_an_error_within_both_leaves_the_state_and_a_free_line(terminal, clock):
 
 
 def test_what_others_print_stands_above(terminal, clock):
+    terminal = terminal()
+
     def speak(number):
         print("step", number)
         print("half of a line", end="")
@@ -117,6 +128,7 @@ def test_what_others_print_stands_above(terminal, clock):
 
 
 def test_a_line_that_is_not_at_its_end_is_left_whole(terminal, clock):
+    terminal = terminal()
     with progress("train", 3, "step", True) as bar:
         print("wait: ", end="")
         work(bar, clock, 2)  # the bar stays away meanwhile
@@ -128,6 +140,7 @@ def test_a_line_that_is_not_at_its_end_is_left_whole(terminal, clock):
 
 @pytest.mark.parametrize("columns", [20, 45, 80, 200])
 def test_no_line_is_longer_than_the_terminal(columns, terminal, clock, monkeypatch):
+    terminal = terminal()
     monkeypatch.setattr(module.os, "get_terminal_size", lambda number: os_size(columns))
     monkeypatch.setattr(terminal, "fileno", lambda: 2, raising=False)
     with progress(
@@ -143,6 +156,7 @@ def os_size(columns):
 
 
 def test_a_terminal_of_other_characters(terminal, clock):
+    terminal = terminal()
     terminal.encoding = "ascii"
     with progress("evaluate", 4, "eval", True) as bar:
         work(bar, clock, 4)
@@ -151,12 +165,18 @@ def test_a_terminal_of_other_characters(terminal, clock):
 
 @pytest.fixture
 def file(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
+    """Makes standard error a file, as `terminal` does."""
+
+    def begin():
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    return begin
 
 
 def test_a_log_file_has_a_line_now_and_then_and_one_at_the_end(file, clock):
+    file = file()
     with progress("evaluate", 40, "eval", True) as bar:
         work(bar, clock, 40)
     assert file.getvalue().splitlines() == [
@@ -167,6 +187,7 @@ def test_a_log_file_has_a_line_now_and_then_and_one_at_the_end(file, clock):
 
 
 def test_lines_that_are_asked_for(file, clock):
+    file = file()
     with progress("train", 40, "step", True, describe=lambda: f"step {bar.n:g}", by_time=False) as bar:
         work(bar, clock, 40, lambda number: bar.line() if number % 20 == 19 else None)
         with progress("sample", 2, "image", True, leave=False) as inner:
@@ -175,6 +196,7 @@ def test_lines_that_are_asked_for(file, clock):
 
 
 def test_a_terminal_without_a_cursor_gets_lines(terminal, clock, monkeypatch):
+    terminal = terminal()
     monkeypatch.setenv("TERM", "dumb")
     with progress("evaluate", 2, "eval", True) as bar:
         work(bar, clock, 2)
@@ -182,11 +204,12 @@ def test_a_terminal_without_a_cursor_gets_lines(terminal, clock, monkeypatch):
 
 
 def test_parts_of_units_add_up(file, clock):
+    file = file()
     with progress("sample", 3, "image", True) as bar:
         for _ in range(30):
-            clock[0] += 0.1
+            clock[0] += 0.125
             bar.update(0.1)
-    assert file.getvalue() == "sample: 3/3 images, 1 images/s, took 00:03\n"
+    assert file.getvalue() == "sample: 3/3 images, 0.8 images/s, took 00:03\n"
 
 
 CELL = """
@@ -211,7 +234,6 @@ def test_a_notebook_shows_one_bar_and_keeps_its_last_state(monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     monkeypatch.undo()
-    time.sleep(0)
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3").execute()
     gone, stays = book.cells[0].outputs
     assert gone["data"] == {"text/plain": "", "text/html": ""}
