@@ -334,6 +334,10 @@ def open_image(
             image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    elif split.endswith("]"):
+        raise ValueError(
+            f"image {name!r} names a slice; allowed: a row of a whole split, as in digits:test:17"
+        )
     elif dataset and split and row.isascii() and row.isdecimal():
         stream = load_stream(
             dataset, split, None, channels, column=column, background=background, to_8_bit=to_8_bit

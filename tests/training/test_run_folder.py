@@ -34,6 +34,7 @@ def test_a_pipeline_at_every_checkpoint(tmp_path, monkeypatch):
         "log.jsonl",
         "model_index.json",
         "train_config.json",
+        "train_data.json",
         "training.png",
     }
     assert {path.name for path in tmp_path.iterdir()} == top
