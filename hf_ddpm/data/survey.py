@@ -138,7 +138,7 @@ class Survey:
         if self.unreadable:
             more = f" and {self.unreadable - 1:,} more" if self.unreadable > 1 else ""
             found.append(f"{self.unreadable:,} can't be read ({self.named[0]}{more})")
-        return f"{words}{' of ' if self.heads else ' '}{', '.join(found)}"
+        return f"{words}{' of ' if self.heads else ', '}{', '.join(found)}".replace(",,", ",")
 
     def __str__(self) -> str:
         """One line for people."""
