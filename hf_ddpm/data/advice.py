@@ -68,7 +68,7 @@ def check_images(found: Survey, reading: Reading, needs: Needs) -> None:
             line. With them the same images are not refused.
     """
     if not found.heads:
-        raise ValueError(f"{found}; allowed: at least one image of a format that is read")
+        raise ValueError(f"{found}; allowed: at least one that can be")
     if flags := missing_flags(found, reading, needs):
         taker = "" if needs.shape is None else ", for a network of {}x{}x{} (CxHxW)".format(*needs.shape)
         raise ValueError(one_line(f"{found.facts}{taker}: add {' '.join(flags)}", _LONGEST))

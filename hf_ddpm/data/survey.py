@@ -134,12 +134,13 @@ class Survey:
             words = f"the first {self.looked_at:,}" + (
                 f" of {words}" if self.total is not None else " images"
             )
-            words += ", which were looked at,"
+            words += ", which were looked at"
         found = [_describe_sizes(self.sizes), _describe_modes(self.modes)] if self.heads else []
         if self.unreadable:
             more = f" and {self.unreadable - 1:,} more" if self.unreadable > 1 else ""
             found.append(f"{self.unreadable:,} can't be read ({self.named[0]}{more})")
-        return f"{words}{' of ' if self.heads else ' '}{', '.join(found)}"
+        comma = "" if self.heads and self.looked_at == self.total else ","
+        return f"{words}{comma}{' of' if self.heads else ''} {', '.join(found)}"
 
     __repr__ = fields_line
 

@@ -74,7 +74,9 @@ def test_images_that_cannot_be_read_or_do_not_fit():
     assert flags(mixed, skip_corrupt=True, size=(9, 9)) == ""
     assert flags(mixed, skip_corrupt=True, size=(7, 7)) == "--fit resize_crop"
     assert flags(mixed, skip_corrupt=True) == "--image-size 8 --fit resize_crop"
-    with pytest.raises(ValueError, match=r"^data: 2 images .*allowed: at least one"):
+    with pytest.raises(
+        ValueError, match=r"^data: 2 images, 2 can't be read .*; allowed: at least one that can be$"
+    ):
         check_images(found(unreadable=2), Reading(), Needs())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import pytest
 from datasets import List, Value
@@ -150,3 +151,11 @@ def test_what_is_quick_is_not_kept(tmp_path, cache, monkeypatch):
     monkeypatch.setattr("hf_ddpm.data.survey.KEPT_SECONDS", 1000.0)
     load_stream(picture_folder(tmp_path / "data", 3)).survey()
     assert not home.exists()
+
+
+def test_rows_of_an_archive_are_the_first_ones(tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for i, image in enumerate(noise(70)):
+            archive.writestr(f"{i:03d}.png", png(image))
+    line = "the first 64 images, which were looked at, of 6x5 (HxW), mode L"
+    assert load_stream(tmp_path).survey().facts == line
