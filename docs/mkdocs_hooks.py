@@ -42,6 +42,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
             "generation.predictor": ["PredictingPipeline"],
             "generation.portable": ["PortablePipeline"],
             "generation.sample": ["sample"],
+            "generation.runs": ["load_run"],
         },
     ),
     ("pictures", "Pictures", {"pictures": [], "generation.grids": []}),

@@ -33,7 +33,13 @@ def made(tmp_path_factory):
         draw_photos(root / photos)
     small = {"model": "tiny", "max_steps": 2, "batch_size": 4, "sample_every": 0}
     train(TrainConfig(dataset="digits", output_dir=str(root / "runs" / "digits"), **small))
-    photos = {"dataset": str(root / "photos"), "image_size": "32", "fit": "resize_crop", "channels": 3}
+    photos = {
+        "dataset": str(root / "photos"),
+        "image_size": "32",
+        "fit": "resize_crop",
+        "channels": 3,
+        "holdout": 0.05,
+    }
     train(TrainConfig(output_dir=str(root / "runs" / "photos"), **photos, **small))
     shutil.copytree(root / "runs" / "photos", root / "runs" / "other")
     (root / "run.toml").write_text('dataset = "digits"\n')
