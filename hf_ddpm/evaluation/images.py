@@ -30,6 +30,7 @@ from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class Trained:
     split: str
     held: bool
     changed: str | None
+
+    __repr__ = fields_line
 
     def shares(self, stream: ImageStream) -> bool:
         """Whether another stream of the data set is of their split."""
@@ -224,6 +227,8 @@ class Images:
     trained: Trained | None
     seen: int
     skipped: int
+
+    __repr__ = fields_line
 
 
 def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:

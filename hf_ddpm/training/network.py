@@ -171,7 +171,8 @@ def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
     def halves(height: int, width: int) -> bool:
         return max(height, width) <= LARGEST_SIDE and takes(config.model, height, width)
 
-    return Needs(halves) if config.model == AUTO else Needs(halves, (PRESETS[config.model]["sample_size"],))
+    side = PRESETS.get(config.model, {}).get("sample_size")  # `AUTO` has none, nor has every network
+    return Needs(halves, (side,)) if isinstance(side, int) else Needs(halves)
 
 
 def prepare_model(
