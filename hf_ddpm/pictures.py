@@ -383,7 +383,7 @@ def _one_image(image: Any, pipeline: DDPMPipeline) -> Tensor:
 def _steps(t: Any, process: DiffusionProcess) -> list[int]:
     """The steps as a list, each one checked before any work."""
     several = isinstance(t, Iterable) and not isinstance(t, str) and getattr(t, "ndim", 1) > 0
-    steps = [step.item() if isinstance(step, Tensor) else step for step in (t if several else [t])]
+    steps: list[Any] = [step.item() if isinstance(step, Tensor) else step for step in (t if several else [t])]
     if not steps:
         raise ValueError(f"t is empty; allowed: steps in 0..{len(process) - 1}")
     for step in steps:
