@@ -4,6 +4,7 @@ The file knows which key of the config feeds which argument; what is done with t
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import DistributedType
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -190,6 +192,12 @@ def prepare_model(
         ValueError: the network is for images or outputs of another shape, or the config has an option that
             the network or the launch can't serve.
     """
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(weight):
+            raise ValueError(
+                f"the network's {shown(name, 60)} has no shape yet, as of a lazy layer; allowed: a network "
+                "that was called once, model(x_t, t)"
+            )
     if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
     if isinstance(model, tuple(NETWORKS.values())) and isinstance(model, ConfigMixin):

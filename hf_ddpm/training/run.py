@@ -364,6 +364,7 @@ class Run:
         """
 
         def fill(place: Path) -> None:
+            (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
             if not isinstance(self.averaged, ModelMixin):
                 weights = {name: averages[name] for name in self.averages}
                 save_own_network(place, weights, type(self.model).__name__, self.shape, self.scheduler)
@@ -374,7 +375,6 @@ class Run:
                     average = self._shell
                 if name == next(iter(self.averages)):
                     DDPMPipeline(average, self.scheduler).save_pretrained(place)
-                    (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
                 else:
                     average.save_pretrained(place / UNET, variant=variant_name(name))  # type: ignore[operator]
 
