@@ -368,8 +368,11 @@ class Shards:
         if path and self.source.kind == "images":
             return shown(path)
         own = f" ({shown(path, 60)})" if path and path != self.names[row.shard] else ""
-        number = row.number if self.whole is self else self._chosen_of(row.shard)[row.number]
-        return f"row {number} of {shown(self.names[row.shard])}{own}"
+        return f"row {self.number(row)} of {shown(self.names[row.shard])}{own}"
+
+    def number(self, row: Row) -> int:
+        """The number of a row among all rows of its shard, chosen or not."""
+        return row.number if self.whole is self else int(self._chosen_of(row.shard)[row.number])
 
 
 def _chosen_values(

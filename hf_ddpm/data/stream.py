@@ -247,8 +247,8 @@ class ImageStream:
         Raises:
             ValueError: a shard that can't be read.
         """
-        total, chosen = sum(self._shards.whole.counts), self.chosen
-        counts = {"num_rows": total, "chosen": len(chosen), "left_out": chosen.left_out}
+        chosen = self.chosen
+        counts = {"num_rows": self.num_rows_of_split, "chosen": len(chosen), "left_out": chosen.left_out}
         return counts | {"fingerprint": digest_of(fingerprint or self.fingerprint())}
 
     @property
@@ -279,6 +279,11 @@ class ImageStream:
     def chosen(self) -> Rows:
         """Which rows of the split these are; counted as `num_rows` does."""
         return self._shards.chosen
+
+    @property
+    def num_rows_of_split(self) -> int:
+        """How many rows the whole split has; counted as `num_rows` does."""
+        return sum(self._shards.whole.counts)
 
     @property
     def split(self) -> str:

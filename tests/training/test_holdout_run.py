@@ -86,6 +86,8 @@ def test_it_is_said_and_recorded(tmp_path, parquet, caplog):
     assert "54 images to train on, 6 held out" in caplog.text
     record = json.loads((tmp_path / "train_config.json").read_text())
     assert record["holdout"] == 0.1 and TrainConfig.load(tmp_path / "train_config.json").holdout == 0.1
+    data = json.loads((tmp_path / "train_data.json").read_text())
+    assert (data["num_rows"], data["chosen"], data["left_out"]) == (60, 54, 6)
     state = load_checkpoint(checkpoint(tmp_path, 1)).state
     assert state["data"]["rows"] == [20, 1, 39] and state["data"]["chosen"][0] == 54
 
