@@ -75,7 +75,7 @@ def settle_model(
 
 
 def describe_choice(name: str, model: nn.Module, shape: tuple[int, int, int]) -> str:
-    """What a run says of the preset that "auto" took for images of (C, H, W): its name, its weights and why."""
+    """What a run says of the preset that "auto" took for its images (C, H, W): name, weights and why."""
     (row,) = (row for row in UNETS if row.name == name)
     count = sum(weight.numel() for weight in model.parameters()) / 1e6
     return (
