@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
 
@@ -116,6 +117,14 @@ class Shards:
             count = source.dataset.num_shards
             whole = len(source.files) == count
             self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
+
+    @property
+    def with_held_out(self) -> Shards:
+        """The same shards with the rows that are held out of these."""
+        if not isinstance(self._choice, Choice):
+            return self
+        choice = replace(self._choice, part="all")
+        return self.whole if choice.whole else Shards(self.source, self._column, choice)
 
     @property
     def column(self) -> str:

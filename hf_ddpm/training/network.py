@@ -31,6 +31,7 @@ from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes, takes
 from hf_ddpm.runtime.messages import did_you_mean, shown
+from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
@@ -75,13 +76,13 @@ def settle_model(
     return dataclasses.replace(config, model=chosen.name)
 
 
-def describe_choice(name: str, model: nn.Module) -> str:
-    """What a run says of the preset that "auto" took: its name, its weights and why."""
+def describe_choice(name: str, model: nn.Module, shape: tuple[int, int, int]) -> str:
+    """What a run says of the preset that "auto" took for its images (C, H, W): name, weights and why."""
     (row,) = (row for row in UNETS if row.name == name)
     count = sum(weight.numel() for weight in model.parameters()) / 1e6
     return (
-        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of about "
-        f"{row.size}x{row.size}: {row.reason}; --model NAME chooses another"
+        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of "
+        f"{shape[1]}x{shape[2]}: {row.reason}; --model NAME chooses another"
     )
 
 
@@ -239,7 +240,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> AdamW:
 
 def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRScheduler:
     """The learning rate from the step `step` on; it is a function of the step, so it has no state to save."""
-    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps:
+    short = config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps
+    if short and process_state().is_main_process:
         logger.warning(
             "lr_warmup_steps is %d in a run of max_steps %d: the learning rate never reaches its peak",
             config.lr_warmup_steps,

@@ -164,7 +164,7 @@ class Run:
         self._trained_on = stream.facts(self._data) | ({BEFORE: before} if before else {})
         self.shape, self.rows = stream.shape, stream.num_rows()
         if accelerator.is_main_process:
-            logger.warning("%s", stream.survey(show=True))
+            logger.warning("%s", stream.survey(show=True, held_out=True))
             if config.holdout is not None:
                 held = stream.chosen.left_out
                 logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
@@ -203,7 +203,7 @@ class Run:
         else:  # the launch wraps it, and the config says whether it is compiled
             unet = extract_model_from_parallel(model, keep_torch_compile=False)
         if config.model != asked and start is None and accelerator.is_main_process:
-            logger.warning("%s", describe_choice(config.model, unet))
+            logger.warning("%s", describe_choice(config.model, unet, stream.shape))
         self.model = prepare_model(unet, config, stream, accelerator)
         sharded = accelerator.distributed_type == DistributedType.FSDP
         # Where processes share the averages out, a whole network to save them from
