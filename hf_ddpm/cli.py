@@ -15,6 +15,7 @@ from pathlib import Path
 from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.runtime.arguments import (
     Parser,
     add_options,
@@ -89,7 +90,7 @@ def train_command(argv: Sequence[str], prog: str) -> None:
         "--config",
         type=path,
         metavar="FILE",
-        help="TOML file of the keys below, or the train_config.json of a run",
+        help=f"TOML file of the keys below, or the {RECORD} of a run",
     )
     add_options(parser, TrainConfig)
     values = vars(parser.parse(argv))

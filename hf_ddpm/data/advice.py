@@ -52,12 +52,12 @@ class Needs:
 
     Attributes:
         takes: whether it takes images of a size (H, W).
-        sides: the sides of square images that are advised, ascending.
+        most: the largest side of square images that is advised.
         shape: (C, H, W) of the only images that it takes; None if it is made for the images.
     """
 
     takes: Callable[[int, int], bool] = lambda height, width: True
-    sides: tuple[int, ...] = (8, 16, 32, 64)
+    most: int = 64
     shape: tuple[int, int, int] | None = None
 
     __repr__ = fields_line
@@ -80,8 +80,8 @@ def check_images(found: Survey, reading: Reading, needs: Needs) -> None:
 def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:
     """The flags to add, each with its value; none if all images can be read.
 
-    Where the images need another size and the network can have any, it is the largest of `needs.sides` that
-    the smaller sides of all images but 5 % reach, so that few are enlarged.
+    Where the images need another size, it is the largest side up to `needs.most` that the network takes and
+    that the smaller sides of all images but 5 % reach, so that few are enlarged.
 
     Args:
         found: the images; at least one can be read.
@@ -127,9 +127,8 @@ def _advised_side(found: Survey, needs: Needs) -> int:
         smaller[min(size)] += count
     sides = sorted(smaller.elements())
     reached = sides[int(_SMALLER * len(sides))]
-    allowed = [side for side in needs.sides if side <= reached and needs.takes(side, side)]
-    below = (side for side in range(min(reached, max(needs.sides)), 0, -1) if needs.takes(side, side))
-    return max(allowed) if allowed else next(below, max(needs.sides))
+    taken = [side for side in range(1, needs.most + 1) if needs.takes(side, side)] or [needs.most]
+    return max((side for side in taken if side <= reached), default=taken[0])
 
 
 def _fits(found: Survey, size: Size, reading: Reading) -> bool:

@@ -167,6 +167,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors=False would load a pickle; allowed: safetensors only")
         folder, from_hub = _local_folder(name, where)
+        fetched = False
         token: Any = kwargs.get("token")
         passed = frozenset({UNET, SCHEDULER} & set(kwargs))
         trusted = bool(kwargs.get("trust_remote_code"))
@@ -176,6 +177,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
                 if not trusted:
                     options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
                     folder = fetch(name, kwargs.get("variant"), **options) if from_hub else folder
+                    fetched = from_hub
                     check_folder(folder, kwargs.get("variant"), passed)
                     place = str(folder)
                 reset = PASSED.set(passed)
@@ -186,7 +188,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
             if UNET not in passed:
                 refuse_not_finite(pipeline.unet)
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
-            tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub else ""
+            tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub and not fetched else ""
             line = _not_loaded(name, tried + _reason(error, token))
             # An error whose own words hold a secret is not handed on
             secret = any(redact(str(x), token) != str(x) for x in _chain(error))

@@ -175,7 +175,7 @@ def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
         return max(height, width) <= LARGEST_SIDE and takes(config.model, height, width)
 
     side = PRESETS.get(config.model, {}).get("sample_size")  # `AUTO` has none, nor has every network
-    return Needs(halves, (side,)) if isinstance(side, int) else Needs(halves)
+    return Needs(halves, side) if isinstance(side, int) else Needs(halves)
 
 
 def prepare_model(

@@ -37,14 +37,14 @@ FEW = {"fit": "center_crop", "size": (16, 16)}
         # Sizes
         ([(28, 28)] * 3, {}, ""),
         ([(80, 120), (3024, 4032)], {}, "--image-size 64 --fit resize_crop"),
-        ([(40, 60), (3024, 4032)], {}, "--image-size 32 --fit resize_crop"),
+        ([(40, 60), (3024, 4032)], {}, "--image-size 40 --fit resize_crop"),
         ([(5, 7), (9, 9)], {}, "--image-size 5 --fit resize_crop"),
         (
             [(9, 200)] + [(200, 100)] * 19,
             {},
             "--image-size 64 --fit resize_crop",
         ),  # one in twenty is enlarged
-        ([(9, 200)] + [(200, 100)] * 18, {}, "--image-size 8 --fit resize_crop"),
+        ([(9, 200)] + [(200, 100)] * 18, {}, "--image-size 9 --fit resize_crop"),
         ([(80, 120), (100, 90)], {"size": (20, 24)}, "--fit resize_crop"),
         ([(80, 120), (100, 90)], {"size": (20, 24), "fit": "resize"}, ""),
         ([(80, 120), (12, 90)], FEW, "--fit resize_crop"),
@@ -92,7 +92,7 @@ def test_what_the_network_takes():
     eights = Needs(takes=lambda height, width: height % 8 == width % 8 == 0 and max(height, width) <= 256)
     assert flags(found((24, 32)), eights) == ""
     assert flags(found((100, 100)), eights) == "--image-size 64 --fit resize_crop"
-    assert flags(found((30, 30)), Needs(eights.takes, sides=(32,))) == "--image-size 24 --fit resize_crop"
+    assert flags(found((30, 30)), Needs(eights.takes, most=32)) == "--image-size 24 --fit resize_crop"
     assert flags(found((512, 512)), eights) == "--image-size 64 --fit resize_crop"
     assert flags(found((512, 512)), eights, size=(512, 512)) == ""
 

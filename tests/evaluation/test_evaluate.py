@@ -198,7 +198,8 @@ def test_the_fingerprint_is_of_pixels(tiny_folder, tmp_path):
 def test_pictures_show_the_first_images(tiny_folder, tmp_path, pictures):
     _, tensors = run(tiny_folder, tmp_path, *FEW)
     assert set(pictures) == set(PICTURES)
-    rows, labels = pictures["reconstructions.png"]
+    rows, labels, kinds = pictures["reconstructions.png"]
+    assert kinds == ["x_t", "x̂_0"] * 6
     assert len(rows) == 12 and all(len(row) == len(labels) for row in rows)  # x_t above x̂_0
     assert labels[:2] == ["image", "t = 0"] and labels[-1] == "t = 19"
     shown = np.stack([np.asarray(row[0]) for row in rows[::2]])

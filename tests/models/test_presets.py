@@ -303,7 +303,7 @@ def test_not_a_model(model):
         as_denoiser(model)
 
 
-@pytest.mark.parametrize("answer", [None, 0.0, (), ("no tensor",), {"sample": X_T}])
+@pytest.mark.parametrize("answer", [None, 0.0, (), ("no tensor",), {"x_0": X_T}])
 def test_answer_without_a_tensor(answer):
     with pytest.raises(ValueError, match=rf"the model answered {type(answer).__name__}; allowed: Tensor"):
         as_denoiser(lambda x_t, t: answer)(X_T, T)

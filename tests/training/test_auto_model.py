@@ -59,15 +59,12 @@ def test_a_network_of_the_callers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {},
-            "as often as model 'auto' does; allowed near it: image_size 28 or 32",
-        ),
+        ({}, "3 images of 30x30, mode L: add --image-size 28 --fit resize_crop"),
         (
             {"image_size": 100, "fit": "resize"},
             "image_size is 100, which model 'auto' can't halve often enough",
         ),
-        ({"model": "cifar10"}, "images of 30x30 can't be halved as often as model 'cifar10' does"),
+        ({"model": "cifar10"}, "add --image-size 24 --fit resize_crop"),
     ],
     ids=["images", "option", "preset"],
 )
