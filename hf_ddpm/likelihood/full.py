@@ -20,7 +20,7 @@ from hf_ddpm.likelihood.bound import check_process, check_some, checked_options,
 from hf_ddpm.likelihood.estimator import Estimate, randn_like
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
-from hf_ddpm.variances import log_variance_table
+from hf_ddpm.variances import AnyVariance, log_variance_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def evaluate_bound(
     model: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     *,
-    variance_type: str | Tensor = "fixed_large",
+    variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
