@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
+from hf_ddpm.evaluation.bits_per_dim import check_fair, check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, settle_reading
 from hf_ddpm.evaluation.memorisation import Memorisation
@@ -81,6 +81,8 @@ def prepare(config: EvaluationConfig) -> Plan:
         config.variance_type,
         config.steps,
         config.first_variance,  # type: ignore[arg-type]
+        config.chain,
+        config.errors,
     )
     config = settle_reading(config, model)
     stream = open_images(config, model)
@@ -90,6 +92,7 @@ def prepare(config: EvaluationConfig) -> Plan:
         check_batch("batch_size", at_once, model.pipeline.unet, stream.shape)
     digests = digest_rows(stream, rows)
     check_scorable(config, model, stream, rows[0])
+    check_fair(config, model, stream, digests)
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
         known = foresee(config, len(model.process), rows, digests, proposal)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -59,8 +60,13 @@ def load_images(
     )
 
 
-def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
+def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = True) -> ImageStream:
     """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
+
+    Args:
+        config: how they are read, after `settle_reading`.
+        model: says their shape.
+        scored: whether the model will be scored on them, which it should not have been trained on.
 
     Raises:
         ValueError: a bad data set, or images of another shape than the model's.
@@ -77,7 +83,7 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> ImageStream:
         raise ValueError(
             f"images of {config.dataset!r} are {stream.shape} (C, H, W); allowed: the model's {shape}{hint}"
         )
-    if model.trained_on(config.dataset, config.split) and process_state().is_main_process:
+    if scored and model.trained_on(config.dataset, config.split) and process_state().is_main_process:
         logger.warning("the model was trained on this split: its bits/dim here say nothing about new images")
     return stream
 
@@ -93,6 +99,16 @@ def describe_source(config: EvaluationConfig, stream: ImageStream) -> dict[str, 
         "to_8_bit": config.to_8_bit,
         "shape": list(stream.shape),
     }
+
+
+def data_digest(stream: ImageStream) -> str:
+    """Sixteen hex digits of a data set's fingerprint, see data/fingerprint.py.
+
+    Raises:
+        ValueError: a shard that can't be read.
+    """
+    text = json.dumps(stream.fingerprint(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:
