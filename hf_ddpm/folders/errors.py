@@ -171,7 +171,8 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], ErrorsOf]:
     try:
         tensors, texts = load_tensors(folder / ERRORS)
     except ValueError as error:
-        raise ValueError(f"{name} is damaged: {one_line(error, limit=160)}; {REMEDY}") from None
+        reason = one_line(error.__cause__ or error, limit=100)
+        raise ValueError(f"{name} is damaged: {reason}; {REMEDY}") from None
     return tensors, _read_of(texts, name)
 
 

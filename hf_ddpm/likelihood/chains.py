@@ -30,9 +30,8 @@ from hf_ddpm.process import DiffusionProcess
 
 MOST_STEPS = 4096  # of a process: a table of all pairs has the square of it in numbers
 TREND_DEGREE = 7  # of the polynomial in log SNR that a curve of errors is divided by before it is averaged
-WIDTH = 0.25  # standard deviation of the averaging weights, in nats of SNR
+WIDTH = 0.3  # standard deviation of the averaging weights, in nats of SNR
 PASSES = 2  # how often a curve is averaged, each time as a ratio to what the time before gave
-PRIOR_PIXELS = 30.0  # by so many pixels with the error of all pixels, each group's error is drawn towards it
 
 
 def snr_gaps(process: DiffusionProcess) -> Tensor:
@@ -269,23 +268,27 @@ def smoothed_mse(process: DiffusionProcess, squared: Tensor, pixels: Tensor) -> 
     if squared.ndim != 1 or pixels.ndim != 1 or not pixels.sum() > 0:
         raise ValueError("squared and pixels hold no error; allowed: (T,) numbers, one of them above 0")
     position = _log_snr(process)
-    weights, faint = _weights(position), 1e-12 * pixels.max()
+    weights, faint = _weights(position, WIDTH), 1e-12 * pixels.max()
     found = _trend(position, squared, pixels)
     for _ in range(PASSES):
         found = found * (weights @ (squared / found) + faint) / (weights @ pixels + faint)
     return found
 
 
-def smoothed_groups(process: DiffusionProcess, squared: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def smoothed_groups(
+    process: DiffusionProcess, squared: Tensor, pixels: Tensor, prior_pixels: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The errors m_tg of groups of pixels and the groups' shares f_tg, smoothed over log SNR.
 
-    A group's error is averaged as in `smoothed_mse`, as a ratio to that of all pixels. `PRIOR_PIXELS` pixels
-    with the error of all are added to each, which settles those of which few pixels were seen.
+    A group's error is averaged as in `smoothed_mse`, as a ratio to that of all pixels. Then all groups are
+    scaled so that Σ_g f_tg m_tg is the error of all pixels.
 
     Args:
         process: the chain.
         squared: the sum of (x̂_0 − x_0)² over the pixels of each group, (T, G).
         pixels: over how many, (T, G).
+        prior_pixels: so many pixels with the error of all are added to each group. A variance that is made of
+            the errors needs some, as an error of 0 that was found by chance would cost much on other images.
 
     Returns:
         m_tg and f_tg, (T, G), float64; the shares of a step add up to 1.
@@ -297,11 +300,12 @@ def smoothed_groups(process: DiffusionProcess, squared: Tensor, pixels: Tensor) 
     if squared.ndim != 2 or squared.shape != pixels.shape:
         raise ValueError("squared and pixels differ in shape; allowed: (T, G) both")
     mse = smoothed_mse(process, squared.sum(1), pixels.sum(1))[:, None]
-    weights = _weights(_log_snr(process))
-    prior = PRIOR_PIXELS * mse
+    weights = _weights(_log_snr(process), WIDTH)
+    prior = max(prior_pixels, 1e-12) * mse
     ratio = (weights @ squared + prior) / (weights @ (pixels * mse) + prior)
     seen = weights @ pixels + 1e-12 * pixels.sum(0)  # far from any image, the share is that of all steps
-    return ratio * mse, seen / seen.sum(1, keepdim=True)
+    shares = seen / seen.sum(1, keepdim=True)
+    return mse * ratio / (shares * ratio).sum(1, keepdim=True), shares
 
 
 def _check_process(process: Any) -> None:
@@ -335,9 +339,9 @@ def _log_snr(process: DiffusionProcess) -> Tensor:
     return found.clamp(min=finite.min().item() - 1 if len(finite) else 0.0)
 
 
-def _weights(position: Tensor) -> Tensor:
+def _weights(position: Tensor, width: float) -> Tensor:
     """How much each step counts for each, 1 for itself, (T, T)."""
-    return torch.exp(-0.5 * ((position[:, None] - position) / WIDTH).square())
+    return torch.exp(-0.5 * ((position[:, None] - position) / width).square())
 
 
 def _trend(position: Tensor, squared: Tensor, pixels: Tensor) -> Tensor:

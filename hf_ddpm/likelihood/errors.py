@@ -28,7 +28,6 @@ from hf_ddpm.gaussian import check_levels, log_decoder
 from hf_ddpm.likelihood.bound import check_batch
 from hf_ddpm.likelihood.chains import (
     MOST_STEPS,
-    PRIOR_PIXELS,
     BestChains,
     best_chains,
     chain_nats,
@@ -47,6 +46,7 @@ MEASURED = ("optimal", "by-value")  # the variances that a table of errors gives
 # all σ are as good, and 1 is half of the range of the images
 LOG_SIGMAS = tuple(np.linspace(-8, 0, 33).tolist())
 LEVELS = 256
+PRIOR_PIXELS = 10.0  # like all others, added to each bin of values for its variance
 DECODER_EVALS = 200  # the fewest evaluations at t = 0
 LARGEST_GAP = 1.0  # in nats of SNR between two steps, for the share of evaluations that the later one gets
 NEAR = 5  # points of a curve that are interpolated at once
@@ -203,6 +203,11 @@ class Errors:
         return self._groups[0]
 
     @cached_property
+    def declared_by_value(self) -> Tensor:
+        """m'_tg, what the variance by value is made for: m_tg with `PRIOR_PIXELS` added, (T, 32), float64."""
+        return smoothed_groups(self.process, self.squared, self.pixels, PRIOR_PIXELS)[0]
+
+    @cached_property
     def value_shares(self) -> Tensor:
         """f_tg, the share of the pixels that are in each bin, (T, 32), float64."""
         return self._groups[1]
@@ -257,10 +262,10 @@ class Errors:
             raise ValueError(f"variance is {described(kind)}; allowed: {', '.join(MEASURED)}")
         kept = self._index(process)
         by_value = kind == "by-value"
-        mse = (self.x0_mse_by_value if by_value else self.x0_mse[:, None])[kept]
+        whole = self.declared_by_value if by_value else self.x0_mse[:, None]
+        mse = whole[kept]
         start = self.decoder_sigma_by_value if by_value else mse.new_tensor([self.decoder_sigma])
         if kept[0] > 0:
-            whole = self.x0_mse_by_value if by_value else self.x0_mse[:, None]
             start = start * (mse[0] / whole[0].clamp(min=1e-300)).sqrt()
         gap = (process.snr[:-1] - process.snr[1:])[:, None]
         later = process.posterior_variance[1:, None].log() + torch.log1p(gap * mse[1:])
@@ -283,9 +288,12 @@ class Errors:
         prior = prior_nats(self.process, self.second_moment)
         if kind == "by-value":
             share = self.pixels[0] / self.pixels[0].sum()
-            lowest = [_lowest(curve)[1] for curve in self._decoder_by_value]
-            first[0] = (share * first.new_tensor(lowest)).sum()
-            return first, pair_nats(self.process, self.x0_mse_by_value, self.value_shares), prior
+            seen = self.decoder_nats.numpy() / np.maximum(self.pixels[0].numpy(), 1)[:, None]
+            chosen = self.decoder_sigma_by_value.log().tolist()
+            found = [_value(curve, log_sigma) for curve, log_sigma in zip(seen, chosen, strict=True)]
+            first[0] = (share * first.new_tensor(found)).sum()
+            pairs = pair_nats(self.process, self.x0_mse_by_value, self.value_shares, self.declared_by_value)
+            return first, pairs, prior
         if kind == "optimal":
             first[0] = _lowest(self._decoder)[1]
             return first, pair_nats(self.process, self.x0_mse), prior
