@@ -231,7 +231,7 @@ def test_smoothing_takes_noise_off_and_leaves_the_curve():
     process = chain("linear")
     mse = two_point_mse(process) + 1e-4
     exact = smoothed_mse(process, 64 * mse, torch.full_like(mse, 64))
-    assert (exact / mse).log().abs().max() < 0.15  # where it falls by 3 nats within one nat of SNR
+    assert (exact / mse).log().abs().max() < 0.25  # where it falls by 3 nats within one nat of SNR
     squared, pixels = noisy_sums(mse, 10)
     raw, smooth = (squared / pixels / mse).log(), (smoothed_mse(process, squared, pixels) / mse).log()
     dense = slice(100, 1000)  # where steps lie closer than the width of the average

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_ddpm.gaussian import log_decoder
 from hf_ddpm.likelihood import bound_term, estimate_bound, evaluate_bound
+from hf_ddpm.likelihood.chains import quadratic_steps
 from hf_ddpm.likelihood.errors import LOG_SIGMAS, Errors, error_sums, steps_to_measure
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr
@@ -214,22 +215,26 @@ def test_zero_terminal_snr_and_two_steps():
 
 
 def test_the_prediction_is_within_two_standard_errors_of_the_bound_on_held_out_images():
-    process, model, how = chain("linear"), gaussian_denoiser("linear", 0.0625), {"prediction_type": "sample"}
+    process = chain("linear").respaced(range(0, 1000, 5))
+    model, how = gaussian_denoiser("linear", 0.0625), {"prediction_type": "sample"}
 
     def images(count, seed):
         drawn = 0.25 * draw(count, 1, 6, 6, seed=seed)
         return ((drawn.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-    errors = measured(process, model, images(2000, 1), 30_000, **how)
+    errors = measured(process, model, images(2000, 1), 10_000, **how)
     held_out, generator = images(150, 2), torch.Generator().manual_seed(3)
     for kind in ("fixed_small", "fixed_large", "optimal", "by-value"):
         best = errors.best_chains(kind, 25)
-        part = process.respaced(best.steps(25))
-        assert errors.predicted_bpd(part, kind) == near(best.nats[24].item() / LN2, 1e-12)
-        variance = kind if kind.startswith("fixed") else errors.variance(part, kind)
-        bound = evaluate_bound(part, model, held_out, variance_type=variance, generator=generator, **how)
-        mean, stderr = bound.total_bpd.mean().item(), bound.total_bpd.std().item() / math.sqrt(150)
-        assert abs(mean - best.nats[24].item() / LN2) < 2 * stderr, kind
+        chosen = process.respaced(process.timesteps[best.steps(25)])
+        assert errors.predicted_bpd(chosen, kind) == near(best.nats[24].item() / LN2, 1e-12)
+        # Of Gaussian data every chain costs the same, so that the chosen one is that of the luckiest errors
+        for part, optimism in ((process.respaced(process.timesteps[quadratic_steps(200, 25)]), 0.0), (chosen, 0.04)):
+            variance = kind if kind.startswith("fixed") else errors.variance(part, kind)
+            bound = evaluate_bound(part, model, held_out, variance_type=variance, generator=generator, **how)
+            excess = bound.total_bpd - errors.predicted_bpd(part, kind)
+            stderr = excess.std().item() / math.sqrt(150)
+            assert -2 * stderr < excess.mean().item() < 2 * stderr + optimism, kind
 
 
 @pytest.mark.parametrize(
