@@ -248,27 +248,20 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
         f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds),
         *(f"{n:>8}" + "".join(f"{row[kind]:>13.3f}" for kind in kinds) for n, row in predicted.items()),
         "",
-        "what it counts on: x_0 "
-        + ("clipped" if found.of.clip_x0 else "not clipped")
-        + f", {found.of.evaluations} evaluations, sigma of L_0 {errors.decoder_sigma:.4f}",
+        f"measured with {found.of.evaluations} evaluations, predicted x_0 "
+        + ("clipped" if found.of.clip_x0 else "not clipped"),
     ]
     enough = [n for n, row in predicted.items() if row["by-value"] <= whole["by-value"] + ENOUGH]
     out = _out(config)
-    words = [
-        "hf-ddpm",
-        "evaluate",
-        config.model,
-        config.dataset,
-        "--split",
-        "test",
-        "--steps",
-        str(enough[0]),
-    ]
-    words += ["--chain", "chosen", "--variance", "by-value"]
+    words = [["hf-ddpm", "evaluate", config.model, config.dataset, "--split", "test"]]
+    words += [["--steps", str(enough[0]), "--chain", "chosen", "--variance", "by-value"]]
     if out.resolve() != Path(config.model).expanduser().resolve():
-        words += ["--errors", str(out)]
-    words += ["--out", str(out / f"by-value-{enough[0]}")]
-    return "\n".join([*lines, f"next, on images that were not measured: {redact(shlex.join(words))}"])
+        words += [["--errors", str(out)]]
+    words += [["--out", str(out / f"by-value-{enough[0]}")]]
+    command = " \\\n    ".join(
+        redact(shlex.join(part)) for part in words
+    )  # a line for each, as paths are long
+    return "\n".join([*lines, "next, on images that were not measured:", "", f"  {command}", ""])
 
 
 def _out(config: ErrorsConfig) -> Path:

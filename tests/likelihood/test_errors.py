@@ -229,7 +229,10 @@ def test_the_prediction_is_within_two_standard_errors_of_the_bound_on_held_out_i
         chosen = process.respaced(process.timesteps[best.steps(25)])
         assert errors.predicted_bpd(chosen, kind) == near(best.nats[24].item() / LN2, 1e-12)
         # Of Gaussian data every chain costs the same, so that the chosen one is that of the luckiest errors
-        for part, optimism in ((process.respaced(process.timesteps[quadratic_steps(200, 25)]), 0.0), (chosen, 0.04)):
+        for part, optimism in (
+            (process.respaced(process.timesteps[quadratic_steps(200, 25)]), 0.0),
+            (chosen, 0.04),
+        ):
             variance = kind if kind.startswith("fixed") else errors.variance(part, kind)
             bound = evaluate_bound(part, model, held_out, variance_type=variance, generator=generator, **how)
             excess = bound.total_bpd - errors.predicted_bpd(part, kind)
