@@ -222,7 +222,7 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
     found = measure_errors(config)
     if process_state().is_main_process:
         print(describe_plan(config, found))
-        print(f"written: {Path(config.out or config.model).expanduser() / ERRORS}")
+        print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
 
 
 def interpolate_command(argv: Sequence[str], prog: str) -> None:

@@ -77,7 +77,7 @@ def test_the_plan_says_bits_and_what_to_type(model, tmp_path, capfd):
     assert [int(row[0]) for row in rows] == [5, 10, 20, 50, 60]
     for *_, optimal, by_value in (tuple(map(float, row)) for row in rows):
         assert by_value <= optimal
-    assert f"written: {folder / ERRORS}" in out
+    assert f"table: {folder / ERRORS}" in out
     command = re.search(r"next, on images .*:\n\n  hf-ddpm ((.*\\\n)*.*)\n", out).group(1)
     main([*command.replace("\\\n", " ").split(), "--num-images", "5"])
     report = json.loads(next(folder.glob("by-value-*/evaluation.json")).read_text())
