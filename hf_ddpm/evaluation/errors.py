@@ -28,6 +28,7 @@ from hf_ddpm.folders.errors import ErrorsOf, StoredErrors, process_digest, read_
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.folders.output import check_errors_folder, output_folder
+from hf_ddpm.likelihood.chains import MOST_STEPS
 from hf_ddpm.likelihood.errors import LEVELS, MEASURED, Errors, error_sums, steps_to_measure
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.messages import redact
@@ -107,6 +108,10 @@ def prepare(config: ErrorsConfig) -> Measurement:
     if reason := why_not_writable(out):
         raise ValueError(f"out {str(out)!r} can't be written: {reason}; allowed: another folder as out")
     model = load_scored_model(config.model, state.device or torch.device("cpu"))
+    if len(model.process) > MOST_STEPS:
+        raise ValueError(
+            f"the process of {config.model!r} has {len(model.process)} steps; allowed: at most {MOST_STEPS}"
+        )
     reading = settle_reading(config.reading, model)
     stream = open_images(reading, model, scored=False)
     num_rows = stream.num_rows()

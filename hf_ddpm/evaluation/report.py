@@ -67,7 +67,7 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "process": model.process_digest,
         "prediction_type": model.prediction_type,
     }
-    if config.steps or model.errors is not None:
+    if config.chain != "even" or model.errors is not None:
         report["few_steps"] = {
             "timesteps": model.process.timesteps.tolist(),
             "errors": None if model.errors is None else vars(model.errors.of),
@@ -117,11 +117,12 @@ def _method(config: EvaluationConfig, steps: int) -> dict[str, Any]:
         "evaluations_of_l_0": 1 if config.exact else decoder_evals(evals),
         "steps": steps,
         "first_variance": config.first_variance if config.steps else None,
-        "chain": config.chain if config.steps else None,
         "clip_x0": config.clip_x0,
         "decoder": config.decoder,
         "pilot_images": config.pilot_images,
         "seed": config.seed,
+        # Evaluations of earlier versions do not say it, as all chains were even
+        **({} if config.chain == "even" else {"chain": config.chain}),
     }
 
 

@@ -185,8 +185,12 @@ def _measured_errors(
                 f"model {model!r} has no {ERRORS}; allowed: after hf-ddpm plan, or its folder as errors"
             )
         return found
+    place = Path(errors).expanduser()
     return read_errors(
-        Path(errors), scheduler.process, scheduler.config["prediction_type"], network_digest(pipeline.unet)
+        place.parent if place.name == ERRORS else place,
+        scheduler.process,
+        scheduler.config["prediction_type"],
+        network_digest(pipeline.unet),
     )
 
 

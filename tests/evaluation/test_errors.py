@@ -187,7 +187,10 @@ def test_rows_of_another_file_of_the_same_images_are_found(planned, tmp_path, ca
 
 
 def test_what_plan_refuses(model, tmp_path, capfd):
+    scheduler = diffusers.DDPMScheduler(4097, beta_end=1e-3)
+    long = save_plain(tmp_path.parent / "long", scheduler)
     for words, said in (
+        ((long, "digits"), "has 4097 steps; allowed: at most 4096"),
         ((model, "digits", "--evals", 200), "--evals is 200; allowed: >= 201"),
         ((model, "digits", "--evals", 10**6), "--evals is 1000000; allowed: >= 201 and <= 200000"),
         ((model, "digits", "--split", "no"), "'no'"),
@@ -209,6 +212,8 @@ def test_another_folder_for_the_table(model, planned, tmp_path, capfd):
     assert f"--errors {out}" in said, said
     flags = ("--num-images", 4, "--variance", "by-value", "--steps", 5)
     _, ours = commands.run(model, tmp_path / "a", *flags, "--errors", out)
+    _, file = commands.run(model, tmp_path / "c", *flags, "--errors", out / ERRORS)
+    assert_same(ours["bpd"], file["bpd"])
     _, theirs = commands.run(planned, tmp_path / "b", *flags)
     assert_same(ours["bpd"], theirs["bpd"])
 
