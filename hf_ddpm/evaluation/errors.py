@@ -41,6 +41,8 @@ from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.variances import FIXED
 
 COUNTS = (5, 10, 20, 50, 100, 200)  # numbers of steps for which a plan tells the bits/dim
+# What has to be said to an evaluation again, if it was said to the measurement
+AS_MEASURED = ("image_column", "channels", "background", "fit", "to_8_bit", "skip_corrupt", "clip_x0")
 ENOUGH = 0.05  # bits/dim above those of all steps, at which the number of steps is that to try first
 
 
@@ -292,8 +294,15 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
 
 
 def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
-    """The words by which `hf-ddpm evaluate` finds images like those that were measured, but other ones."""
+    """The words by which `hf-ddpm evaluate` finds other images like those that were measured."""
     words = [config.dataset] if config.dataset else []
+    for name in AS_MEASURED:
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default:
+            words += [
+                f"--{name.replace('_', '-')}",
+                str(value).lower() if isinstance(value, bool) else str(value),
+            ]
     if of.holdout is None or of.part != "train":
         return [*words, "--split", "validation" if name_of_split(of.split) == "test" else "test"]
     words += ["--split", config.split] if config.split is not None else []

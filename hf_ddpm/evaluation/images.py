@@ -314,8 +314,10 @@ def _open_part(
     own = held and record is not None and split == record.split
     whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
     if part is None:
-        some = own or (trained is not None and held and whole is not None and trained.count(whole))
-        part = mine if some else "all"
+        known = trained is not None and whole is not None
+        seen, total = (trained.count(whole), whole.num_rows()) if known else (0, 0)
+        some = seen and (held or (not scored and seen < total))
+        part = mine if own or some else "all"
     if whole is not None and part == "all":
         return config, whole
     if (

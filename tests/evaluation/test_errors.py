@@ -110,6 +110,7 @@ def test_batches_do_not_matter(planned, model, tmp_path):
     shutil.copy(out / ERRORS, tmp_path / "copy")
     theirs = DDPMPipeline.from_pretrained(tmp_path / "copy").errors
     assert ours.of == theirs.of and torch.equal(ours.images, theirs.images)
+    assert torch.equal(ours.rows, theirs.rows)
     assert torch.equal(ours.errors.levels, theirs.errors.levels)
     assert ours.errors.pixels.sum() == theirs.errors.pixels.sum() == 400 * 64
     torch.testing.assert_close(ours.errors.x0_mse, theirs.errors.x0_mse, rtol=1e-3, atol=1e-6)
@@ -156,7 +157,7 @@ def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
     out = ("--out", tmp_path / "out", "--num-images", 4)
     by_value = ("--variance", "by-value")
     for words, said in (
-        ((planned, "digits", "--split", "train", *by_value), "measured on this split ('digits', 'train')"),
+        ((planned, "digits", "--split", "train", *by_value), "measured on these images ('digits', 'train')"),
         ((planned, "digits", "--no-clip", *by_value), "unknown argument"),
         (
             (planned, "digits", "--clip-x0", "false", *by_value),
