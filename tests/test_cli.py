@@ -44,13 +44,11 @@ EVALUATE_FLAGS = """
     --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
     --clip-x0 --decoder --steps --chain --errors --first-variance --extractor --nearest-dataset
     --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
-    --compare-with --out
-    --overwrite --seed --batch-size
+    --compare-with --out --overwrite --seed --batch-size
 """.split()
 PLAN_FLAGS = """
     --split --part --holdout --holdout-seed --evals --image-column --channels --background --fit --to-8-bit
-    --skip-corrupt --clip-x0 --out --overwrite --seed
-    --batch-size
+    --skip-corrupt --clip-x0 --out --overwrite --seed --batch-size
 """.split()
 PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture

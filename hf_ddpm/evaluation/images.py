@@ -314,9 +314,8 @@ def _open_part(
     own = held and record is not None and split == record.split
     whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
     if part is None:
-        known = trained is not None and whole is not None
-        seen, total = (trained.count(whole), whole.num_rows()) if known else (0, 0)
-        some = seen and (held or (not scored and seen < total))
+        seen = 0 if trained is None or whole is None else trained.count(whole)
+        some = seen and (held or (not scored and whole is not None and seen < whole.num_rows()))
         part = mine if own or some else "all"
     if whole is not None and part == "all":
         return config, whole
