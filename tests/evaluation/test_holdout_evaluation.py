@@ -145,7 +145,7 @@ def test_errors_are_measured_on_what_the_run_trained_on(model, photos, tmp_path,
     assert (of["part"], of["split"], of["holdout"], of["holdout_seed"]) == ("train", "train", 0.1, 5)
     command = typed(capfd)
     assert command[:3] == ["evaluate", str(folder), "--steps"]
-    main([*command, *FEW[:1], "2"])
+    main([*command, FEW[0], str(FEW[1])])
     report = json.loads(next(folder.glob("by-value-*/evaluation.json")).read_text())
     assert report["data"]["part"] == "held-out" and report["few_steps"]["errors"] == of
     by_value = ("--variance", "by-value", "--out", tmp_path / "out", *FEW)
@@ -177,7 +177,7 @@ def test_errors_of_a_model_without_a_run(tiny_folder, photos, tmp_path, capfd):
     rows, of = plan(tiny_folder, *words, "--out", tmp_path / "plan")
     assert rows == sorted(set(range(N)) - set(held_out(range(N), 12, 5).tolist()))
     assert (of["holdout"], of["holdout_seed"], of["clip_x0"]) == (12, 5, False)
-    main([*typed(capfd), *FEW])
+    main([*typed(capfd), FEW[0], str(FEW[1])])
     report = json.loads(next((tmp_path / "plan").glob("by-value-*/evaluation.json")).read_text())
     assert report["data"]["num_rows"] == 12 and report["data"]["fit"] == "center_crop"
 
