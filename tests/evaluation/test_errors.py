@@ -96,10 +96,16 @@ def test_the_same_again_measures_nothing_and_another_needs_overwrite(planned, tm
     assert sum(evaluations) <= 1 and (folder / ERRORS).read_bytes() == before
     line = refused(capfd, "plan", folder, "digits", "--evals", 401, "--seed", 2)
     assert "holds errors.safetensors with another evaluations, seed" in line and "--overwrite" in line
-    plan(folder, "--seed", 2, "--overwrite")
-    assert (folder / ERRORS).read_bytes() != before
     (folder / ERRORS).write_bytes(b"nothing")
     assert "is damaged" in refused(capfd, "plan", folder, "digits")
+
+
+@pytest.mark.slow
+def test_overwrite_replaces_a_table(planned, tmp_path):
+    folder = shutil.copytree(planned, tmp_path / "model")
+    before = (folder / ERRORS).read_bytes()
+    plan(folder, "--seed", 2, "--overwrite")
+    assert (folder / ERRORS).read_bytes() != before
 
 
 def test_batches_do_not_matter(planned, model, tmp_path):
@@ -116,6 +122,7 @@ def test_batches_do_not_matter(planned, model, tmp_path):
     torch.testing.assert_close(ours.errors.x0_mse, theirs.errors.x0_mse, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_plan_goes_on(planned, model, tmp_path, evaluations):
     folder = shutil.copytree(model, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -129,6 +136,7 @@ def test_a_killed_plan_goes_on(planned, model, tmp_path, evaluations):
         assert_same(tables(folder)[name], table)
 
 
+@pytest.mark.slow
 def test_evaluations_with_every_variance_and_chain(planned, tmp_path):
     few = ("--num-images", 6, "--num-evals-per-image", 4, "--steps", 12)
     for i, (variance, chain) in enumerate(
@@ -206,6 +214,7 @@ def test_what_plan_refuses(model, tmp_path, capfd):
     assert not (tmp_path / ERRORS).exists()
 
 
+@pytest.mark.slow
 def test_another_folder_for_the_table(model, planned, tmp_path, capfd):
     out = tmp_path / "table"
     plan(model, "--out", out)
@@ -219,6 +228,7 @@ def test_another_folder_for_the_table(model, planned, tmp_path, capfd):
     assert_same(ours["bpd"], theirs["bpd"])
 
 
+@pytest.mark.slow
 def test_of_a_network_that_learns_variances_the_measured_ones_are_scored(tmp_path, capfd):
     scheduler = diffusers.DDPMScheduler(T, beta_end=0.3, variance_type="learned_range")
     folder = save_plain(tmp_path / "model", scheduler, out_channels=2)
@@ -255,6 +265,7 @@ def test_a_pipeline_knows_its_errors_until_its_network_changes(planned, model, t
     assert not (tmp_path / "changed" / ERRORS).exists() and "it is left out" in caplog.text
 
 
+@pytest.mark.slow
 def test_in_half_precision_the_errors_are_those_of_the_same_weights(model, tmp_path):
     half = DDPMPipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")

@@ -158,6 +158,7 @@ def test_errors_are_measured_on_what_the_run_trained_on(model, photos, tmp_path,
         assert said in refused(capfd, folder, *words, *by_value)
 
 
+@pytest.mark.slow
 def test_errors_of_a_run_on_a_slice(photos, tmp_path, capfd):
     folder = trained(tmp_path / "run", photos, holdout=None, split="train[:80%]")
     for number, words in enumerate([[], [photos, "--split", "train"]]):
