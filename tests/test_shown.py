@@ -31,7 +31,16 @@ from hf_ddpm.training.trainer import TrainResult
 from hf_ddpm.visited import visit
 
 # Settings are made to be read field by field, and copied from a terminal
-SETTINGS = {"TrainConfig", "EvaluationConfig", "CardFacts", "StepShare", "Retry", "Published", "Rule"}
+SETTINGS = {
+    "TrainConfig",
+    "EvaluationConfig",
+    "ErrorsConfig",
+    "CardFacts",
+    "StepShare",
+    "Retry",
+    "Published",
+    "Rule",
+}
 SETTINGS |= {"Named", "Place", "Stretch"}  # two or three numbers or words
 
 

@@ -72,6 +72,8 @@ class ErrorsOf:
     evaluations: int
     seed: int
 
+    __repr__ = fields_line
+
 
 @dataclass(frozen=True, eq=False)
 class StoredErrors:

@@ -123,7 +123,7 @@ HUGE = {"squared": torch.zeros(5000, 32, dtype=torch.float64), "pixels": torch.z
         ({"of": {"holdout": "some"}}, "holdout is 'some'; allowed: a number or null"),
         ({"of": {"clip_x0": "yes"}}, "clip_x0 is 'yes'; allowed: true or false"),
         ({"of": {"evaluations": [1] * 1000}}, "evaluations is .*; allowed: a whole number"),
-        ({"of": "{}"}, "does not say its clip_x0, data"),
+        ({"of": "{}"}, "does not say its chosen, clip_x0, data"),
         ({"of": "no json"}, "is not a valid JSON file"),
         ({"of": "[" * 10**5}, "the header of"),
     ],
