@@ -5,17 +5,23 @@ copies of these under repository/, and this file turns the links to them. The pa
 here, because they would be empty on a forge: their text is the docstrings.
 """
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest import mock
 
+import markdown
+from markdown.inlinepatterns import SimpleTextInlineProcessor
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+from hf_ddpm.cli import COMMANDS
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.runtime.options import listed
@@ -67,6 +73,23 @@ OPTIONS = {
     "train": (TrainConfig, "hf_ddpm.config.TrainConfig"),
     "evaluate": (EvaluationConfig, "hf_ddpm.evaluation.config.EvaluationConfig"),
 }
+
+
+# What the command line calls the fields that are no flags of it
+ARGUMENTS = {"evaluate": {"model": "MODEL", "dataset": "DATASET"}}
+
+
+class UnderscoresAfterMarks(markdown.Extension):
+    """The `_` of β̃_t begins no emphasis, as on a forge: here the mark above β would be a word's end."""
+
+    def extendMarkdown(self, md: markdown.Markdown) -> None:
+        """Called by markdown, for pages and for docstrings."""
+        md.inlinePatterns.register(SimpleTextInlineProcessor("([\u0300-\u036f]_)"), "marks", 175)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Add what mkdocs.yml can't name."""
+    config.markdown_extensions.append(UnderscoresAfterMarks())  # type: ignore[arg-type]  markdown takes these
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -130,18 +153,32 @@ def _reference(module: str, names: list[str]) -> str:
 
 
 def _options() -> str:
-    """A table of every option of the commands that have a config."""
+    """The options of every command: a table where it has a config, else what its `--help` says."""
     parts = [
-        "# Every option\n\nA key of the TOML file is called as its flag, with `_` in the place of `-`.\n"
+        "# Every option\n\nA key of the TOML file of `hf-ddpm train --config FILE` is called as its flag, "
+        "with `_` in the place of `-`.\n"
     ]
-    for command, (kind, name) in OPTIONS.items():
-        rows = [_row(field) for field in dataclasses.fields(kind)]
-        parts.append(f"## hf-ddpm {command}\n\nIn Python, the fields of `{name}`.\n")
+    for command in COMMANDS:
+        parts.append(f"## hf-ddpm {command}\n")
+        if command not in OPTIONS:
+            parts.append(f"```text\n{_help(command)}```\n")
+            continue
+        kind, name = OPTIONS[command]
+        rows = [_row(field, ARGUMENTS.get(command, {})) for field in dataclasses.fields(kind)]
+        parts.append(f"In Python, the fields of `{name}`.\n")
         parts.append("| flag | default | what it says |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def _row(field: Any) -> str:
+def _help(command: str) -> str:
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(said):
+        with contextlib.suppress(SystemExit):
+            COMMANDS[command](["--help"], f"hf-ddpm {command}")
+    return said.getvalue()
+
+
+def _row(field: Any, arguments: dict[str, str]) -> str:
     default = (
         ""
         if field.default in (None, "")
@@ -149,4 +186,5 @@ def _row(field: Any) -> str:
     )
     names = listed(field.metadata, "choices") + listed(field.metadata, "examples")
     text = field.metadata["help"] + (f" ({', '.join(f'`{name}`' for name in names)})" if names else "")
-    return f"| `--{field.name.replace('_', '-')}` | {default} | {text.replace('|', chr(92) + '|')} |"
+    flag = arguments.get(field.name, f"--{field.name.replace('_', '-')}")
+    return f"| `{flag}` | {default} | {text.replace('|', chr(92) + '|')} |"

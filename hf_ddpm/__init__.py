@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from hf_ddpm.spelling import did_you_mean
+from hf_ddpm.spelling import did_you_mean, tutorial_hint
 
 if TYPE_CHECKING:
     from hf_ddpm.config import TrainConfig
@@ -84,11 +84,9 @@ if not TYPE_CHECKING:
         private = not name.isidentifier() or name.startswith("_")
         if not private and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
-        hint = (
-            ""
-            if private
-            else did_you_mean(name, (*_HOMES, *(found.name for found in iter_modules(__path__))))
-        )
+        hint = tutorial_hint(name)
+        if not (hint or private):
+            hint = did_you_mean(name, (*_HOMES, *(found.name for found in iter_modules(__path__))))
         # Of a `from hf_ddpm import name`, Python would replace the words of an AttributeError by its own
         if hint and sys._getframe(1).f_code.co_name == "_handle_fromlist":
             raise ImportError(f"cannot import name {name!r} from {__name__!r}{hint}", name=__name__)

@@ -7,8 +7,9 @@ command `hf-ddpm interpolate`. No formula stands here but the mixture of two ima
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.checks import described
+from hf_ddpm.checks import check_count, described
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.files import read_regular
 from hf_ddpm.data.pixels import WHITE, Decoder, to_float, to_uint8
@@ -117,8 +118,8 @@ def interpolate(
     Raises:
         ValueError: fewer than 2 images, images of two shapes, or what `denoise` refuses.
     """
-    if num_images < 2:
-        raise ValueError(f"num_images is {num_images}; allowed: whole numbers >= 2")
+    _check_pipeline(pipeline)
+    check_count("num_images", num_images, 2)
     x_0_a, x_0_b = (_one_image(image, pipeline) for image in (x_0_a, x_0_b))
     if x_0_a.shape != x_0_b.shape:
         shapes = f"{tuple(x_0_a.shape)} and {tuple(x_0_b.shape)}"
@@ -165,6 +166,7 @@ def encode_decode(
         ValueError: a step that the process doesn't have, images of another shape than the model's, or another
             sampler.
     """
+    _check_pipeline(pipeline)
     images = as_pictures(images, _shape(pipeline))
     steps, places = _steps(timesteps, pipeline.process), range(len(images))
     noise = _noise(seed, places, images[0]).to(pipeline.device)
@@ -200,6 +202,8 @@ def progressive_generation(
     Raises:
         ValueError: a number out of range, or another sampler.
     """
+    _check_pipeline(pipeline)
+    check_count("num_images", num_images)
     shape, _, total = pipeline.check_inputs(num_images, None, num_inference_steps, "pt")
     visited = [int(step) for step in pipeline.scheduler.timesteps]  # type: ignore[attr-defined]
     shown = [visited[place] for place in _spread(num_columns, total)]
@@ -352,6 +356,12 @@ def open_image(
     return image
 
 
+def _check_pipeline(pipeline: Any) -> None:
+    """Refuse what is no pipeline of this package, as when arguments come in another order."""
+    if not isinstance(pipeline, DDPMPipeline):
+        raise ValueError(f"pipeline is {described(pipeline)}; allowed: a DDPMPipeline")
+
+
 def _shape(pipeline: DDPMPipeline) -> tuple[int, int, int] | None:
     """(C, H, W) of the model's images; None where its network doesn't say it."""
     try:
@@ -370,19 +380,22 @@ def _one_image(image: Any, pipeline: DDPMPipeline) -> Tensor:
     return found[0]
 
 
-def _steps(t: int | Sequence[int], process: DiffusionProcess) -> list[int]:
+def _steps(t: Any, process: DiffusionProcess) -> list[int]:
     """The steps as a list, each one checked before any work."""
-    steps = [t] if isinstance(t, int) else list(t)
-    wrong = [step for step in steps if step not in range(len(process))]
-    if wrong or not steps:
-        raise ValueError(f"t is {wrong[0] if steps else 'empty'}; allowed: steps in 0..{len(process) - 1}")
+    several = isinstance(t, Iterable) and not isinstance(t, str) and getattr(t, "ndim", 1) > 0
+    steps: list[Any] = [step.item() if isinstance(step, Tensor) else step for step in (t if several else [t])]
+    if not steps:
+        raise ValueError(f"t is empty; allowed: steps in 0..{len(process) - 1}")
+    for step in steps:
+        if not isinstance(step, Integral) or isinstance(step, bool) or step not in range(len(process)):
+            raise ValueError(f"t is {described(step)}; allowed: steps in 0..{len(process) - 1}")
     return [int(step) for step in steps]
 
 
 def _spread(count: int, total: int) -> list[int]:
     """`count` places of `total`, evenly, with the first and the last."""
-    if not 1 <= count <= total:
-        raise ValueError(f"num_columns is {count}; allowed: whole numbers in 1..{total}")
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= count <= total:
+        raise ValueError(f"num_columns is {described(count)}; allowed: whole numbers in 1..{total}")
     return torch.linspace(0, total - 1, count, dtype=torch.float64).round().int().tolist()
 
 

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from hf_ddpm.gaussian import bits_per_dim
 from hf_ddpm.schedules import make_betas
 from hf_ddpm.seeds import draw_noise
 from hf_ddpm.shown import summary
-from hf_ddpm.spelling import suggest_keywords
+from hf_ddpm.spelling import suggest_keywords, tutorial_hint
 from hf_ddpm.tables import Tables, add_scaled, narrow, wide
 
 VarianceType = Literal["fixed_small", "fixed_large"]
@@ -166,6 +166,13 @@ class DiffusionProcess(Tables):
 
     def __repr__(self) -> str:
         return summary(self, self._facts)
+
+    if not TYPE_CHECKING:  # type checkers would read it as saying that a process has every name
+
+        def __getattr__(self, name: str) -> Any:
+            """Nothing: it is asked for what a process doesn't have, and says what does a tutorial's name."""
+            words = f"{type(self).__name__!r} object has no attribute {name!r}{tutorial_hint(name)}"
+            raise AttributeError(words, name=name, obj=self)
 
     def _facts(self) -> list[str]:
         """What its one-line `repr` says."""
@@ -315,6 +322,7 @@ class DiffusionProcess(Tables):
 
     # The equations.
 
+    @suggest_keywords
     def q_sample(
         self,
         x_0: Tensor,
@@ -344,6 +352,7 @@ class DiffusionProcess(Tables):
         tables = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"
         return self._noised("q_sample", "x_0", x_0, noise, t, generator, tables)
 
+    @suggest_keywords
     def q_sample_prev(
         self,
         x_0: Tensor,
@@ -356,6 +365,7 @@ class DiffusionProcess(Tables):
         tables = "sqrt_alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod_prev"
         return self._noised("q_sample_prev", "x_0", x_0, noise, t, generator, tables)
 
+    @suggest_keywords
     def q_step(
         self,
         x_prev: Tensor,
@@ -394,6 +404,8 @@ class DiffusionProcess(Tables):
         tables: tuple[str, str],
     ) -> Tensor:
         """The images by the first table and noise by the second; names for errors: the method, the images."""
+        if t is None:
+            raise ValueError(f"t is missing; allowed: {name}({of}, t=t), or {name}({of}, noise, t)")
         if noise is None:
             check_images(f"{name}({of}, noise, t)", **{of: x})
             self._check_index(t, x)

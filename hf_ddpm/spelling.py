@@ -1,4 +1,4 @@
-"""Words that were mistyped: the known one that is nearest, and calls with a keyword that doesn't exist.
+"""Words that are not known here: the one that was meant, and calls with a keyword that doesn't exist.
 
 It imports the standard library only.
 """
@@ -12,6 +12,23 @@ from typing import Any, TypeVar
 Target = TypeVar("Target", bound=Callable[..., Any])
 LONGEST_WORD = 60  # characters of a keyword that a message shows
 LONGEST_LIST = 160  # characters of a list of keywords
+# Names of the well-known tutorials, and what does their work here; docs/paper-to-code.md says what differs
+TUTORIAL_NAMES = {
+    "GaussianDiffusion": "DiffusionProcess.linear(T)",
+    "SpacedDiffusion": "DiffusionProcess.respaced(timesteps)",
+    "Unet": "create_model(name)",
+    "Trainer": "train(config)",
+    "linear_beta_schedule": "DiffusionProcess.linear(T)",
+    "cosine_beta_schedule": "DiffusionProcess.cosine(T)",
+    "q_sample": "DiffusionProcess.q_sample(x_0, t=t)",
+    "q_posterior": "DiffusionProcess.q_posterior_mean(x_0, x_t, t)",
+    "q_posterior_mean_variance": "DiffusionProcess.q_posterior_mean(x_0, x_t, t)",
+    "predict_start_from_noise": "DiffusionProcess.predict_x0(x_t, eps, t)",
+    "p_sample": "DiffusionProcess.p_sample(x_t, t, model)",
+    "p_sample_loop": "DDPMPipeline",
+    "p_losses": "simple_loss(process, model, x_0)",
+    "training_losses": "simple_loss(process, model, x_0)",
+}
 
 
 def nearest(word: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -33,6 +50,11 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     """The words "(did you mean 'linear'?)" after a space; nothing if no known word is like the given one."""
     near = nearest(word, known)
     return "" if near is None else f" (did you mean {near!r}?)"
+
+
+def tutorial_hint(name: str) -> str:
+    """For a name of the tutorials " (here: hf_ddpm.create_model(name))"; nothing for another."""
+    return f" (here: hf_ddpm.{TUTORIAL_NAMES[name]})" if name in TUTORIAL_NAMES else ""
 
 
 def suggest_keywords(target: Target, instead: str = "") -> Target:

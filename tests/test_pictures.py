@@ -188,14 +188,32 @@ def test_a_sheet_is_a_png_file(shape, tmp_path):
         (lambda p, x: interpolate(p, x[0], x[1], []), "t is empty; allowed: steps in 0..999"),
         (lambda p, x: interpolate(p, x[0], x[1], 5, 1), "num_images is 1; allowed: whole numbers >= 2"),
         (lambda p, x: interpolate(p, x[0], x[1][:, 1:], 5), "shapes (1, 8, 8) and (1, 7, 8); allowed: one"),
+        (lambda p, x: interpolate(p, x[0], x[1], 5, "9"), "num_images is '9'; allowed: whole numbers >= 2"),
+        (lambda p, x: interpolate(p, x[0], x[1], 5.0), "t is 5.0; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(p, x[0], x[1], [5, True]), "t is True; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(p, x[0], x[1], None), "t is None; allowed: steps in 0..999"),
+        (lambda p, x: interpolate(x[0], x[1], p, 5), "pipeline is a float32 tensor of shape (1, 8, 8)"),
+        (lambda p, x: encode_decode(x, p, [5]), "pipeline is a float32 tensor of shape (2, 1, 8, 8)"),
+        (lambda p, x: progressive_generation(p.unet), "; allowed: a DDPMPipeline"),
+        (lambda p, x: progressive_generation(p, 2.5), "num_images is 2.5; allowed: whole numbers >= 1"),
         (lambda p, x: encode_decode(p, x, [5, 1000]), "t is 1000; allowed: steps in 0..999"),
+        (lambda p, x: encode_decode(p, x, "50"), "t is '50'; allowed: steps in 0..999"),
         (lambda p, x: forward_process(p.process, x, 0), "num_columns is 0; allowed: whole numbers in"),
         (lambda p, x: forward_process(p.process, x, 1001), "num_columns is 1001; allowed: whole numbers"),
+        (lambda p, x: forward_process(p.process, x, 2.5), "num_columns is 2.5; allowed: whole numbers"),
     ],
 )  # fmt: skip
 def test_bad_argument(make, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         make(model(), images(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["NumPy", "torch"])
+def test_a_step_may_be_a_number_of_a_library(number):
+    pipeline, x = model(), images(2, 1, 8, 8)
+    expected = interpolate(pipeline, x[0], x[1], 3, 2)
+    assert torch.equal(interpolate(pipeline, x[0], x[1], number(3), 2).images, expected.images)
+    assert interpolate(pipeline, x[0], x[1], number(3), 2).rows == ["t = 3"]
 
 
 def test_another_sampler_is_refused(tiny_folder):

@@ -31,17 +31,9 @@ from hf_ddpm.training.trainer import TrainResult
 from hf_ddpm.visited import visit
 
 # Settings are made to be read field by field, and copied from a terminal
-SETTINGS = {
-    "TrainConfig",
-    "EvaluationConfig",
-    "ErrorsConfig",
-    "CardFacts",
-    "StepShare",
-    "Retry",
-    "Published",
-    "Rule",
-}
-SETTINGS |= {"Named", "Place", "Stretch"}  # two or three numbers or words
+SETTINGS = {"TrainConfig", "EvaluationConfig", "CardFacts", "StepShare", "Retry", "Published", "Rule", "UNet"}
+SETTINGS |= {"ErrorsConfig", "Reading", "Choice"}
+SETTINGS |= {"Head", "Named", "Place", "Stretch"}  # a few numbers or words
 
 
 def is_record(cls):

@@ -10,7 +10,8 @@ import torch
 
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, DDPMScheduler, DiffusionProcess, EvaluationConfig, TrainConfig
-from hf_ddpm.spelling import suggest_keywords
+from hf_ddpm.spelling import TUTORIAL_NAMES, suggest_keywords
+from tests.launching import ROOT
 
 PROCESS = DiffusionProcess.linear(10)
 IMAGES = torch.zeros(1, 1, 8, 8)
@@ -46,6 +47,9 @@ def pipeline():
         (lambda **key: hf_ddpm.simple_loss(PROCESS, None, IMAGES, **key), "nois", "noise"),  # pyright: ignore
         (lambda **key: DiffusionProcess.linear(**key), "beta_strt", "beta_start"),
         (lambda **key: DiffusionProcess.cosine(**key), "num_timesteps", "num_train_timesteps"),
+        (lambda **key: PROCESS.q_sample(IMAGES, **key), "nois", "noise"),
+        (lambda **key: PROCESS.q_sample_prev(IMAGES, **key), "nois", "noise"),
+        (lambda **key: PROCESS.q_step(IMAGES, **key), "nois", "noise"),
         (lambda **key: PROCESS.p_sample(IMAGES, 0, IMAGES, **key), "varianse_type", "variance_type"),
     ],
 )
@@ -102,3 +106,29 @@ def test_names_of_the_package():
         assert words == f"cannot import name {name!r} from 'hf_ddpm' (did you mean {meant!r}?)"
     assert not hasattr(hf_ddpm, "likelyhood")
     assert "did you mean 'cifar10'" in line(lambda: hf_ddpm.create_model("cifra10"), ValueError)
+
+
+@pytest.mark.parametrize("name", TUTORIAL_NAMES)
+def test_names_of_the_tutorials(name):
+    here = TUTORIAL_NAMES[name].partition("(")[0]
+    found = hf_ddpm
+    for part in here.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+    assert f"`{name}" in (ROOT / "docs/paper-to-code.md").read_text()
+    words = line(lambda: getattr(hf_ddpm, name), AttributeError)
+    assert words == f"module 'hf_ddpm' has no attribute {name!r} (here: hf_ddpm.{TUTORIAL_NAMES[name]})"
+    with pytest.raises(ImportError, match=rf"here: hf_ddpm\.{here}"):
+        exec(f"from hf_ddpm import {name}")
+    if not hasattr(DiffusionProcess, name):
+        assert f"(here: hf_ddpm.{here}" in line(lambda: getattr(PROCESS, name), AttributeError)
+
+
+def test_what_a_process_lacks():
+    words = line(lambda: PROCESS.p_sampel, AttributeError)  # pyright: ignore[reportAttributeAccessIssue]
+    assert words == "'DiffusionProcess' object has no attribute 'p_sampel'"
+    assert not hasattr(PROCESS, "__deepcopy__")
+    for copied in (copy.deepcopy(PROCESS), pickle.loads(pickle.dumps(PROCESS))):
+        assert torch.equal(copied.alphas_cumprod, PROCESS.alphas_cumprod)
+    words = "t is missing; allowed: q_sample(x_0, t=t), or q_sample(x_0, noise, t)"
+    assert line(lambda: PROCESS.q_sample(IMAGES, IMAGES), ValueError) == words

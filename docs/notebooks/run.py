@@ -46,14 +46,18 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number:02d}", nbformat.from_dict({})
         if cell.cell_type == "code":
-            # What goes to stderr are progress bars
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
             cell.execution_count = None
             for output in cell.outputs:
                 output.get("data", {}).pop("image/jpeg", None)  # PIL's images give both kinds
                 if output.output_type == "execute_result":
                     output.execution_count = None
     return notebook
+
+
+def is_progress(output: NotebookNode) -> bool:
+    """Whether an output is a progress bar: in place of one, or text on stderr."""
+    return output.get("name") == "stderr" or "<progress" in output.get("data", {}).get("text/html", "")
 
 
 def main(names: list[str]) -> None:

@@ -13,6 +13,7 @@ from hf_ddpm.data.encoded import EIGHT_BITS
 from hf_ddpm.data.pixels import parse_background
 from hf_ddpm.data.survey import Survey
 from hf_ddpm.runtime.messages import LIMIT, one_line
+from hf_ddpm.shown import fields_line
 
 # The way of fitting images that is advised: nothing is stretched, and no image is too small for it
 ADVISED_FIT = "resize_crop"
@@ -58,6 +59,8 @@ class Needs:
     takes: Callable[[int, int], bool] = lambda height, width: True
     sides: tuple[int, ...] = (8, 16, 32, 64)
     shape: tuple[int, int, int] | None = None
+
+    __repr__ = fields_line
 
 
 def check_images(found: Survey, reading: Reading, needs: Needs) -> None:

@@ -21,12 +21,14 @@ import numpy as np
 from datasets import ReadInstruction
 
 from hf_ddpm.data.order import hashed
-from hf_ddpm.runtime.messages import shown
+from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.seeds import Use
 
 Part = Literal["train", "held-out", "all"]
 PARTS: tuple[Part, ...] = get_args(Part)
 SLICES = "train[:90%], train[90%:], train[100:200] or train[-500:]"
+# The key, in what a run leaves, of the runs that its network had been trained in before: see `rows_before`
+BEFORE = "before"
 # Rows that are hashed at once
 _AT_ONCE = 1 << 20
 
@@ -155,6 +157,27 @@ class Choice:
             return Rows(span)
         held = held_out(span, self.holdout, self.seed)
         return Rows(span, held) if self.part == "train" else Rows(span, held, listed=True)
+
+
+def rows_before(runs: Any, total: int) -> list[Rows]:
+    """The rows that earlier runs trained on.
+
+    Args:
+        runs: a list of {"split", "holdout", "seed"}, the values that each run had; None for none. It is read
+            from a file that may be a stranger's.
+        total: rows of the split.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return [
+            Choice(str(one["split"]), one["holdout"], seed=int(one["seed"])).rows(total) for one in runs or []
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the record of what was trained on before can't be read: {one_line(error, 100)}"
+        ) from None
 
 
 def count_of(holdout: float, rows: int) -> int:

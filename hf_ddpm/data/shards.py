@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
 
@@ -116,6 +117,14 @@ class Shards:
             count = source.dataset.num_shards
             whole = len(source.files) == count
             self.names = source.files if whole else [f"{source.name}, split {source.split!r}"] * count
+
+    @property
+    def with_held_out(self) -> Shards:
+        """The same shards with the rows that are held out of these."""
+        if not isinstance(self._choice, Choice):
+            return self
+        choice = replace(self._choice, part="all")
+        return self.whole if choice.whole else Shards(self.source, self._column, choice)
 
     @property
     def column(self) -> str:
@@ -368,8 +377,11 @@ class Shards:
         if path and self.source.kind == "images":
             return shown(path)
         own = f" ({shown(path, 60)})" if path and path != self.names[row.shard] else ""
-        number = row.number if self.whole is self else self._chosen_of(row.shard)[row.number]
-        return f"row {number} of {shown(self.names[row.shard])}{own}"
+        return f"row {self.number(row)} of {shown(self.names[row.shard])}{own}"
+
+    def number(self, row: Row) -> int:
+        """The number of a row among all rows of its shard, chosen or not."""
+        return row.number if self.whole is self else int(self._chosen_of(row.shard)[row.number])
 
 
 def _chosen_values(

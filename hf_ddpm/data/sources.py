@@ -258,6 +258,12 @@ def _images_in_parquet(root: str, listing: Listing) -> bool:
     return any(_holds_images(feature) for feature in features.values())
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two names of data sets mean the same folder, file or repository."""
+    places = [os.path.realpath(os.path.expanduser(name)) for name in (one, other)]
+    return one == other or (places[0] == places[1] and os.path.exists(places[0]))
+
+
 def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
     """What is left out, counted and named; empty if it is nothing."""
     found = [f"{why}: {len(names):,} ({some(names)})" for why, names in left_out.items()]

@@ -181,7 +181,7 @@ class ImageStream:
     _seed: int
     _skip_corrupt: bool
     _skipped: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
-    _survey: Survey | None = field(default=None, init=False, repr=False)
+    _surveys: dict[bool, Survey] = field(default_factory=dict, init=False, repr=False)
 
     def __repr__(self) -> str:
         return summary(self, self._facts)
@@ -247,8 +247,8 @@ class ImageStream:
         Raises:
             ValueError: a shard that can't be read.
         """
-        total, chosen = sum(self._shards.whole.counts), self.chosen
-        counts = {"num_rows": total, "chosen": len(chosen), "left_out": chosen.left_out}
+        chosen = self.chosen
+        counts = {"num_rows": self.num_rows_of_split, "chosen": len(chosen), "left_out": chosen.left_out}
         return counts | {"fingerprint": digest_of(fingerprint or self.fingerprint())}
 
     @property
@@ -256,18 +256,20 @@ class ImageStream:
         """The folder whose image files are the rows; None for any other source."""
         return self._shards.source.root if self._shards.addressable else None
 
-    def survey(self, show: bool = False) -> Survey:
+    def survey(self, show: bool = False, held_out: bool = False) -> Survey:
         """What the heads of the images say: their sizes and modes; looked at once, see survey.py.
 
         Args:
             show: whether a progress bar is drawn.
+            held_out: whether the images that are held out of these are looked at too.
 
         Raises:
             ValueError: a file of the data set that can't be read.
         """
-        if self._survey is None:
-            self._survey = survey(self._shards, show)
-        return self._survey
+        if held_out not in self._surveys:
+            shards = self._shards.with_held_out if held_out else self._shards
+            self._surveys[held_out] = survey(shards, show)
+        return self._surveys[held_out]
 
     def row_at(self, position: int) -> int:
         """The number of the row at a position of the run, epoch · `num_rows()` + place."""
@@ -279,6 +281,11 @@ class ImageStream:
     def chosen(self) -> Rows:
         """Which rows of the split these are; counted as `num_rows` does."""
         return self._shards.chosen
+
+    @property
+    def num_rows_of_split(self) -> int:
+        """How many rows the whole split has; counted as `num_rows` does."""
+        return sum(self._shards.whole.counts)
 
     @property
     def split(self) -> str:

@@ -231,7 +231,7 @@ def _head(shards: Shards, storage: str | None, row: Row) -> Head | None:
 def _name(shards: Shards, row: Row) -> str:
     if shards.addressable:
         return shown(shards.relative(row.value["path"]), 40)
-    return f"row {row.number} of {shown(os.path.basename(shards.names[row.shard]), 40)}"
+    return f"row {shards.number(row)} of {shown(os.path.basename(shards.names[row.shard]), 40)}"
 
 
 def _kept_file(shards: Shards) -> Path:

@@ -20,9 +20,10 @@ from torch import Tensor
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.fingerprint import digest_of
-from hf_ddpm.data.holdout import name_of_split
+from hf_ddpm.data.holdout import BEFORE, Rows, name_of_split, rows_before
 from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
+from hf_ddpm.data.sources import same_place
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
@@ -31,8 +32,11 @@ from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN = "nobody knows on which of its images the model was trained"
 
 
 def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationConfig:
@@ -72,10 +76,12 @@ def settle_reading(config: EvaluationConfig, model: ScoredModel) -> EvaluationCo
     )
 
 
-def same_place(one: str, other: str) -> bool:
-    """Whether two names of data sets mean the same folder, file or repository."""
+def _overlap(one: str, other: str) -> bool:
+    """Whether the folder or file of one data set lies in the folder of the other."""
     places = [os.path.realpath(os.path.expanduser(name)) for name in (one, other)]
-    return one == other or (places[0] == places[1] and os.path.exists(places[0]))
+    if not all(map(os.path.exists, places)):
+        return False
+    return os.path.commonpath(places) in places
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +95,32 @@ class Trained:
         held: whether the run held other images of their split, or of its slice, out.
         changed: how the data set is not the one that the run began with, in words; None if it is the same, as
             far as the run left a record of that.
+        before: rows of the split that the network had been trained on when the run began.
     """
 
     stream: ImageStream | None
     split: str
     held: bool
     changed: str | None
+    before: Sequence[Rows] = ()
+
+    __repr__ = fields_line
 
     def shares(self, stream: ImageStream) -> bool:
         """Whether another stream of the data set is of their split."""
         return _known(stream.split) == _known(self.split)
 
-    def count(self, stream: ImageStream) -> int:
-        """How many images of another stream of the data set are among these."""
-        if self.stream is None or not self.shares(stream):
-            return stream.num_rows() if self.shares(stream) else 0
-        return len(stream.chosen.both(self.stream.chosen))
+    def count(self, stream: ImageStream) -> int | None:
+        """How many images of another stream of the data set are among these, or were trained on before.
+
+        None if nobody knows, as the data set has changed.
+        """
+        if not self.shares(stream):
+            return 0
+        if self.stream is None or self.changed is not None:
+            return None
+        rows = stream.chosen.all
+        return int(np.any([some.has(rows) for some in (self.stream.chosen, *self.before)], axis=0).sum())
 
 
 def _known(split: str) -> str:
@@ -162,10 +178,12 @@ def find_trained(config: EvaluationConfig, model: ScoredModel, dataset: str, spl
     except ValueError as error:
         # What is asked for may be there all the same
         return Trained(None, record.split, held, one_line(error, 120)) if named else None
-    if known is None or facts == known:
-        return Trained(stream, record.split, held, None)
+    if known is None or facts == {key: known.get(key) for key in facts}:
+        return Trained(
+            stream, record.split, held, None, rows_before((known or {}).get(BEFORE), facts["num_rows"])
+        )
     was, now = known.get("num_rows"), facts["num_rows"]
-    what = f"{now:,} images, then {shown(was)}" if was != now else "other names, sizes or images"
+    what = f"{shown(was)} images then, {now:,} now" if was != now else "other names, sizes or images"
     return Trained(stream, record.split, held, what) if named else None
 
 
@@ -219,15 +237,17 @@ class Images:
         config: the evaluation, in which all that says which images these are is settled.
         stream: the images, in their source's order.
         trained: what of their data set the model was trained on; None if nothing is known of that.
-        seen: how many of them the model was trained on.
+        seen: how many of them the model was trained on; None if nobody knows, as the data set has changed.
         skipped: how many more there would be, had they been readable.
     """
 
     config: EvaluationConfig
     stream: ImageStream
     trained: Trained | None
-    seen: int
+    seen: int | None
     skipped: int
+
+    __repr__ = fields_line
 
 
 def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = True) -> Images:
@@ -256,14 +276,18 @@ def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = Tru
     is_main = process_state().is_main_process
     if is_main:
         logger.warning("%s", stream.survey(show=True))
-        if trained is None and model.record is not None and model.record.holdout is not None:
-            words = "%s is not the data set of the run (%s), or has changed: nobody knows what it trained on"
-            logger.warning(words, config.dataset, model.record.dataset)
+        record = model.record
+        if trained is None and record is not None:
+            if record.holdout is not None or _overlap(config.dataset, record.dataset):
+                words = "%s is not the data set of the run (%s), or has changed: %s"
+                logger.warning(words, config.dataset, record.dataset, UNKNOWN)
     _check_shape(config, stream, model)
     stream, skipped = _readable(config, stream)
     seen = 0 if trained is None else trained.count(stream)
-    if is_main and trained is not None and trained.shares(stream) and trained.changed is not None:
-        logger.warning("%s has changed since the run began (%s)", config.dataset, trained.changed)
+    if is_main and trained is not None and seen is None:
+        logger.warning(
+            "%s has changed since the run began (%s): %s", config.dataset, trained.changed, UNKNOWN
+        )
     if is_main and seen and scored:
         which = f"{seen:,} of these {stream.num_rows():,} images: their"
         if seen == stream.num_rows():
@@ -315,7 +339,9 @@ def _open_part(
     whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
     if part is None:
         seen = 0 if trained is None or whole is None else trained.count(whole)
-        some = seen and (held or (not scored and whole is not None and seen < whole.num_rows()))
+        some = held and seen != 0
+        if not scored and seen is not None and whole is not None:
+            some = 0 < seen < whole.num_rows()
         part = mine if own or some else "all"
     if whole is not None and part == "all":
         return config, whole
@@ -332,7 +358,8 @@ def _open_part(
     if trained.changed is not None or trained.stream is None:
         raise ValueError(
             f"{shown(config.dataset)} has changed since the run began ({trained.changed}), so nobody knows "
-            f"which of its images are {part}; give the data as they were, or add part=all"
+            f"which of its images are {'held out' if part == 'held-out' else 'trained on'}; give the data as "
+            "they were, or add part=all"
         )
     if model.data_record is None and process_state().is_main_process:
         logger.warning("no %s says whether %s is as it was when the run began", TRAINED_ON, config.dataset)
@@ -379,6 +406,8 @@ def open_nearest(config: EvaluationConfig, model: ScoredModel, images: Images) -
             "training images, and others to evaluate"
         )
     stream, _ = _readable(config, stream)
+    if trained is not None and trained.count(stream) is None and process_state().is_main_process:
+        logger.warning("%s has changed since the run began (%s): %s", dataset, trained.changed, UNKNOWN)
     return stream, trained is not None and trained.count(stream) == stream.num_rows()
 
 
@@ -415,7 +444,7 @@ def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:
     if num_images is None or num_images == total:
         return list(range(total))
     if num_images > total:
-        raise ValueError(f"num_images is {num_images}, but the split has {total}; allowed: 1 to {total}")
+        raise ValueError(f"num_images is {num_images}, but there are {total} images; allowed: 1 to {total}")
     order = np.random.default_rng(derive_seed(Use.SCORED_ROWS, seed)).permutation(total)
     return sorted(order[:num_images].tolist())
 

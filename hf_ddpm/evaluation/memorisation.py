@@ -207,5 +207,5 @@ class Memorisation:
             [to_pil(found.samples[i]) for i in chosen],
             [to_pil(training[int(found.rows[i])]) for i in chosen],
         ]
-        labels = [f"{found.distances[i]:.1f}\nrow {found.rows[i]}" for i in chosen]
+        labels = [f"RMSE {found.distances[i]:.1f}\nrow {found.rows[i]}" for i in chosen]
         plot_reconstructions(pictures, labels, path, ["sample", "training"])

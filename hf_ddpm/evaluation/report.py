@@ -59,7 +59,7 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "num_images": len(plan.rows),
         "num_rows": plan.stream.num_rows(),
         "fingerprint": fingerprint(plan.digests),
-        "trained_on": plan.images.seen > 0,
+        "trained_on": plan.images.seen != 0,
         "num_trained_on": plan.images.seen,
         "num_skipped": plan.images.skipped,
         "changed": None if plan.images.trained is None else plan.images.trained.changed,

@@ -13,7 +13,8 @@ images with its standard error (null for a single image), and those marked ° ma
                       (null: the images' own), background (of transparent pixels), to_8_bit (deeper images
                       were converted, as they are by a `fit`), shape, num_images (scored), num_rows (that
                       could have been), num_skipped ° (that can't be read), fingerprint, trained_on (whether
-                      the model was trained on some of these num_rows), num_trained_on ° (on how many),
+                      the model was trained on some of these num_rows, for all that is known),
+                      num_trained_on ° (on how many; null where nobody knows),
                       changed ° (how the data set is not the one that the run began with, in words)
     model             name, weights (a digest), process (a digest), prediction_type
     comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
@@ -244,6 +245,8 @@ def describe(report: Mapping[str, Any]) -> str:
     part = {"held-out": "held-out ", "train": "trained-on "}.get(data.get("part"), "")
     seen = f", {data['num_trained_on']} of them trained on" if data.get("num_trained_on") else ""
     seen = "" if data.get("part") == "train" else seen
+    if data.get("changed") and data["trained_on"]:
+        seen = ", of which nobody knows how many were trained on"
     lines.append(
         f"{data['num_images']} of {data['num_rows']} {part}images of {data['dataset']}, {data['split']}"
         f"{_holdout_words(data)}{seen}{fitted}; "
@@ -266,6 +269,8 @@ def describe(report: Mapping[str, Any]) -> str:
 
 def _trained_words(data: Mapping[str, Any]) -> str:
     """Which of the images of an evaluation the model was trained on."""
+    if data.get("changed"):
+        return "this split, which has changed since"
     seen, rows = data.get("num_trained_on"), data["num_rows"]
     return "this split" if seen in (None, rows) else f"{seen} of the {rows} images that these are chosen from"
 

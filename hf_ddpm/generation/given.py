@@ -70,7 +70,7 @@ def as_pictures(images: Any, shape: tuple[int, int, int] | None = None) -> Tenso
     else:
         single = isinstance(images, Image.Image | np.ndarray | Tensor | str | bytes | dict)
         found = as_images(list(images) if isinstance(images, Iterable) and not single else images, shape)
-    if found.numel() == 0:
+    if found.numel() == 0 or found.is_meta:
         raise ValueError(f"images are {described(found)}; allowed: at least one image of at least one pixel")
     found = found.detach()
     found = found if found.dtype == torch.float64 else found.float()
@@ -155,7 +155,8 @@ def _by_its_shape(x: Tensor, single: bool) -> Tensor:
         fits["(B, H, W, C)"] = x.permute(0, 3, 1, 2)
     if not fits:
         raise ValueError(
-            f"images are {described(x)}; allowed: (B, C, H, W) with 1 to 4 channels, or PIL images"
+            f"images are {described(x)}; allowed: 1, 3 or 4 channels, or any number of them as floating "
+            "point in [-1, 1], (B, C, H, W)"
         )
     return _only(fits, x, "floating point in [-1, 1], (B, C, H, W)")
 

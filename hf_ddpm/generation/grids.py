@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from hf_ddpm.checks import described
+from hf_ddpm.checks import check_count, described
 from hf_ddpm.data.pixels import to_uint8
 from hf_ddpm.generation.given import as_pictures
 from hf_ddpm.runtime.disk import whole_file
@@ -36,24 +36,26 @@ def image_grid(images: Any, columns: int | None = None, scale: int | None = None
     """One picture of many images, row by row on a grey ground, which is seen where they are transparent.
 
     Args:
-        images: PIL images of one size; or arrays or tensors, as in `as_pictures`: uint8, or floating point in
-            [−1, 1]. One image, a batch, or any iterable of images.
+        images: PIL images of one size, of any mode of 8 bits a channel; or arrays or tensors, as in
+            `as_pictures`: uint8, or floating point in [−1, 1]. One image, a batch, or any iterable of images.
         columns: images in a row, by default as near to a square as possible.
         scale: whole-number enlargement without smoothing, by default so that an image has at least 96 pixels
             a side.
 
     Raises:
-        ValueError: no images, images of several sizes, fewer than one column or a scale below one, or images
-            that `as_pictures` refuses.
+        ValueError: no images, images of several sizes or more bits, fewer than one column or a scale below
+            one, or images that `as_pictures` refuses.
     """
     pictures = _pictures(images)
     sizes = sorted({image.size for image in pictures})
-    if len(sizes) != 1:
+    if not pictures:
+        raise ValueError("there are no images; allowed: at least one")
+    if len(sizes) > 1:
         some = f"{sizes[:4]}{' and more' * (len(sizes) > 4)}"
-        raise ValueError(f"a grid of images of sizes {some}; allowed: at least one image, all of one size")
+        raise ValueError(f"a grid of images of sizes {some}; allowed: all of one size")
     for name, value in (("columns", columns), ("scale", scale)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {described(value)}; allowed: whole numbers >= 1")
+        if value is not None:
+            check_count(name, value)
     width, height = sizes[0]
     scale = scale or max(1, -(-TARGET // max(width, height)))
     columns = columns or next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
@@ -68,11 +70,15 @@ def image_grid(images: Any, columns: int | None = None, scale: int | None = None
 
 def _pictures(images: Any) -> list[Image.Image]:
     """Images in any form as PIL images; those that are PIL images already stay as they are."""
-    if isinstance(images, Image.Image):
-        return [images]
+    images = [images] if isinstance(images, Image.Image) else images
     if isinstance(images, Iterable) and not isinstance(images, Tensor | str | bytes | dict):
         images = images if hasattr(images, "dtype") else list(images)
         if isinstance(images, list) and all(isinstance(image, Image.Image) for image in images):
+            # PIL cuts the numbers of deep images off at 255, so that nearly all of them would be white
+            if deep := [image.mode for image in images if image.mode.startswith(("I", "F"))]:
+                raise ValueError(
+                    f"an image has PIL mode {deep[0]}; allowed: modes of 8 bits, such as L and RGB"
+                )
             return images
     return [to_pil(image) for image in to_uint8(as_pictures(images))]
 

@@ -278,7 +278,8 @@ def _local_folder(name: str, where: str) -> tuple[Path, bool]:
         if there and not (folder / INDEX).is_file():
             if (folder / NETWORK_FILE).is_file() and (folder / RECORD).is_file():
                 raise ValueError(
-                    f"the network of {where} is its owner's; allowed: hf_ddpm.load_run(folder, model=...)"
+                    f"the network of {where} is its owner's; allowed: hf_ddpm.load_run(folder, model=...), "
+                    "evaluate(config, network=...)"
                 )
             raise ValueError(f"model folder {where} has no {INDEX}: it is not a pipeline folder")
     # A name that is too long, or ~nobody

@@ -22,6 +22,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hf_ddpm.checks import described
 from hf_ddpm.folders.guard import check_scheduler, weights_files
@@ -185,12 +186,19 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own, kind = module.state_dict(), type(module).__name__
     for name in sorted(weights.keys() | own.keys()):
         found, wanted = weights.get(name), own.get(name)
-        if found is not None and wanted is not None and found.shape == wanted.shape:
+        known = found is not None and wanted is not None
+        if known and (is_lazy(wanted) or found.shape == wanted.shape):  # lazy: it takes its shape from these
             continue
-        its, theirs = ("missing" if x is None else str(tuple(x.shape)) for x in (found, wanted))
+        its, theirs = _shape_of(found), _shape_of(wanted)
         raise ValueError(
             f"its weights are of another network: {name[:60]!r} is {its} there, and {theirs} in this {kind}"
         )
     with torch.no_grad():
         module.load_state_dict(dict(weights))
     refuse_not_finite(module)
+
+
+def _shape_of(weight: Tensor | None) -> str:
+    if weight is None:
+        return "missing"
+    return "of any shape" if is_lazy(weight) else str(tuple(weight.shape))

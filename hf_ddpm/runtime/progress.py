@@ -38,7 +38,8 @@ class Bar:
         show: whether anything is shown; True on one process only.
         leave: whether the last state stays on the screen.
         initial: how many units are done already.
-        describe: returns what is said beside the bar; by default units, speed and the time that is left.
+        describe: returns what is said beside the bar, parts with commas between them, of which a narrow
+            terminal shows the first and the last; by default units, speed and the time that is left.
         by_time: whether a log file gets a line every few seconds and one at the end. Otherwise it gets one
             at each call of `line`.
 
@@ -283,7 +284,8 @@ class _Terminal:
         self._lead_handlers(self._streams, self._above)
 
     def show(self, bar: Bar) -> None:
-        words, width = bar.words, _width()
+        width = _width()
+        words = _shortened(bar.words, width)
         prefix = f"{bar.what}: {100 * min(bar.n / max(bar.total, 1), 1):3.0f}%"
         room = width - len(prefix) - len(words) - 3
         line = f"{prefix} {words}" if room > -2 else words
@@ -375,6 +377,17 @@ def _handlers() -> set[Any]:
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     found = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
     return {handler for handler in found if isinstance(handler, logging.StreamHandler)}
+
+
+def _shortened(words: str, width: int) -> str:
+    """Words between commas, of which those before the last go first where they are too many for a line.
+
+    What is counted stays the longest, then the time that is left.
+    """
+    parts = words.split(", ")
+    while len(parts) > 1 and len(", ".join(parts)) > width:
+        del parts[max(len(parts) - 2, 1)]
+    return ", ".join(parts)
 
 
 def _width() -> int:

@@ -177,7 +177,7 @@ def open_stream(config: TrainConfig, check: Callable[[ImageStream], object] | No
 
 
 def check_new_images(stream: ImageStream, config: TrainConfig, needs: Needs) -> None:
-    """Refuse, before a run begins, images of which it would meet some that it can't read.
+    """Refuse, before a run begins, images of which it would meet some that it can't read, now or held out.
 
     Raises:
         ValueError: one line with all the flags to add.
@@ -186,7 +186,7 @@ def check_new_images(stream: ImageStream, config: TrainConfig, needs: Needs) -> 
     reading = Reading(
         size, config.channels, config.fit, config.background, config.to_8_bit, config.skip_corrupt
     )
-    check_images(stream.survey(show=True), reading, needs)
+    check_images(stream.survey(show=True, held_out=True), reading, needs)
 
 
 class SkippedRows:

@@ -18,15 +18,19 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.holdout import BEFORE, name_of_split, rows_before
 from hf_ddpm.data.pixels import image_digest, to_float
+from hf_ddpm.data.sources import same_place
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
-from hf_ddpm.folders.layout import HELDOUT, STEP, step_name
+from hf_ddpm.folders.layout import HELDOUT, RECORD, STEP, TRAINED_ON, step_name
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
+from hf_ddpm.models.presets import names_preset
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress
+from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.seeds import Use, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,48 @@ def open_heldout(config: TrainConfig, shape: tuple[int, int, int]) -> ImageStrea
             f"images of evaluate_split {split!r} are {stream.shape} (C, H, W); allowed: the run's {shape}"
         )
     return stream
+
+
+def trained_before(config: TrainConfig, folder: Path, going_on: bool) -> list[dict[str, Any]]:
+    """Which images of the run's split its network had been trained on before the run began.
+
+    Args:
+        config: the run, whose `model` may be the folder of another run.
+        folder: the run's folder.
+        going_on: whether the run goes on, and so has a record of this.
+
+    Returns:
+        "split" (or a slice), "holdout" and "seed" of each run that it had been trained in, the last first.
+
+    Raises:
+        ValueError: there is a `train_data.json` that can't be read.
+    """
+    if going_on and (folder / TRAINED_ON).is_file():
+        return read_json(folder / TRAINED_ON).get(BEFORE, [])
+    model = Path(config.model).expanduser()
+    if names_preset(config.model) or not (model / RECORD).is_file():
+        return []
+    try:
+        was = TrainConfig.of_run(model / RECORD)
+    except ValueError:  # of another version, or of another program
+        return []
+    split = name_of_split(config.split) == name_of_split(was.split)
+    if not split or not same_place(config.dataset, was.dataset):
+        return []
+    known = read_json(model / TRAINED_ON) if (model / TRAINED_ON).is_file() else {}
+    return [{"split": was.split, "holdout": was.holdout, "seed": was.seed}, *known.get(BEFORE, [])]
+
+
+def count_seen_before(before: list[dict[str, Any]], stream: ImageStream) -> int:
+    """How many of the images that a run holds out its network was trained on before.
+
+    Args:
+        before: as `trained_before` says.
+        stream: the images that the run trains on.
+    """
+    held = stream.chosen.others.all
+    seen = [rows.has(held) for rows in rows_before(before, stream.num_rows_of_split)]
+    return int(np.any(seen, axis=0).sum()) if seen else 0
 
 
 class HeldOut:

@@ -4,6 +4,7 @@ The file knows which key of the config feeds which argument; what is done with t
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import DistributedType
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -29,6 +31,7 @@ from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.models import NETWORKS, PRESETS, create_model
 from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes, takes
 from hf_ddpm.runtime.messages import did_you_mean, shown
+from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.variances import outputs
@@ -73,13 +76,13 @@ def settle_model(
     return dataclasses.replace(config, model=chosen.name)
 
 
-def describe_choice(name: str, model: nn.Module) -> str:
-    """What a run says of the preset that "auto" took: its name, its weights and why."""
+def describe_choice(name: str, model: nn.Module, shape: tuple[int, int, int]) -> str:
+    """What a run says of the preset that "auto" took for its images (C, H, W): name, weights and why."""
     (row,) = (row for row in UNETS if row.name == name)
     count = sum(weight.numel() for weight in model.parameters()) / 1e6
     return (
-        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of about "
-        f"{row.size}x{row.size}: {row.reason}; --model NAME chooses another"
+        f"network: preset {name} ({count:.1f}M parameters), as auto takes it for images of "
+        f"{shape[1]}x{shape[2]}: {row.reason}; --model NAME chooses another"
     )
 
 
@@ -171,7 +174,8 @@ def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
     def halves(height: int, width: int) -> bool:
         return max(height, width) <= LARGEST_SIDE and takes(config.model, height, width)
 
-    return Needs(halves) if config.model == AUTO else Needs(halves, (PRESETS[config.model]["sample_size"],))
+    side = PRESETS.get(config.model, {}).get("sample_size")  # `AUTO` has none, nor has every network
+    return Needs(halves, (side,)) if isinstance(side, int) else Needs(halves)
 
 
 def prepare_model(
@@ -189,6 +193,12 @@ def prepare_model(
         ValueError: the network is for images or outputs of another shape, or the config has an option that
             the network or the launch can't serve.
     """
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(weight):
+            raise ValueError(
+                f"the network's {shown(name, 60)} has no shape yet, as of a lazy layer; allowed: a network "
+                "that was called once, model(x_t, t)"
+            )
     if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
     if isinstance(model, tuple(NETWORKS.values())) and isinstance(model, ConfigMixin):
@@ -230,7 +240,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> AdamW:
 
 def make_schedule(config: TrainConfig, optimizer: AdamW, step: int) -> LRScheduler:
     """The learning rate from the step `step` on; it is a function of the step, so it has no state to save."""
-    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps:
+    short = config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps
+    if short and process_state().is_main_process:
         logger.warning(
             "lr_warmup_steps is %d in a run of max_steps %d: the learning rate never reaches its peak",
             config.lr_warmup_steps,

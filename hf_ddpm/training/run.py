@@ -26,6 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
+from hf_ddpm.data.holdout import BEFORE
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, TRAINED_ON, UNET, variant_name
 from hf_ddpm.folders.output import check_run_folder, output_folder
@@ -40,7 +41,7 @@ from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, prepare_average, rest_of
 from hf_ddpm.training.batches import SkippedRows, make_batches, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint, set_newer_aside
-from hf_ddpm.training.heldout import HeldOut
+from hf_ddpm.training.heldout import HeldOut, count_seen_before, trained_before
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
 from hf_ddpm.training.launch import make_accelerator
 from hf_ddpm.training.network import (
@@ -154,18 +155,23 @@ class Run:
         # The process, and the images
         self.scheduler = make_scheduler(config)
         self.process = self.scheduler.process
-        if self.process.prior_bpd_at_edges > PRIOR_WARNING:
+        if accelerator.is_main_process and self.process.prior_bpd_at_edges > PRIOR_WARNING:
             logger.warning(
                 "the schedule ends %.3g bits/dim short of pure noise", self.process.prior_bpd_at_edges
             )
         stream, self._data = open_data(config, self.state, accelerator, model)
-        self._trained_on = stream.facts(self._data)
+        before = trained_before(config, self.folder, bool(self.state))
+        self._trained_on = stream.facts(self._data) | ({BEFORE: before} if before else {})
         self.shape, self.rows = stream.shape, stream.num_rows()
         if accelerator.is_main_process:
-            logger.warning("%s", stream.survey(show=True))
+            logger.warning("%s", stream.survey(show=True, held_out=True))
             if config.holdout is not None:
                 held = stream.chosen.left_out
                 logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
+                if seen := count_seen_before(before, stream):
+                    words = "%s was trained on %s of the images that are held out now; the same --seed and "
+                    words += "--holdout as in its run would hold out the same"
+                    logger.warning(words, config.model, f"{seen:,}")
         asked = config.model
         self.config = config = settle_model(config, stream, self.state, model is not None)
         self.is_own = model is not None or objective is not None
@@ -197,7 +203,7 @@ class Run:
         else:  # the launch wraps it, and the config says whether it is compiled
             unet = extract_model_from_parallel(model, keep_torch_compile=False)
         if config.model != asked and start is None and accelerator.is_main_process:
-            logger.warning("%s", describe_choice(config.model, unet))
+            logger.warning("%s", describe_choice(config.model, unet, stream.shape))
         self.model = prepare_model(unet, config, stream, accelerator)
         sharded = accelerator.distributed_type == DistributedType.FSDP
         # Where processes share the averages out, a whole network to save them from
@@ -364,6 +370,7 @@ class Run:
         """
 
         def fill(place: Path) -> None:
+            (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
             if not isinstance(self.averaged, ModelMixin):
                 weights = {name: averages[name] for name in self.averages}
                 save_own_network(place, weights, type(self.model).__name__, self.shape, self.scheduler)
@@ -374,7 +381,6 @@ class Run:
                     average = self._shell
                 if name == next(iter(self.averages)):
                     DDPMPipeline(average, self.scheduler).save_pretrained(place)
-                    (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
                 else:
                     average.save_pretrained(place / UNET, variant=variant_name(name))  # type: ignore[operator]
 

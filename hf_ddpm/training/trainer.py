@@ -268,7 +268,7 @@ def _close(run: Run, log: RunLog, stopped: bool) -> None:
     if not stopped:
         run.accelerator.wait_for_everyone()
     run.close()
-    if log.skipped:
+    if log.skipped and run.accelerator.is_main_process:
         logger.warning("images that could not be read and were skipped: %d", log.skipped)
     run.accelerator.end_training()
 

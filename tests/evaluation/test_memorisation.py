@@ -120,7 +120,7 @@ def test_planted_copies_are_found(tiny_folder, tmp_path, pictures, capsys, monke
     assert len(above) == len(below) == 8
     assert [np.asarray(image).tolist() for image in above[:3]] == drawn[[3, 7, 9]].tolist()
     assert [np.asarray(image).tolist() for image in below[:3]] == planted[[5, 20, 33]].tolist()
-    assert labels[:3] == ["0.0\nrow 5", "0.0\nrow 20", "1.0\nrow 33"]
+    assert labels[:3] == ["RMSE 0.0\nrow 5", "RMSE 0.0\nrow 20", "RMSE 1.0\nrow 33"]
 
     # An evaluation without it leaves no picture of another one
     run(tiny_folder, tmp_path / "out", "--overwrite", "--extractor", CLASSIFIER)

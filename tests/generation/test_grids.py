@@ -62,12 +62,30 @@ def test_small_images_are_enlarged(size, scale):
     [
         ((pictures(1), 1.5), "columns is 1.5; allowed: whole numbers >= 1"),
         ((np.zeros((1, 8, 8), int),), "int64 NumPy array"),
-        (([],), r"sizes \[\]; allowed: at least one image, all of one size"),
-        ((pictures(1) + pictures(1, (2, 3)),), r"sizes \[\(2, 3\), \(3, 2\)\]; allowed: at least one image"),
+        (([],), "there are no images; allowed: at least one"),
+        ((pictures(1) + pictures(1, (2, 3)),), r"sizes \[\(2, 3\), \(3, 2\)\]; allowed: all of one size"),
         ((pictures(1), 0), "columns is 0; allowed: whole numbers >= 1"),
         ((pictures(1), 1, -1), "scale is -1; allowed: whole numbers >= 1"),
+        ((pictures(1), True), "columns is True; allowed: whole numbers >= 1"),
+        ((Image.new("I;16", (8, 8), 60000),), "PIL mode I;16; allowed: modes of 8 bits, such as L and RGB"),
+        (([Image.new("F", (8, 8), 0.5)],), "PIL mode F; allowed: modes of 8 bits"),
+        (
+            (np.zeros((3, 2, 8, 8), np.uint8),),
+            "allowed: 1, 3 or 4 channels, or any number of them as floating",
+        ),
     ],
-    ids=["fraction", "int64", "none", "two sizes", "columns", "scale"],
+    ids=[
+        "fraction",
+        "int64",
+        "none",
+        "two sizes",
+        "columns",
+        "scale",
+        "bool",
+        "16 bits",
+        "floats",
+        "2 channels",
+    ],
 )
 def test_bad_argument(arguments, words):
     with pytest.raises(ValueError, match=words):

@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ddpm import TrainConfig, train
+from hf_ddpm import TrainConfig, create_model, train
 from tests.pages.reading import ROOT
 
 # Not of a clone, or made by the blocks
@@ -42,6 +43,8 @@ def made(tmp_path_factory):
     }
     train(TrainConfig(output_dir=str(root / "runs" / "photos"), **photos, **small))
     shutil.copytree(root / "runs" / "photos", root / "runs" / "other")
+    network = create_model("tiny", image_size=32, channels=3)
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(root / "my-model")
     (root / "run.toml").write_text('dataset = "digits"\n')
     return root
 
@@ -52,7 +55,8 @@ def clone(made, tmp_path, monkeypatch):
     for path in ROOT.iterdir():
         if path.name not in OWN:
             (tmp_path / path.name).symlink_to(path)
-    shutil.copytree(made / "runs", tmp_path / "runs")
+    for name in ("runs", "my-model"):
+        shutil.copytree(made / name, tmp_path / name)
     for name in ("photos", "photos-test", "run.toml"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)

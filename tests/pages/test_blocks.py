@@ -24,7 +24,6 @@ SHORT = {
     "train": "--max-steps 2 --batch-size 4 --sample-every 0",
     "sample": "--num-images 2 --steps 2",
     "evaluate": "--num-images 4 --num-evals-per-image 2",
-    "plan": "",
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
 }

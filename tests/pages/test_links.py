@@ -2,16 +2,20 @@
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import hf_ddpm
 from hf_ddpm.config import TrainConfig, tomllib
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.models import create_model
+from hf_ddpm.models.presets import UNETS, UNet
 from hf_ddpm.runtime.arguments import Parser, add_options, spelled
 from tests.pages.reading import PAGES, ROOT, TAUGHT, anchors, links, name, prose
 
@@ -110,3 +114,32 @@ def test_tests_that_pages_name_are_there():
     for page in TAUGHT:
         for path, case in re.findall(r"`(tests/[\w/]+\.py)`: `(test_\w+)`", prose(page)):
             assert f"def {case}(" in Path(ROOT / path).read_text(encoding="utf-8"), (page, case)
+
+
+def test_the_table_of_presets_is_that_of_the_code():
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip("`"): cells[1:5]
+        for line in re.findall(r"^\| (`[\w-]+` \| \d+x\d+ .*) \|$", page, re.MULTILINE)
+        if len(cells := line.split(" | ")) == 6
+    }
+    assert rows == {row.name: preset_words(row) for row in UNETS}
+
+
+def preset_words(row: UNet) -> list[str]:
+    """Its images, channels of each level, parameters and when `auto` takes it, as the table has them."""
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in create_model(row.name).parameters()) / 1e6
+    auto = (
+        "never"
+        if row.up_to is None
+        else "above"
+        if row.up_to == math.inf
+        else f"up to {row.up_to}x{row.up_to}"
+    )
+    return [
+        f"{row.size}x{row.size} {'RGB' if row.channels == 3 else 'grey'}",
+        ", ".join(map(str, row.widths)),
+        f"{parameters:.{1 if parameters > 0.1 else 2}f}M",
+        auto,
+    ]

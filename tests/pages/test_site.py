@@ -34,9 +34,13 @@ def test_the_site(tmp_path, monkeypatch, caplog):
 
     options = pages["reference/options.html"]
     assert options.count("<code>--") > 80 and "<code>--shuffle-memory</code>" in options
+    assert "<code>DATASET</code>" in options and "<code>--dataset</code>" in options  # of evaluate, of train
+    for command, flag in (("sample", "--scheduler"), ("interpolate", "--t"), ("publish", "--dry-run")):
+        assert f"usage: hf-ddpm {command}" in options and f"  {flag}" in options
     # Formulas of docstrings, which are indented there
     code = "".join(re.findall(r"<pre>.*?</pre>", pages["reference/process.html"], re.DOTALL))
     assert "q(x_t | x_prev) = N(√α_t x_prev, β_t I)" in code
+    assert "β̃_t = β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t)" in pages["reference/process.html"]  # not cut by emphasis
 
 
 def nothing_is_fetched_from_elsewhere(page: str, html: str) -> None:

@@ -151,6 +151,29 @@ def test_no_line_is_longer_than_the_terminal(columns, terminal, clock, monkeypat
     assert len(line) < columns and "step 2/4" in line
 
 
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (80, "step 1234/10000, epoch 12.3, loss 0.0512, 61.1 images/s, 1:20:29 left"),
+        (60, "step 1234/10000, epoch 12.3, loss 0.0512, 1:20:29 left"),
+        (50, "step 1234/10000, epoch 12.3, 1:20:29 left"),
+        (30, "step 1234/10000, 1:20:29 left"),
+        (25, "step 1234/10000"),
+    ],
+)
+def test_a_narrow_terminal_shows_what_is_done_and_the_time_that_is_left(
+    columns, words, terminal, clock, monkeypatch
+):
+    terminal = terminal()
+    monkeypatch.setattr(module.os, "get_terminal_size", lambda number: os_size(columns))
+    monkeypatch.setattr(terminal, "fileno", lambda: 2, raising=False)
+    said = "step 1234/10000, epoch 12.3, loss 0.0512, 61.1 images/s, 1:20:29 left"
+    with progress("train", 10000, "step", True, initial=1230, describe=lambda: said) as bar:
+        work(bar, clock, 4)
+    (line,) = screen(terminal.getvalue(), columns)
+    assert line.removeprefix("train:  12% ") == words
+
+
 def os_size(columns):
     return type("Size", (), {"columns": columns})
 

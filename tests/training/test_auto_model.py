@@ -19,10 +19,12 @@ def auto(folder, **changes):
 
 def test_the_run_says_which_and_its_files_name_it(tmp_path, caplog):
     assert TrainConfig().model == "auto"
-    data = folder_of_images(tmp_path / "data", 4, (28, 28, 3))
+    data = folder_of_images(tmp_path / "data", 4, (20, 20, 3))
     train(auto(tmp_path / "run", dataset=str(data)))
     (line,) = (text for text in caplog.messages if text.startswith("network: "))
-    assert line.startswith("network: preset fashion-mnist (1.1M parameters), as auto takes it for images of")
+    assert line.startswith(
+        "network: preset fashion-mnist (1.1M parameters), as auto takes it for images of 20x20: "
+    )
     assert line.endswith("; --model NAME chooses another") and len(line) < 300
     state = json.loads((checkpoint(tmp_path / "run", 1) / "state.json").read_text())
     assert record(tmp_path / "run")["model"] == state["config"]["model"] == "fashion-mnist"

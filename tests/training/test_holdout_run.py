@@ -5,6 +5,7 @@ The oracle is independent of the code that chooses rows: each image's pixels are
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,8 @@ def test_it_is_said_and_recorded(tmp_path, parquet, caplog):
     assert "54 images to train on, 6 held out" in caplog.text
     record = json.loads((tmp_path / "train_config.json").read_text())
     assert record["holdout"] == 0.1 and TrainConfig.load(tmp_path / "train_config.json").holdout == 0.1
+    data = json.loads((tmp_path / "train_data.json").read_text())
+    assert (data["num_rows"], data["chosen"], data["left_out"]) == (60, 54, 6)
     state = load_checkpoint(checkpoint(tmp_path, 1)).state
     assert state["data"]["rows"] == [20, 1, 39] and state["data"]["chosen"][0] == 54
 
@@ -139,7 +142,8 @@ def test_corrupt_held_out_images_are_skipped_if_others_are(tmp_path, folder):
         Image.fromarray(picture(row)).save(data / f"{row:03d}.png")
     (data / f"{held[0]:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     measured = {"evaluate_every": 1, "evaluate_num_evals": 2, "max_steps": 1}
-    assert f"{held[0]:03d}.png: " in refused(plan(tmp_path / "a", data, **measured), Conv())
+    said = refused(plan(tmp_path / "a", data, **measured), Conv())
+    assert said.endswith(f"1 can't be read ({held[0]:03d}.png): add --skip-corrupt")
     train(plan(tmp_path / "b", data, **measured, skip_corrupt=True), Conv())
     found, _ = load_tensors(tmp_path / "b" / "heldout" / "step-00000001.safetensors")
     assert found["rows"].tolist() == held[1:]
@@ -208,3 +212,11 @@ def test_two_processes_then_one(tmp_path, parquet):
             seen.update({position: digests[own] for position, own, _, here in json.loads(line) if here})
     counts = np.bincount([seen[position] for position in range(12 * 18)], minlength=N)
     assert np.flatnonzero(counts == 0).tolist() == sorted(held_rows(parquet)) and set(counts) == {0, 4}
+
+
+def test_the_flags_to_add_are_those_of_the_held_out_images_too(tmp_path, folder):
+    rows = shutil.copytree(folder, tmp_path / "rows")
+    Image.new("RGB", (8, 8)).save(rows / f"{held_rows(folder)[0]:03d}.png")
+    said = refused(plan(tmp_path / "run", rows), Conv())
+    assert said == "60 images of 8x8, modes L 59, RGB 1: add --channels 3"
+    assert not (tmp_path / "run").exists()

@@ -100,11 +100,12 @@ def test_it_samples_and_is_measured(run):
     assert other.unet.second.weight is other.unet.first.weight
 
 
-def test_evaluate(run, tmp_path):
+def test_evaluate(run, tmp_path, caplog):
     folder, _ = run
-    options = {"num_images": 4, "num_evals_per_image": 4, "out": str(tmp_path)}
-    config = EvaluationConfig(model=str(folder), dataset="digits", **options)
+    options = {"split": "train", "part": "train", "num_images": 4, "num_evals_per_image": 4}
+    config = EvaluationConfig(model=str(folder), dataset="digits", out=str(tmp_path), **options)
     report = evaluate(config, network=Many())
+    assert "says whether digits is as it was" not in caplog.text  # as train_data.json says it
     assert np.isfinite(report["bits_per_dim"]["bpd"]["value"]) and (tmp_path / "evaluation.json").exists()
     again = evaluate(dataclasses.replace(config, overwrite=True), network=Many())
     assert again["bits_per_dim"] == report["bits_per_dim"]
@@ -155,7 +156,7 @@ def test_a_run_that_was_killed_and_goes_on(run, tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         train(small(tmp_path, **plan), Many())
-    assert f"hf_ddpm.load_run({str(tmp_path)!r}, model=...) with a Many" in caplog.text
+    assert f"hf_ddpm.load_run({str(tmp_path)!r}, model=...)  # a Many" in caplog.text
     whole = dict(load_run(tmp_path, model=Many()).unet.state_dict())
     assert_same(whole, weights(tmp_path, 4, "ema_0.9999"))
     shutil.rmtree(tmp_path / "unet")
@@ -177,6 +178,33 @@ def test_two_processes(tmp_path):
     for own, loaded in together(tmp_path, trained_together, tmp_path / "run"):
         assert_same(own, loaded)
         assert_same(own, weights(tmp_path / "run", 3, "ema_0.9999"))
+
+
+class Unsized(nn.Module):
+    """A network whose layers get their sizes from the first images that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LazyConv2d(4, 3, padding=1), nn.LazyBatchNorm2d(), nn.Conv2d(4, 1, 1))
+
+    def forward(self, x_t, t):
+        return self.layers(x_t)
+
+
+def test_lazy_layers(tmp_path):
+    words = refused(lambda: train(small(tmp_path / "run", **SHORT), Unsized()))
+    assert words == (
+        "the network's 'layers.0.weight' has no shape yet, as of a lazy layer; allowed: a network that was "
+        "called once, model(x_t, t)"
+    )
+    assert not (tmp_path / "run").exists()
+    model = Unsized()
+    model(DIGITS.float(), torch.zeros(4))
+    train(small(tmp_path / "run", **SHORT), model)
+    found = images(load_run(tmp_path / "run", model=Unsized()))
+    assert_same(found, images(load_run(tmp_path / "run", model=model)))
+    words = refused(lambda: load_run(tmp_path / "run", model=nn.LazyConv2d(4, 3)))
+    assert "'bias' is missing there, and of any shape in this LazyConv2d" in words
 
 
 def test_runs_of_networks_of_diffusers(finished):
