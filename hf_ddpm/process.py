@@ -404,9 +404,9 @@ class DiffusionProcess(Tables):
         tables: tuple[str, str],
     ) -> Tensor:
         """The images by the first table and noise by the second; names for errors: the method, the images."""
-        if t is None:
-            raise ValueError(f"t is missing; allowed: {name}({of}, t=t), or {name}({of}, noise, t)")
         if noise is None:
+            if t is None:
+                raise ValueError(f"t is missing; allowed: {name}({of}, t=t), or {name}({of}, noise, t)")
             check_images(f"{name}({of}, noise, t)", **{of: x})
             self._check_index(t, x)
             noise = draw_noise(x, generator)

@@ -182,7 +182,7 @@ SAMPLE = [
     "MODEL --scheduler ddim --variance-type fixed_small",
     "MODEL --variance-type learned",
     "MODEL --batch-size 0",
-    "MODEL --num-images 100000 --batch-size 100000",
+    "MODEL --num-images 1000000000 --batch-size 1000000000",
     "/nowhere/model",
 ]
 

@@ -131,4 +131,4 @@ def test_what_a_process_lacks():
     for copied in (copy.deepcopy(PROCESS), pickle.loads(pickle.dumps(PROCESS))):
         assert torch.equal(copied.alphas_cumprod, PROCESS.alphas_cumprod)
     words = "t is missing; allowed: q_sample(x_0, t=t), or q_sample(x_0, noise, t)"
-    assert line(lambda: PROCESS.q_sample(IMAGES, IMAGES), ValueError) == words
+    assert line(lambda: PROCESS.q_sample(IMAGES), ValueError) == words

@@ -186,9 +186,9 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own, kind = module.state_dict(), type(module).__name__
     for name in sorted(weights.keys() | own.keys()):
         found, wanted = weights.get(name), own.get(name)
-        known = found is not None and wanted is not None
-        if known and (is_lazy(wanted) or found.shape == wanted.shape):  # lazy: it takes its shape from these
-            continue
+        if found is not None and wanted is not None:
+            if is_lazy(wanted) or found.shape == wanted.shape:  # lazy: it takes its shape from these
+                continue
         its, theirs = _shape_of(found), _shape_of(wanted)
         raise ValueError(
             f"its weights are of another network: {name[:60]!r} is {its} there, and {theirs} in this {kind}"

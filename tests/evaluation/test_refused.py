@@ -20,7 +20,7 @@ from tests.evaluation.commands import CLASSIFIER, FEW, files, grey, refused, run
     ("flags", "words"),
     [
         ("--split tset", "no split 'tset' in digits; it has train, test"),
-        ("--num-images 301", "--num-images is 301, but the split has 300; allowed: 1 to 300"),
+        ("--num-images 301", "--num-images is 301, but there are 300 images; allowed: 1 to 300"),
         ("--num-images 0", "--num-images is 0; allowed: >= 1"),
         ("--num-imges 3", "unknown argument '--num-imges'; did you mean --num-images?"),
         ("--num-samples 8", "--num-samples is 8, but has no use without --extractor or --nearest-dataset"),
