@@ -78,7 +78,7 @@ OPTIONS = {
 
 
 # What the command line calls the fields that are no flags of it
-ARGUMENTS = dict.fromkeys(("evaluate", "plan"), {"model": "MODEL", "dataset": "DATASET"})
+ARGUMENTS = {command: {"model": "MODEL", "dataset": "DATASET"} for command in ("evaluate", "plan")}
 
 
 class UnderscoresAfterMarks(markdown.Extension):
