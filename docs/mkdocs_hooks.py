@@ -24,6 +24,7 @@ from mkdocs.structure.pages import Page
 from hf_ddpm.cli import COMMANDS
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.errors_config import ErrorsConfig
 from hf_ddpm.runtime.options import listed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,11 +73,12 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
 OPTIONS = {
     "train": (TrainConfig, "hf_ddpm.config.TrainConfig"),
     "evaluate": (EvaluationConfig, "hf_ddpm.evaluation.config.EvaluationConfig"),
+    "plan": (ErrorsConfig, "hf_ddpm.evaluation.errors_config.ErrorsConfig"),
 }
 
 
 # What the command line calls the fields that are no flags of it
-ARGUMENTS = {"evaluate": {"model": "MODEL", "dataset": "DATASET"}}
+ARGUMENTS = {command: {"model": "MODEL", "dataset": "DATASET"} for command in ("evaluate", "plan")}
 
 
 class UnderscoresAfterMarks(markdown.Extension):

@@ -204,6 +204,42 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         print(f"written: {Path(config.out or config.model).expanduser() / EVALUATION}")
 
 
+def plan_command(argv: Sequence[str], prog: str) -> None:
+    """Measure a model's errors, and say how few steps its bits/dim need."""
+    parser = Parser(
+        prog,
+        "Measure how far a model's predictions of x_0 are off at each step, on training images, and say how "
+        "many bits/dim its bound will have with few steps and better variances. The table is left beside the "
+        "model as errors.safetensors, which `hf-ddpm evaluate --chain chosen --variance by-value` takes. If "
+        "it was killed, the same command continues it; start it with `accelerate launch` to use several "
+        "processes.",
+        "example: %(prog)s runs/photos",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
+    )
+    parser.add_argument(
+        "dataset",
+        type=path,
+        metavar="DATASET",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="the model's training images: Hub id, folder of images or of parquet files, or 'digits'; by "
+        "default the images that the run trained on",
+    )
+    add_options(parser, ErrorsConfig, but=("model", "dataset"))
+    config = ErrorsConfig(**vars(parser.parse(argv)))
+
+    from hf_ddpm.evaluation.errors import describe_plan, measure_errors
+    from hf_ddpm.folders.layout import ERRORS
+    from hf_ddpm.runtime.processes import process_state
+
+    found = measure_errors(config)
+    if process_state().is_main_process:
+        print(describe_plan(config, found))
+        print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
+
+
 def interpolate_command(argv: Sequence[str], prog: str) -> None:
     """Interpolate two images in a model's noise: a grid."""
     parser = Parser(
@@ -306,6 +342,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
+    "plan": plan_command,
     "interpolate": interpolate_command,
     "publish": publish_command,
 }

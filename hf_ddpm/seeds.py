@@ -46,6 +46,8 @@ class Use(IntEnum):
     HELDOUT_ROWS = 6  # images beside which memorisation is judged; then seed
     PICTURE_NOISE = 12  # noise in x_t; then seed, place of the image
     PICTURE_STEPS = 13  # noise of the steps back; then seed, place of the image
+    ERRORS = 14  # noise of an image whose errors are measured; then seed, index of the image
+    ERROR_STEPS = 15  # which image is measured at which step; then seed
 
 
 def derive_seed(*key: int) -> int:

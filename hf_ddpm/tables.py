@@ -44,6 +44,25 @@ class Tables:
         found = (self._table(z, like.device) if isinstance(z, str) else z.to(like.device) for z in tables)
         return _gathered(found, t, like)
 
+    def at_groups(self, t: Tensor | int, groups: Tensor, table: Tensor) -> Tensor:
+        """Coefficients that differ between groups of pixels: each pixel's, by its step and its group.
+
+        Args:
+            t: one step, or one for each image, as in `at`.
+            groups: the group of each pixel, shape (B, ...), int64 in 0..G−1.
+            table: a coefficient of each step and group, (T, G).
+
+        Returns:
+            `table[t, group]`, shape of `groups`, dtype of `table`, on the device of `groups`.
+
+        Raises:
+            ValueError: as in `at`.
+        """
+        self._check_index(t, groups)
+        index = torch.as_tensor(t, device=groups.device).reshape(-1).expand(len(groups))
+        rows = _moved(table, groups.device).index_select(0, index.long())
+        return rows.gather(1, groups.flatten(1)).view(groups.shape)
+
     def computed_at(
         self, t: Tensor | int, like: Tensor, function: Callable[[Any], Tensor | tuple[Tensor, ...]]
     ) -> Sequence[Any]:

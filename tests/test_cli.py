@@ -42,9 +42,13 @@ TRAIN_FLAGS = """
 EVALUATE_FLAGS = """
     --split --part --holdout --holdout-seed --num-images --image-column --channels --background --fit
     --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --first-variance --extractor --nearest-dataset --nearest-split --num-samples
-    --sampling-steps --sampling-spacing --num-reference --reference --compare-with --out --overwrite --seed
-    --batch-size
+    --clip-x0 --decoder --steps --chain --errors --first-variance --extractor --nearest-dataset
+    --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
+    --compare-with --out --overwrite --seed --batch-size
+""".split()
+PLAN_FLAGS = """
+    --split --part --holdout --holdout-seed --evals --image-column --channels --background --fit --to-8-bit
+    --skip-corrupt --clip-x0 --out --overwrite --seed --batch-size
 """.split()
 PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
@@ -59,7 +63,7 @@ SAMPLE_FLAGS = """
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "interpolate", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "interpolate", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -114,7 +118,14 @@ for line in sys.argv[1:]:
 def test_help_and_mistyped_words_load_no_torch():
     lines = ["", "--help", "--version", "help", "tarin", "help tarin", "train --bacth-size 3"]
     lines += ["train --batch-size", "sample x --stepz 3", "sample x", "sample x --out y --steps 0"]
-    lines += ["evaluate", "interpolate x a b --out c --seed -1", "publish", "publish a b --privat"]
+    lines += [
+        "evaluate",
+        "plan",
+        "plan x --evals 3",
+        "interpolate x a b --out c --seed -1",
+        "publish",
+        "publish a b --privat",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", ANSWERS, *lines], env=environment(), cwd=ROOT, capture_output=True, text=True
     )
@@ -128,10 +139,11 @@ def test_help_and_mistyped_words_load_no_torch():
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
+        ("plan", PLAN_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
-    ids=["train", "sample", "evaluate", "interpolate", "publish"],
+    ids=COMMANDS,
 )
 def test_help_lists_every_flag(command, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -304,7 +316,8 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
         (["--verison"], "hf-ddpm: error: unknown command '--verison'; did you mean '--version'?"),
         (
             ["xyz"],
-            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, interpolate, publish",
+            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, interpolate, "
+            "publish",
         ),
     ],
     ids=str,

@@ -15,6 +15,7 @@ from hf_ddpm.data.pixels import to_float
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import Counted
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.images import data_digest
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.likelihood import (
@@ -30,14 +31,16 @@ from hf_ddpm.likelihood import (
 from hf_ddpm.likelihood.bound import bound_term
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
+from hf_ddpm.runtime.untrusted import shown
 
+MOST_SHARED = 0.01  # of the scored images, as data sets hold a few images twice
 SHARED = ("proposal", "seed")  # fields of an Estimate that are the same for all images
 
 
 def scoring_options(config: EvaluationConfig, model: ScoredModel) -> dict[str, Any]:
     """The options of `bound_term`."""
     return {
-        "variance_type": model.variance_type,
+        "variance_type": model.variance,
         "prediction_type": model.prediction_type,
         "clip_x0": config.clip_x0,
         "decoder": config.decoder,
@@ -54,6 +57,41 @@ def check_scorable(config: EvaluationConfig, model: ScoredModel, stream: ImageSt
     x_0 = _on_device(stream.select([row]), model)
     noise = torch.zeros_like(x_0)
     bound_term(model.process, model.denoiser, x_0, 0, noise, **scoring_options(config, model))
+
+
+def check_fair(
+    config: EvaluationConfig, model: ScoredModel, stream: ImageStream, rows: list[int], digests: Tensor
+) -> None:
+    """Refuse errors that were measured in another way, or on the images that are scored.
+
+    Args:
+        config: how the images are scored.
+        model: with the errors; without them there is nothing to refuse.
+        stream: the images.
+        rows: which of them are scored, ascending places.
+        digests: of these, (N,), int64.
+
+    Raises:
+        ValueError: they are refused.
+    """
+    if model.errors is None:
+        return
+    of = model.errors.of
+    if of.clip_x0 != config.clip_x0:
+        raise ValueError(
+            f"clip_x0 is {config.clip_x0}, but the errors were measured with {of.clip_x0}; allowed: equal"
+        )
+    measured = torch.isin(digests, model.errors.images)
+    same_data = of.data == data_digest(stream)
+    if same_data:
+        measured |= torch.isin(torch.from_numpy(stream.chosen.of(rows)), model.errors.rows)
+    same_rows = same_data and of.chosen == stream.chosen.digest
+    if same_rows or measured.sum() > MOST_SHARED * len(digests):
+        which = "these images" if same_rows else f"{int(measured.sum())} of these {len(digests)} images"
+        raise ValueError(
+            f"the errors were measured on {which} ({shown(of.dataset)}, {shown(of.split)}): the score would "
+            "flatter; allowed: images that were not measured"
+        )
 
 
 def make_proposal(
@@ -128,7 +166,8 @@ def score(
 
     facts = {
         "what": "bits_per_dim",
-        "scored_as": options,
+        "scored_as": options | {"variance_type": model.variance_type},
+        "errors": None if model.errors is None else vars(model.errors.of),
         "rows": stream.chosen.of(rows).tolist(),
         "images": images,
         "evaluations_of_l_0": decoder_evals(config.num_evals_per_image),

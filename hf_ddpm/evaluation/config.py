@@ -19,16 +19,17 @@ def _fits() -> Iterable[str]:
     return (fit for fit in FITS if fit != "random_crop")  # a measurement leaves nothing to chance
 
 
-def _parts() -> Iterable[str]:
+def parts() -> Iterable[str]:
+    """Which images of a split can be asked for."""
     from hf_ddpm.data.holdout import PARTS
 
     return PARTS
 
 
-def _fixed_variances() -> Iterable[str]:
+def _variances() -> Iterable[str]:
     from hf_ddpm.variances import FIXED
 
-    return sorted(FIXED)
+    return [*sorted(FIXED), *MEASURED]
 
 
 def _spacings() -> Iterable[str]:
@@ -37,6 +38,7 @@ def _spacings() -> Iterable[str]:
     return SPACINGS
 
 
+MEASURED = ("optimal", "by-value")  # the variances of `likelihood.errors`, which a test compares
 MOST_SAMPLES = 10**7  # far above what is of use, and far below what harms a machine that is asked for it
 
 # Keys that have an effect only together with another key, or with one of several.
@@ -49,6 +51,8 @@ NEEDS = {
     "nearest_split": ("nearest_dataset",),
     "first_variance": ("steps",),
     "holdout_seed": ("holdout",),
+    "chain": ("steps",),
+    "errors": ("variance_type", "chain"),
 }
 
 
@@ -77,7 +81,7 @@ class EvaluationConfig:
         None,
         "which images of the split: those that the run held out, those that it trained on, or all; by "
         "default those held out where it trained on others of the split",
-        choices=_parts,
+        choices=parts,
     )
     holdout: float | None = option(
         None,
@@ -126,13 +130,25 @@ class EvaluationConfig:
         0, "images from which it is learned how often to draw each step; 0 takes a default", least=0
     )
     variance_type: str | None = option(
-        None, "reverse variance, by default the model's", choices=_fixed_variances
+        None,
+        "reverse variance, by default the model's; optimal and by-value need what `hf-ddpm plan` measured",
+        choices=_variances,
+        also="--variance",
     )
     clip_x0: bool = option(True, "clip the predicted x_0 to [-1, 1], as published evaluations do")
     decoder: str = option(
         "exact", "decoder of L_0; tanh is the published code's formula, in float64", choices=("exact", "tanh")
     )
     steps: int | None = option(None, "steps of the chain, by default all T", least=2)
+    chain: str = option(
+        "even",
+        "which steps these are: spaced by the model's scheduler, quadratic, or chosen from what `hf-ddpm "
+        "plan` measured",
+        choices=("even", "quadratic", "chosen"),
+    )
+    errors: str | None = option(
+        None, "folder of what `hf-ddpm plan` measured, by default the model's", path=True
+    )
     first_variance: str = option(
         "spaced",
         "chain whose second step gives the variance of L_0: the shorter one of --steps, or the full one",
@@ -190,6 +206,11 @@ class EvaluationConfig:
             from hf_ddpm.data.pixels import parse_background
 
             parse_background(self.background)
+        if self.first_variance != defaults["first_variance"] and self.variance_type in MEASURED:
+            raise ValueError(
+                f"first_variance is {self.first_variance!r}, but has no use with variance_type "
+                f"{self.variance_type!r}, whose L_0 was measured"
+            )
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")

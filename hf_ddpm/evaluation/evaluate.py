@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_ddpm.evaluation.bits_per_dim import check_scorable, make_proposal, score
+from hf_ddpm.evaluation.bits_per_dim import check_fair, check_scorable, make_proposal, score
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, open_nearest
 from hf_ddpm.evaluation.memorisation import Memorisation
@@ -96,6 +96,8 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         config.variance_type,
         config.steps,
         config.first_variance,  # type: ignore[arg-type]
+        config.chain,
+        config.errors,
         network,
     )
     images = open_images(config, model)
@@ -109,14 +111,17 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     drawing = Drawing(model.pipeline, config) if any(wanted) else None
     quality = SampleQuality(config, stream) if wanted[0] else None
     memorisation = Memorisation(config, stream, *open_nearest(config, model, images)) if wanted[1] else None
-    if other is None:
-        _check_free(out, config)  # before what takes time and, without a comparison, refuses no option
+    refused_later = other is not None or model.errors is not None
+    if not refused_later:
+        _check_free(out, config)  # before what takes time
     digests = digest_rows(stream, rows)
+    check_fair(config, model, stream, rows, digests)
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
         numbers = stream.chosen.of(rows).tolist()
         known = foresee(config, len(model.process), numbers, digests, proposal)
         check_comparable(known, other, str(config.compare_with))
+    if refused_later:
         _check_free(out, config)
     plan = Plan(
         config=config,

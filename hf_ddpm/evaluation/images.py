@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.advice import Needs, Reading, check_images
+from hf_ddpm.data.fingerprint import digest_of
 from hf_ddpm.data.holdout import BEFORE, Rows, name_of_split, rows_before
 from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
@@ -128,16 +129,19 @@ def _known(split: str) -> str:
     return SPLITS.get(name.lower(), name)
 
 
-def default_split(config: EvaluationConfig, record: TrainConfig | None, own: bool) -> str:
-    """The split that is scored.
+def default_split(config: EvaluationConfig, record: TrainConfig | None, own: bool, scored: bool) -> str:
+    """The split that is scored, or measured.
 
     Args:
         config: the evaluation.
         record: of the model's training run.
         own: whether the data set is the run's.
+        scored: as in `open_images`.
     """
     if config.split is not None:
         return config.split
+    if not scored:
+        return record.split if record is not None and own else "train"
     if record is None or not own:
         return "test" if config.holdout is None else "train"
     if config.holdout is not None or record.holdout is not None:
@@ -246,8 +250,14 @@ class Images:
     __repr__ = fields_line
 
 
-def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
+def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = True) -> Images:
     """The images to score the model on, in their source's order; nothing is resized unless `fit` says so.
+
+    Args:
+        config: how they are read, and which they are.
+        model: says their shape.
+        scored: whether the model will be scored on them, which it should not have been trained on. Else they
+            are by default those that it was trained on.
 
     Raises:
         ValueError: a bad data set, images of another shape than the model's, or held-out images that are not
@@ -255,10 +265,10 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
     """
     given = config.dataset
     config = settle_reading(config, model)
-    split = default_split(config, model.record, own=True)
+    split = default_split(config, model.record, own=True, scored=scored)
     trained = find_trained(config, model, config.dataset, split)
     try:
-        config, stream = _open_part(config, model, trained)
+        config, stream = _open_part(config, model, trained, scored)
     except ValueError as error:
         if given:
             raise
@@ -278,7 +288,7 @@ def open_images(config: EvaluationConfig, model: ScoredModel) -> Images:
         logger.warning(
             "%s has changed since the run began (%s): %s", config.dataset, trained.changed, UNKNOWN
         )
-    if is_main and seen:
+    if is_main and seen and scored:
         which = f"{seen:,} of these {stream.num_rows():,} images: their"
         if seen == stream.num_rows():
             which = "these images: their" if config.part == "train" else "this split: its"
@@ -312,23 +322,27 @@ def _check_shape(config: EvaluationConfig, stream: ImageStream, model: ScoredMod
 
 
 def _open_part(
-    config: EvaluationConfig, model: ScoredModel, trained: Trained | None
+    config: EvaluationConfig, model: ScoredModel, trained: Trained | None, scored: bool
 ) -> tuple[EvaluationConfig, ImageStream]:
     """The config with split, part and holdout settled, and the images that it then means."""
     record, sides = model.record, _sides(config, model)
     check = functools.partial(_check_reading, config, model.pipeline.image_shape)
-    held, split = trained is not None and trained.held, default_split(config, record, trained is not None)
+    held, mine = trained is not None and trained.held, "held-out" if scored else "train"
+    split = default_split(config, record, trained is not None, scored)
     if config.holdout is not None:
         seed = config.holdout_seed if config.holdout_seed is not None else record.seed if record else 0
-        config = dataclasses.replace(config, split=split, part=config.part or "held-out", holdout_seed=seed)
+        config = dataclasses.replace(config, split=split, part=config.part or mine, holdout_seed=seed)
         return config, load_images(config, config.dataset, split, sides, check)
     config, part = dataclasses.replace(config, split=split, part="all"), config.part
     # Of the run's own split an image that can't be read matters only if it is in the part
     own = held and record is not None and split == record.split
     whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
     if part is None:
-        some = own or (trained is not None and held and whole is not None and trained.count(whole) != 0)
-        part = "held-out" if some else "all"
+        seen = 0 if trained is None or whole is None else trained.count(whole)
+        some = held and seen != 0
+        if not scored and seen is not None and whole is not None:
+            some = 0 < seen < whole.num_rows()
+        part = mine if own or some else "all"
     if whole is not None and part == "all":
         return config, whole
     if (
@@ -410,6 +424,15 @@ def describe_source(config: EvaluationConfig, stream: ImageStream) -> dict[str, 
         "to_8_bit": config.to_8_bit,
         "shape": list(stream.shape),
     }
+
+
+def data_digest(stream: ImageStream) -> str:
+    """Sixteen hex digits of the data of a split, whichever of its rows are read; see data/fingerprint.py.
+
+    Raises:
+        ValueError: a shard that can't be read.
+    """
+    return digest_of({key: value for key, value in stream.fingerprint().items() if key != "chosen"})
 
 
 def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:

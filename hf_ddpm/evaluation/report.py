@@ -70,6 +70,11 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "process": model.process_digest,
         "prediction_type": model.prediction_type,
     }
+    if config.chain != "even" or model.errors is not None:
+        report["few_steps"] = {
+            "timesteps": model.process.timesteps.tolist(),
+            "errors": None if model.errors is None else vars(model.errors.of),
+        }
     if plan.other is not None:
         report["comparison"] = paired(Evaluation(report, tensors), plan.other)
     if results.quality is not None and plan.drawing is not None:
@@ -119,6 +124,8 @@ def _method(config: EvaluationConfig, steps: int) -> dict[str, Any]:
         "decoder": config.decoder,
         "pilot_images": config.pilot_images,
         "seed": config.seed,
+        # Evaluations of earlier versions do not say it, as all chains were even
+        **({} if config.chain == "even" else {"chain": config.chain}),
     }
 
 

@@ -6,29 +6,31 @@ it.
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
-from hf_ddpm.folders.layout import RECORD, TRAINED_ON
+from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
+from hf_ddpm.folders.layout import ERRORS, RECORD, TRAINED_ON
 from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
 from hf_ddpm.generation.samplers import training_scheduler
-from hf_ddpm.models import weights_digest
+from hf_ddpm.likelihood.chains import quadratic_steps
+from hf_ddpm.likelihood.errors import MEASURED
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.shown import fields_line
-from hf_ddpm.variances import FIXED, LEARNED, plain_name
+from hf_ddpm.variances import FIXED, LEARNED, AnyVariance, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
 PROCESS_KEYS = (*NEEDED, "rescale_betas_zero_snr")
@@ -42,7 +44,9 @@ class ScoredModel:
         pipeline: the model, on its device, in eval mode.
         process: the chain, full or respaced.
         prediction_type: what the network's answer means.
-        variance_type: the reverse variance it is scored with.
+        variance_type: the reverse variance it is scored with, by name.
+        learns: whether the network learns variances, which then are the second half of its answer.
+        errors: the measured errors, where the variance or the steps are made of them, else None.
         record: the training run's config, None where the model has none.
         data_record: what the run says of the images that it was trained on (`ImageStream.facts`); None where
             it says nothing.
@@ -52,6 +56,8 @@ class ScoredModel:
     process: DiffusionProcess
     prediction_type: str
     variance_type: str
+    learns: bool
+    errors: StoredErrors | None
     record: TrainConfig | None
     data_record: Mapping[str, Any] | None = None
 
@@ -63,10 +69,21 @@ class ScoredModel:
         others: Any = [name for name in FIXED if name != self.variance_type]
         return others[0] if self.variance_type in FIXED else None
 
+    @functools.cached_property
+    def variance(self) -> AnyVariance:
+        """The variance as `likelihood` takes it: a name, or numbers that were measured."""
+        if self.variance_type not in MEASURED:
+            return self.variance_type
+        assert self.errors is not None
+        return self.errors.errors.variance(self.process, self.variance_type)
+
     @property
     def denoiser(self) -> Denoiser:
-        """The network as `likelihood` calls it."""
-        return as_denoiser(self.pipeline.unet, self.pipeline.device)
+        """The network as `likelihood` calls it: without its own variances where others are scored."""
+        denoiser = as_denoiser(self.pipeline.unet, self.pipeline.device)
+        if not self.learns or self.variance_type in LEARNED:
+            return denoiser
+        return lambda x_t, t: denoiser(x_t, t)[:, : x_t.shape[1]]
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +101,7 @@ class ScoredModel:
     @functools.cached_property
     def weights_digest(self) -> str:
         """Sixteen hex digits of the network's weights and config."""
-        weights: dict[str, Tensor] = self.pipeline.unet.state_dict()  # type: ignore[assignment]
-        return weights_digest(getattr(self.pipeline.unet, "config", {}), weights)
+        return network_digest(self.pipeline.unet)
 
 
 def load_scored_model(
@@ -94,6 +110,8 @@ def load_scored_model(
     variance_type: str | None = None,
     steps: int | None = None,
     first_variance: Literal["spaced", "full"] = "spaced",
+    chain: str = "even",
+    errors: str | None = None,
     network: nn.Module | None = None,
 ) -> ScoredModel:
     """Load a pipeline folder or Hub id, also one that plain diffusers wrote.
@@ -101,10 +119,13 @@ def load_scored_model(
     Args:
         model: folder or Hub id.
         device: where the network goes.
-        variance_type: "fixed_small" or "fixed_large", for a network that learns none; by default the
-            scheduler's.
-        steps: K of the respaced chain, by the scheduler's own spacing; by default all T.
+        variance_type: "fixed_small" or "fixed_large", for a network that learns none; "optimal" or
+            "by-value" of measured errors; by default the scheduler's.
+        steps: K of the respaced chain; by default all T.
         first_variance: σ_0² of a respaced chain, see `DiffusionProcess.respaced`.
+        chain: which K steps: "even", by the scheduler's own spacing, "quadratic", or "chosen" by the measured
+            errors as the best ones for the variance.
+        errors: folder of the measured errors, by default the model's.
         network: for a run of a module of somebody's own: such a module, as `load_run` takes it.
 
     Raises:
@@ -127,25 +148,75 @@ def load_scored_model(
             f"allowed: {', '.join(PREDICTION_TYPES)}"
         )
     own = plain_name(scheduler.variance_type)
-    if variance_type is not None and own in LEARNED:
+    if variance_type in FIXED and own in LEARNED:
         raise ValueError(
-            f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none"
+            f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none, "
+            f"{', '.join(MEASURED)}"
         )
     if own not in (*FIXED, *LEARNED):
         raise ValueError(
             f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join((*FIXED, *LEARNED))}"
         )
-    process = scheduler.process
+    process, scored = scheduler.process, variance_type or own
+    stored = None
+    if scored in MEASURED or chain == "chosen":
+        stored = _measured_errors(pipeline, scheduler, model, errors)
     if steps is not None:
         if steps > len(process):
             raise ValueError(f"steps is {steps}; allowed: <= {len(process)} (T)")
-        scheduler.set_timesteps(steps)
-        process = process.respaced(scheduler.timesteps, first_variance)
+        process = process.respaced(_kept_steps(scheduler, steps, chain, stored, scored), first_variance)
     if len(process) < 2:
         raise ValueError(f"the process of {model!r} has one step; allowed: at least 2")
     record, facts = _read_record(model, scheduler), Path(model).expanduser() / TRAINED_ON
-    data_record = read_json(facts) if record is not None and facts.exists() else None
-    return ScoredModel(pipeline, process, prediction_type, variance_type or own, record, data_record)
+    return ScoredModel(
+        pipeline=pipeline,
+        process=process,
+        prediction_type=prediction_type,
+        variance_type=scored,
+        learns=own in LEARNED,
+        errors=stored,
+        record=record,
+        data_record=read_json(facts) if record is not None and facts.exists() else None,
+    )
+
+
+def _measured_errors(
+    pipeline: DDPMPipeline, scheduler: DDPMScheduler, model: str, errors: str | None
+) -> StoredErrors:
+    """The measured errors of a model, from its own folder or another one.
+
+    Raises:
+        ValueError: there are none, or they are of another model.
+    """
+    if errors is None:
+        found = pipeline.errors
+        if found is None:
+            raise ValueError(
+                f"model {model!r} has no {ERRORS}; allowed: after hf-ddpm plan, or its folder as errors"
+            )
+        return found
+    place = Path(errors).expanduser()
+    return read_errors(
+        place.parent if place.name == ERRORS else place,
+        scheduler.process,
+        scheduler.config["prediction_type"],
+        network_digest(pipeline.unet),
+    )
+
+
+def _kept_steps(
+    scheduler: DDPMScheduler, steps: int, chain: str, stored: StoredErrors | None, variance_type: str
+) -> Sequence[int]:
+    """The K steps of a chain, in the network's numbering."""
+    if chain == "quadratic":
+        return quadratic_steps(len(scheduler.process), steps)
+    if chain == "chosen":
+        assert stored is not None
+        # Of a learned variance no table is known; it is nearest to the optimal one
+        kind = "optimal" if variance_type in LEARNED else variance_type
+        return stored.errors.best_chains(kind, steps).steps(steps)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
 
 
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:

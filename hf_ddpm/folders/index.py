@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from hf_ddpm.folders.guard import check_network, check_scheduler, weights_files
 from hf_ddpm.folders.layout import (
     CONFIG,
+    ERRORS,
     INDEX,
     SCHEDULER,
     SCHEDULER_CONFIG,
@@ -198,5 +199,12 @@ def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
     """
     shards = weights_name(variant).removesuffix(TENSORS) + f"-*-of-*{TENSORS}"
     names = [CONFIG, weights_name(variant), shards, f"{WEIGHTS_INDEX.rpartition('.')[0]}*"]
-    patterns = [INDEX, SCHEDULER_CONFIG, SCHEDULER_FILE, *names, *(f"{UNET}/{name}" for name in names)]
+    patterns = [
+        INDEX,
+        ERRORS,
+        SCHEDULER_CONFIG,
+        SCHEDULER_FILE,
+        *names,
+        *(f"{UNET}/{name}" for name in names),
+    ]
     return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))

@@ -10,6 +10,7 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
         config.json                     the network's shape
         diffusion_pytorch_model.safetensors               the weights, averaged with the first decay
         diffusion_pytorch_model.ema_0_999.safetensors     with another decay: a variant in diffusers' words
+      errors.safetensors                the errors of its predictions (errors.py describes it)
       README.md                         the model's card
       notes.md  commands.sh             what a person says of the model: for the card
       samples.png  progressive.png  interpolation.png     pictures for the card
@@ -47,6 +48,8 @@ NETWORK_FILE, SCHEDULER_FILE = f"{UNET}/{CONFIG}", f"{SCHEDULER}/{SCHEDULER_CONF
 TENSORS = ".safetensors"  # how the name of every file of tensors ends
 WEIGHTS = "diffusion_pytorch_model"  # how the name of every file of weights begins
 WEIGHTS_INDEX = f"{WEIGHTS}{TENSORS}.index.json"  # which shard holds which weight
+
+ERRORS = "errors.safetensors"
 
 # What a card is made of
 CARD, CARD_FACTS = "README.md", "card.json"

@@ -6,6 +6,8 @@ images with its standard error (null for a single image), and those marked ° ma
     bits_per_dim      variance_type; bpd, rate_bpd, distortion_bpd, prior_bpd: {value, stderr}
     other_variance °  the same under the other fixed variance
     method            name, steps, evaluations_per_image, clip_x0, decoder, seed, … : how bits/dim were taken
+    few_steps °       timesteps (that the chain visits), errors (what those it is made of are of, or null);
+                      where the steps or the variance were measured, or the steps are not even
     data              dataset, split (or a slice of it), part ° (held-out or train, of a split that a run held
                       images out of; else all), holdout ° and holdout_seed ° (which chose them), fit, channels
                       (null: the images' own), background (of transparent pixels), to_8_bit (deeper images
@@ -250,6 +252,8 @@ def describe(report: Mapping[str, Any]) -> str:
         f"{_holdout_words(data)}{seen}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
     )
+    if report.get("few_steps"):
+        lines.append(_chain_words(report))
     if found := report.get("comparison"):
         both = with_error({"value": found["difference_bpd"], "stderr": found["stderr"]}, 4)
         lines.append(
@@ -276,6 +280,16 @@ def _holdout_words(data: Mapping[str, Any]) -> str:
     if data.get("holdout") is None:
         return ""
     return f" (holdout {data['holdout']:g}, seed {data.get('holdout_seed')})"
+
+
+def _chain_words(report: Mapping[str, Any]) -> str:
+    """Which steps a chain of fewer steps visits, in a sentence."""
+    method, steps = report["method"], report["few_steps"]["timesteps"]
+    first = "" if steps[0] == 0 else f"; its decoder starts at step {steps[0]}"
+    return (
+        f"chain of {method['steps']} steps ({method.get('chain', 'even')}), from step {steps[-1]} down to "
+        f"{steps[0]}{first}"
+    )
 
 
 def describe_memorisation(found: Mapping[str, Any], dataset: str | None = None) -> str:

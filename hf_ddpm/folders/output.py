@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 
 from hf_ddpm.folders.layout import (
     CHECKPOINTS,
+    ERRORS,
     EVALUATION,
     INDEX,
     LOCK,
@@ -89,8 +90,22 @@ def check_evaluation_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: the message names one of them.
     """
-    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or any(folder.glob(f"{PARTS}*"))
-    check_strangers(folder, "out", MEASURED, own, overwrite)
+    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or (folder / ERRORS).is_file()
+    check_strangers(folder, "out", MEASURED, own or any(folder.glob(f"{PARTS}*")), overwrite)
+
+
+def check_errors_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds other things than a model, an evaluation or a table of errors.
+
+    Args:
+        folder: where the table goes.
+        overwrite: whether the caller said that it may hold other things. Their files are never replaced.
+
+    Raises:
+        ValueError: the message names one of them.
+    """
+    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or (folder / ERRORS).is_file()
+    check_strangers(folder, "out", {ERRORS}, own or any(folder.glob(f"{PARTS}*")), overwrite)
 
 
 def check_strangers(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hf_ddpm.denoiser import as_denoiser, scoring_device
 from hf_ddpm.generation.given import as_images
 from hf_ddpm.likelihood import Estimate, estimate_bound
-from hf_ddpm.variances import plain_name
+from hf_ddpm.likelihood.errors import MEASURED
+from hf_ddpm.variances import AnyVariance, plain_name
 
 
 def bits_per_dim(
@@ -27,13 +28,15 @@ def bits_per_dim(
     if variance_type is None:  # a sampler that has none leaves it to what the network was trained for
         own = pipeline.trained_scheduler.config["variance_type"]
         variance_type = plain_name(getattr(pipeline.scheduler, "config", {}).get("variance_type", own))
+    variance = measured_variance(pipeline, variance_type, clip_x0)
     device = scoring_device(pipeline.device)
     x_0 = as_images(images, pipeline.image_shape).to(device)
     network, weight = pipeline.unet, next(iter(_weights(pipeline.unet)), None)
     denoise = as_denoiser(network, pipeline.device)
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
-        return denoise(x_t if weight is None else x_t.to(weight.dtype), t)
+        answer = denoise(x_t if weight is None else x_t.to(weight.dtype), t)
+        return answer if isinstance(variance, str) else answer[:, : x_t.shape[1]]
 
     was_training = isinstance(network, nn.Module) and network.training
     try:
@@ -46,7 +49,7 @@ def bits_per_dim(
             num_evals_per_image=num_evals_per_image,
             seed=seed,
             batch_size=batch_size,
-            variance_type=variance_type,
+            variance_type=variance,
             prediction_type=pipeline.prediction_type,
             clip_x0=clip_x0,
             decoder=decoder,
@@ -54,6 +57,23 @@ def bits_per_dim(
     finally:
         if was_training:
             network.train()
+
+
+def measured_variance(pipeline: Any, variance_type: str, clip_x0: bool) -> AnyVariance:
+    """The variance of that name; of "optimal" and "by-value" the numbers that were measured.
+
+    Raises:
+        ValueError: the pipeline's folder has no errors, or they were measured with another `clip_x0`.
+    """
+    if variance_type not in MEASURED:
+        return variance_type
+    if (found := pipeline.errors) is None:
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: after hf-ddpm plan has measured it")
+    if found.of.clip_x0 != clip_x0:
+        raise ValueError(
+            f"clip_x0 is {clip_x0}, but the errors were measured with {found.of.clip_x0}; allowed: equal"
+        )
+    return found.errors.variance(pipeline.process, variance_type)
 
 
 def _weights(network: Any) -> list[Tensor]:

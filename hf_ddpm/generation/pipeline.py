@@ -252,7 +252,7 @@ class DDPMPipeline(PredictingPipeline):
             seed (`int`, defaults to 0): with an image's place in the batch, of its draws.
             batch_size (`int`, defaults to 64): the network sees at most so many x_t at once.
             variance_type (`str`, *optional*): "fixed_small" or "fixed_large", for a network that learns none;
-                by default the scheduler's.
+                "optimal" or "by-value" of what `hf-ddpm plan` measured; by default the scheduler's.
             clip_x0 (`bool`, defaults to `True`): clip the predicted x_0 to [−1, 1], as published evaluations
                 do.
             decoder (`str`, defaults to `"exact"`): of L_0; "tanh" is the published code's formula.

@@ -16,6 +16,7 @@ import diffusers
 from safetensors import SafetensorError
 from torch import nn
 
+from hf_ddpm.folders.errors import StoredErrors, write_errors
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
 from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, UNET
@@ -42,6 +43,8 @@ class PortablePipeline(diffusers.DDPMPipeline):
     it doesn't (network classes that it lacks, "learned" variances, "mean" and "score" predictions) is
     written as hf_ddpm's: plain diffusers refuses such a folder, and `from_pretrained` of this class loads it.
     """
+
+    _folder: Path | None = None  # that it was loaded from
 
     def to_json_string(self) -> str:
         """Content of `model_index.json`."""
@@ -90,8 +93,22 @@ class PortablePipeline(diffusers.DDPMPipeline):
         except OSError as error:
             raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
         super().save_pretrained(save_directory, safe_serialization=True, **saving)
+        self._save_errors(Path(save_directory))
         if push_to_hub:
             _publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @property
+    def errors(self) -> StoredErrors | None:
+        """The errors that `hf-ddpm plan` measured; predictor.py reads them."""
+        return None
+
+    def _save_errors(self, folder: Path) -> None:
+        """Write the measured errors too, if they are those of the network as it is now."""
+        try:
+            if (found := self.errors) is not None:
+                write_errors(folder, found)
+        except ValueError as error:
+            logger.warning("%s; it is left out", one_line(error))
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -199,6 +216,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
             logger.warning(one_line(redact(message)))
         if SCHEDULER in passed and not (from_hub and trusted):
             _remember_process(pipeline, folder)
+        pipeline._folder = folder if folder.is_dir() else None
         if from_hub:
             pipeline.register_to_config(_name_or_path=name)  # not the cache's folder
         return pipeline

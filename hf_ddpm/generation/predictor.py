@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from hf_ddpm.checks import as_numbers, described
 from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
+from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.generation.portable import PortablePipeline
 from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models.autoencoders import Autoencoder
@@ -74,6 +76,20 @@ class PredictingPipeline(PortablePipeline):
             ValueError: as in `trained_scheduler`.
         """
         return self.trained_scheduler.process
+
+    @property
+    def errors(self) -> StoredErrors | None:
+        """The errors of the network's x̂_0 that `hf-ddpm plan` measured; None if its folder has none.
+
+        `pipeline.errors.errors.variance(process, "by-value")` is a variance for `evaluate_bound` and the
+        functions beside it, of the process or of one of fewer steps.
+
+        Raises:
+            ValueError: the file is damaged, or of another network or process than this.
+        """
+        if self._folder is None or not (self._folder / ERRORS).exists():
+            return None
+        return read_errors(self._folder, self.process, self.prediction_type, network_digest(self.unet))
 
     @torch.no_grad()
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:

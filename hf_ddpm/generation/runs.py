@@ -134,7 +134,9 @@ def load_run(
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{where}: {one_line(error, 180)}") from error
     scheduler = DDPMScheduler.from_pretrained(place / SCHEDULER)
-    return DDPMPipeline(module.eval(), scheduler, image_shape=shape)
+    pipeline = DDPMPipeline(module.eval(), scheduler, image_shape=shape)
+    pipeline._folder = place
+    return pipeline
 
 
 def _variant(place: Path, ema_decay: float | None) -> str | None:

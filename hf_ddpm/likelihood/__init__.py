@@ -2,6 +2,7 @@
 
 `bound_term` is one term of it; `estimate_bound` is unbiased from a few network evaluations for each image;
 `evaluate_bound` visits every step. `rate_distortion` and `with_variance` read their results in another way.
+`chains` says what chains of fewer steps cost, and which are best.
 """
 
 from hf_ddpm.likelihood.bound import DECODERS, BoundTerm, bound_term, prior_kl

@@ -22,7 +22,7 @@ from hf_ddpm.gaussian import check_levels, log_decoder, normal_kl
 from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import count, summary, with_error
-from hf_ddpm.variances import check_scored, log_variance_at, outputs
+from hf_ddpm.variances import AnyVariance, check_scored, log_variance_at, outputs
 
 DECODERS = ("exact", "tanh")  # of L_0; "tanh" is the published code's formula, not its numbers
 
@@ -82,7 +82,7 @@ def bound_term(
     t: Tensor | int,
     noise: Tensor,
     *,
-    variance_type: str | Tensor = "fixed_large",
+    variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -97,8 +97,8 @@ def bound_term(
         t: zero-based index into the chain, shape (B,) int64, or one int for all.
         noise: ε ~ N(0, I), shape of x_0.
         variance_type: "fixed_small", "fixed_large", "learned" (the second C channels of the output are
-            log σ²), "learned_range" (they interpolate, Nichol & Dhariwal 2021, eq. 15), or a table of
-            log σ_t², shape (T,).
+            log σ²), "learned_range" (they interpolate, Nichol & Dhariwal 2021, eq. 15), a table of
+            log σ_t², shape (T,), or a `VarianceByValue`.
         prediction_type: what the first C channels mean, one of `PREDICTION_TYPES`.
         clip_x0: clip x̂_0 to [−1, 1], as the published evaluation does.
         decoder: "exact" or "tanh", the published formula: see `discretized_gaussian_log_likelihood`.
@@ -127,7 +127,7 @@ def known_term(
     t: Tensor | int,
     noise: Tensor,
     *,
-    variance_type: str | Tensor,
+    variance_type: AnyVariance,
     prediction_type: str,
     clip_x0: bool,
     decoder: Literal["exact", "tanh"],
@@ -199,7 +199,7 @@ def predicted(
     x_t: Tensor,
     t: Tensor | int,
     prediction_type: str,
-    variance_type: str | Tensor,
+    variance_type: AnyVariance,
 ) -> tuple[Tensor, Tensor | float]:
     """What a network's output says of p_θ(x_prev | x_t) = N(μ̃_t(x_t, x̂_0), σ_t²).
 
@@ -221,8 +221,9 @@ def predicted(
             f"{variance_type if isinstance(variance_type, str) else 'of a table'!r}: {wanted}"
         )
     output, *second = model_output.to(x_t.dtype).split(x_t.shape[1], dim=1)
-    log_variance = log_variance_at(process, variance_type, second[0] if second else None, t, x_t)
-    return to_x0(process, prediction_type, output, x_t, t), log_variance
+    mean_x0 = to_x0(process, prediction_type, output, x_t, t)
+    found = log_variance_at(process, variance_type, second[0] if second else None, t, x_t, mean_x0)
+    return mean_x0, found
 
 
 def check_process(process: Any, order: str) -> None:

@@ -24,6 +24,7 @@ from hf_ddpm.likelihood.bound import check_process, check_some, checked_options,
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
 from hf_ddpm.shown import count, summary, with_error
+from hf_ddpm.variances import AnyVariance
 
 UNIFORM_SHARE = 0.1  # of a proposal, so that no weight exceeds 10 (T − 1)
 CHUNK = 2**26  # numbers of noise held at once
@@ -122,7 +123,7 @@ def estimate_bound(
     image_indices: Tensor | Sequence[int] | None = None,
     proposal: Tensor | None = None,
     batch_size: int = 64,
-    variance_type: str | Tensor = "fixed_large",
+    variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",
@@ -254,7 +255,7 @@ def pilot_proposal(
     num_steps: int = 20,
     seed: int = 0,
     batch_size: int = 64,
-    variance_type: str | Tensor = "fixed_large",
+    variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",

@@ -21,7 +21,7 @@ from hf_ddpm.likelihood.estimator import Estimate, mean_and_stderr, randn_like
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.seeds import Use, derive_seed
 from hf_ddpm.shown import count, painted, summary, with_error
-from hf_ddpm.variances import log_variance_table
+from hf_ddpm.variances import AnyVariance, log_variance_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def evaluate_bound(
     model: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     *,
-    variance_type: str | Tensor = "fixed_large",
+    variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
     decoder: Literal["exact", "tanh"] = "exact",

@@ -7,7 +7,7 @@ model needs it. This module knows folders; the requests to the Hub are upload.py
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.folders.errors import errors_of
 from hf_ddpm.folders.guard import make_empty, weights_files
 from hf_ddpm.folders.index import check_folder, needs_us, part_folder
 from hf_ddpm.folders.layout import (
@@ -25,6 +26,7 @@ from hf_ddpm.folders.layout import (
     CONFIG,
     CURVE,
     CUSTOM_PIPELINE,
+    ERRORS,
     EVALUATION,
     INDEX,
     LOG,
@@ -196,9 +198,10 @@ def collect(
     """What of a model's folder goes to the Hub: the pipeline, its card, pictures, evaluation and config.
 
     Checkpoints, optimizer states, logs, held-out numbers and anything else stay. Numbers and plots of an
-    evaluation go only if it measured the weights that are sent. With the main weights go what a person wrote
-    of them, `notes.md` and `commands.sh`, and the pictures training.png, progressive.png and
-    interpolation.png. A README.md that hf_ddpm did not write is sent as it is, instead of a card.
+    evaluation, and the errors that `hf-ddpm plan` measured, go only if they are of the weights that are sent.
+    With the main weights go what a person wrote of them, `notes.md` and `commands.sh`, and the pictures
+    training.png, progressive.png and interpolation.png. A README.md that hf_ddpm did not write is sent as it
+    is, instead of a card.
 
     Args:
         model: folder of a pipeline or of a run.
@@ -233,8 +236,13 @@ def collect(
     # What was said and measured of it, in files of their own
     if config:
         files |= {name: folder / name for name in (RECORD, TRAINED_ON) if (folder / name).is_file()}
-    if _measured(folder, index, list(weights.values())):
+    measured = [name for name in (EVALUATION, ERRORS) if (folder / name).is_file()]
+    _refuse_links(folder, [folder / name for name in measured])
+    digest = _digest(folder, index, list(weights.values())) if measured else ""
+    if _is_of(folder, EVALUATION, lambda: measured_weights(read_json(folder / EVALUATION)), digest):
         files |= {name: folder / name for name in (EVALUATION, *PLOTS) if (folder / name).is_file()}
+    if _is_of(folder, ERRORS, lambda: errors_of(folder).weights, digest):
+        files[ERRORS] = folder / ERRORS
     if is_main:
         if grid := newest_grid(folder):
             files[SAMPLES_PICTURE] = grid
@@ -290,7 +298,7 @@ def needed_files(run: Path) -> list[Path]:
     Raises:
         ValueError: one of them is a link out of the folder.
     """
-    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, CARD, LOG)
+    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, ERRORS, CARD, LOG)
     names += (*TOLD, *DRAWN, *PLOTS)
     found = [run / name for name in names if (run / name).is_file()]
     found += [grid] if (grid := newest_grid(run)) else []
@@ -353,10 +361,18 @@ def is_main_weights(path: str) -> bool:
     return is_weights(name) or name == WEIGHTS_INDEX
 
 
-def _measured(folder: Path, index: Mapping[str, Any], weights: list[Path]) -> bool:
-    """Whether the folder's evaluation is of these weights: a run goes on after it, and may hold several."""
-    if not (folder / EVALUATION).is_file():
+def _is_of(folder: Path, name: str, weights: Callable[[], str | None], digest: str) -> bool:
+    """Whether a file is there and of the weights that go: a run goes on after it, and may hold several."""
+    if not (folder / name).is_file():
         return False
+    if weights() == digest:
+        return True
+    logger.warning("%s is of other weights than these: what was measured of them is left out", name)
+    return False
+
+
+def _digest(folder: Path, index: Mapping[str, Any], weights: list[Path]) -> str:
+    """The digest of the network that goes, as a pipeline has it once it is loaded."""
     network = make_empty(NETWORKS[index[UNET][1]], read_json(part_folder(folder, UNET) / CONFIG))
     tensors = {}
     for file in weights:
@@ -365,11 +381,7 @@ def _measured(folder: Path, index: Mapping[str, Any], weights: list[Path]) -> bo
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
     # In float32, as a pipeline has them once it is loaded, whatever the file's precision
     tensors = {name: z.float() if z.is_floating_point() else z for name, z in tensors.items()}
-    digest = weights_digest(network.config, tensors)  # type: ignore[arg-type]
-    same = measured_weights(read_json(folder / EVALUATION)) == digest
-    if not same:
-        logger.warning("%s is of other weights than these: its numbers and plots are left out", EVALUATION)
-    return same
+    return weights_digest(network.config, tensors)  # type: ignore[arg-type]
 
 
 def _refuse_links(folder: Path, files: Iterable[Path | bytes]) -> None:

@@ -188,7 +188,8 @@ def add_options(parser: Parser, options: type, but: Sequence[str] = ()) -> None:
         kinds = _kinds(option)
         # A flag of bool without a value means true
         argument = parser.add_argument(
-            "--" + option.name.replace("_", "-"),
+            *["--" + option.name.replace("_", "-"), *filter(None, [option.metadata.get("also")])],
+            dest=option.name,
             default=argparse.SUPPRESS,
             metavar={bool: "true|false", int: "N", float: "X", str: "TEXT"}[kinds[0]],
             nargs="?" if bool in kinds else None,

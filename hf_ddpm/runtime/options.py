@@ -38,6 +38,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             function of the option's name and its value that raises ValueError for what is not allowed.
             `examples` are values that `--help` lists although others are allowed. Both are a collection, or a
             function that returns one when it is first needed, so that it may import what defines them.
+            `also` is another spelling of the flag.
             `joined` is for text that lists numbers: the text that stands between them if a file or a call
             gives numbers instead.
     """

@@ -4,17 +4,22 @@ The images' pixels are the number of their row, so that their digests say which 
 """
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from hf_ddpm import TrainConfig, train
 from hf_ddpm.cli import main
 from hf_ddpm.data.holdout import held_out
 from hf_ddpm.data.pixels import image_digest
+from hf_ddpm.folders.layout import ERRORS
 from tests.evaluation.commands import refused, run
 
 N = 60
@@ -117,6 +122,65 @@ def test_a_run_on_a_slice(photos, tmp_path, capfd, caplog):
         capfd, folder, photos, "--split", "train", "--part", "held-out", "--out", tmp_path / "out"
     )
     assert "--part is 'held-out', but no record says that the model's training had such images" in words
+
+
+def plan(model, *words):
+    """The rows that are measured, what they are of, and what is printed."""
+    main(["plan", *(str(word) for word in (model, *words, "--evals", 210))])
+    out = Path(words[words.index("--out") + 1] if "--out" in words else model)
+    with safe_open(out / ERRORS, "pt") as table:
+        return table.get_tensor("rows").tolist(), json.loads(table.metadata()["of"])
+
+
+def typed(capsys):
+    """The command that a plan tells to type next, as words."""
+    found = re.search(r"next, on images .*:\n\n  hf-ddpm ((.*\\\n)*.*)\n", capsys.readouterr().out)
+    return shlex.split(found.group(1).replace("\\\n", " "))
+
+
+def test_errors_are_measured_on_what_the_run_trained_on(model, photos, tmp_path, capfd):
+    folder = shutil.copytree(model, tmp_path / "run")
+    rows, of = plan(folder)
+    assert rows == sorted(set(range(N)) - set(HELD))
+    assert (of["part"], of["split"], of["holdout"], of["holdout_seed"]) == ("train", "train", 0.1, 5)
+    command = typed(capfd)
+    assert command[:3] == ["evaluate", str(folder), "--steps"]
+    main([*command, FEW[0], str(FEW[1])])
+    report = json.loads(next(folder.glob("by-value-*/evaluation.json")).read_text())
+    assert report["data"]["part"] == "held-out" and report["few_steps"]["errors"] == of
+    by_value = ("--variance", "by-value", "--out", tmp_path / "out", *FEW)
+    for words, said in (
+        (["--part", "train"], "were measured on these images"),
+        (["--part", "all"], "were measured on 54 of these 60 images"),
+        ([photos, "--split", "train", "--holdout", 0.2, "--holdout-seed", 6], "of these 12 images"),
+        ([shutil.copytree(photos, tmp_path / "moved"), "--part", "train"], "were measured on these images"),
+    ):
+        assert said in refused(capfd, folder, *words, *by_value)
+
+
+@pytest.mark.slow
+def test_errors_of_a_run_on_a_slice(photos, tmp_path, capfd):
+    folder = trained(tmp_path / "run", photos, holdout=None, split="train[:80%]")
+    for number, words in enumerate([[], [photos, "--split", "train"]]):
+        rows, _ = plan(folder, *words, "--out", tmp_path / str(number))
+        assert rows == list(range(48))
+    rows, _ = plan(folder, "--split", "train", "--part", "all", "--out", tmp_path / "all")
+    assert rows == list(range(N))
+    score(
+        folder, tmp_path / "a", "--split", "train[80%:]", "--variance", "optimal", "--errors", tmp_path / "0"
+    )
+    words = ("--split", "train[75%:]", "--variance", "optimal", "--errors", tmp_path / "0")
+    assert "3 of these 15 images" in refused(capfd, folder, *words, "--out", tmp_path / "b")
+
+
+def test_errors_of_a_model_without_a_run(tiny_folder, photos, tmp_path, capfd):
+    words = (photos, "--fit", "center_crop", "--holdout", 12, "--holdout-seed", 5, "--clip-x0", "false")
+    rows, of = plan(tiny_folder, *words, "--out", tmp_path / "plan")
+    assert rows == sorted(set(range(N)) - set(held_out(range(N), 12, 5).tolist()))
+    assert (of["holdout"], of["holdout_seed"], of["clip_x0"]) == (12, 5, False)
+    main([*typed(capfd), FEW[0], str(FEW[1])])
+    report = json.loads(next((tmp_path / "plan").glob("by-value-*/evaluation.json")).read_text())
+    assert report["data"]["num_rows"] == 12 and report["data"]["fit"] == "center_crop"
 
 
 def test_a_run_with_a_test_split_is_scored_on_it(photos, tmp_path, caplog):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_ddpm.cli import main
+from hf_ddpm.folders.layout import ERRORS
 from tests.evaluation.commands import CLASSIFIER, PICTURES, TENSORS, files, run
 from tests.launching import ROOT, forked
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-# Evaluates, is refused, evaluates every step, and trains: each on both processes.
+# Evaluates, is refused, evaluates every step, measures errors, and trains: each on both processes.
 PROBE = """
 import os, sys
 from pathlib import Path
@@ -40,6 +42,7 @@ for name, flags in {
         ends.append("0")
     except SystemExit as stop:
         ends.append(str(stop.code))
+main(["plan", model, "digits", "--evals", "260", "--batch-size", "20", "--out", str(here / "plan")])
 train = "--model tiny --max-steps 2 --num-train-timesteps 20 --beta-end 0.5 --sample-every 0 --log-every 1"
 held = "--batch-size 4 --evaluate-every 1 --evaluate-num-images 7 --evaluate-num-evals 4"
 main(["train", *train.split(), *held.split(), "--output-dir", str(here / "run")])
@@ -64,6 +67,23 @@ def test_two_processes(tiny_folder, tmp_path):
         assert report["processes"] == 2
         assert report["data"] == expected["data"] and report["method"] == expected["method"]
         assert files(tmp_path / name) == sorted(["evaluation.json", TENSORS, *PICTURES])
+
+    main(
+        [
+            "plan",
+            str(tiny_folder),
+            "digits",
+            "--evals",
+            "260",
+            "--batch-size",
+            "20",
+            "--out",
+            str(tmp_path / "p"),
+        ]
+    )
+    both, one = (load_file(tmp_path / name / ERRORS) for name in ("plan", "p"))
+    torch.testing.assert_close(both, one, rtol=1e-5, atol=1e-6)
+    assert done.stdout.count("predicted bits/dim") == 1
 
     # What the run noted of held-out images is what one process finds in the pipeline that it left
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,350 @@
+"""A model and training images become a table of errors: what variances and chains of few steps are made of.
+
+    prepare ─► Measurement   everything is looked at, and refused if it can't be done; nothing is written
+    measure ─► StoredErrors  the work, in parts that processes share and that a killed run finds again
+
+What is measured at which step, likelihood.errors knows; what the file holds, folders/errors.py.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hf_ddpm.data.holdout import name_of_split
+from hf_ddpm.data.pixels import image_digest, to_float
+from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.denoiser import Counted, Denoiser
+from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.errors_config import ErrorsConfig
+from hf_ddpm.evaluation.images import choose_rows, data_digest, open_images
+from hf_ddpm.evaluation.parts import Parts, pieces
+from hf_ddpm.evaluation.scored_model import ScoredModel, load_scored_model
+from hf_ddpm.folders.errors import ErrorsOf, StoredErrors, process_digest, read_errors, write_errors
+from hf_ddpm.folders.footprint import check_batch
+from hf_ddpm.folders.layout import ERRORS
+from hf_ddpm.folders.output import check_errors_folder, output_folder
+from hf_ddpm.likelihood.chains import MOST_STEPS
+from hf_ddpm.likelihood.errors import LEVELS, MEASURED, Errors, error_sums, steps_to_measure
+from hf_ddpm.runtime.disk import delete_partials, why_not_writable
+from hf_ddpm.runtime.messages import redact
+from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.runtime.progress import progress
+from hf_ddpm.seeds import Use, derive_seed
+from hf_ddpm.shown import fields_line
+from hf_ddpm.spelling import suggest_keywords
+from hf_ddpm.variances import FIXED
+
+COUNTS = (5, 10, 20, 50, 100, 200)  # numbers of steps for which a plan tells the bits/dim
+# What has to be said to an evaluation again, if it was said to the measurement
+AS_MEASURED = ("image_column", "channels", "background", "fit", "to_8_bit", "skip_corrupt", "clip_x0")
+ENOUGH = 0.05  # bits/dim above those of all steps, at which the number of steps is that to try first
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A measurement whose inputs have been checked.
+
+    Attributes:
+        config: what was asked for.
+        reading: which images, and how they are read, settled.
+        out: folder of the table.
+        model: what is measured.
+        stream: the images, in the order of their source.
+        places: which of them, ascending.
+        rows: the rows of the whole split that these are, (N,), int64.
+        steps: at which steps each is measured, by its number among `places`.
+        of: what the table will be of.
+    """
+
+    config: ErrorsConfig
+    reading: EvaluationConfig
+    out: Path
+    model: ScoredModel
+    stream: ImageStream
+    places: list[int]
+    rows: Tensor
+    steps: list[Tensor]
+    of: ErrorsOf
+
+    __repr__ = fields_line
+
+
+@suggest_keywords
+def measure_errors(config: ErrorsConfig, *, network: nn.Module | None = None) -> StoredErrors:
+    """Measure the errors of a model's x̂_0, and leave `errors.safetensors` in a folder.
+
+    A table of the same model, images and choices that is there already is read instead.
+
+    Args:
+        config: what to do.
+        network: for a run of a module of your own, whose folder `config.model` is: such a module, as
+            `load_run` takes it.
+
+    Returns:
+        The table, on every process.
+
+    Raises:
+        ValueError: bad input: model, data set or folder; nothing has been written then.
+        RuntimeError: the network's answers are not finite.
+        OSError: a file can't be written.
+    """
+    out, state = _out(config), process_state()
+    with output_folder(out, "out", lambda out: check_errors_folder(out, config.overwrite), state) as lock:
+        measurement = prepare(config, network)
+        if (there := _there(measurement)) is not None:
+            return there
+        if state.is_main_process:
+            delete_partials(out, ERRORS.__eq__)
+        found = measure(measurement)
+        lock.check()
+        if state.is_main_process:
+            write_errors(out, found)
+            Parts.clear(out)
+        state.wait_for_everyone()
+        return found
+
+
+def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measurement:
+    """Look at the model, the images and the folder, before anything is measured or written.
+
+    Args:
+        config: what to do.
+        network: as in `measure_errors`.
+
+    Raises:
+        ValueError: something can't be done; the message names the culprit.
+    """
+    out, state = _out(config), process_state()
+    if reason := why_not_writable(out):
+        raise ValueError(f"out {str(out)!r} can't be written: {reason}; allowed: another folder as out")
+    model = load_scored_model(config.model, state.device or torch.device("cpu"), network=network)
+    if len(model.process) > MOST_STEPS:
+        raise ValueError(
+            f"the process of {config.model!r} has {len(model.process)} steps; allowed: at most {MOST_STEPS}"
+        )
+    images = open_images(config.reading, model, scored=False)
+    reading, stream = images.config, images.stream
+    num_rows = stream.num_rows()
+    places = choose_rows(num_rows, min(num_rows, config.evals), config.seed)
+    if state.device is None or state.device.type == "cpu":
+        check_batch("batch_size", min(config.batch_size, config.evals), model.pipeline.unet, stream.shape)
+    of = ErrorsOf(
+        weights=model.weights_digest,
+        process=process_digest(model.process),
+        prediction_type=model.prediction_type,
+        clip_x0=config.clip_x0,
+        dataset=reading.dataset,
+        split=str(reading.split),
+        part=str(reading.part),
+        holdout=reading.holdout,
+        holdout_seed=reading.holdout_seed,
+        data=data_digest(stream),
+        chosen=stream.chosen.digest,
+        num_rows=num_rows,
+        evaluations=config.evals,
+        seed=config.seed,
+    )
+    steps = steps_of_images(steps_to_measure(model.process, config.evals), len(places), config.seed)
+    rows = torch.from_numpy(stream.chosen.of(places))
+    measurement = Measurement(config, reading, out, model, stream, places, rows, steps, of)
+    image = next(stream.select(places[:1]))[None]
+    once = dataclasses.replace(measurement, steps=[torch.zeros(1, dtype=torch.int64)])
+    sums_of(once, model.denoiser, [0], image)  # refuses a network that does not fit
+    state.wait_for_everyone()
+    return measurement
+
+
+def steps_of_images(steps: Tensor, num_images: int, seed: int) -> list[Tensor]:
+    """Deal the steps out to images at random, as evenly as can be.
+
+    Args:
+        steps: the step of each evaluation, (E,).
+        num_images: N, at most E.
+        seed: of the draw.
+
+    Returns:
+        The steps of each image, ascending; E in all.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(Use.ERROR_STEPS, seed))
+    dealt = steps[torch.randperm(len(steps), generator=generator)]
+    return [dealt[i::num_images].sort().values for i in range(num_images)]
+
+
+def measure(measurement: Measurement) -> StoredErrors:
+    """Measure the images, on every process; only parts of the work are written.
+
+    Raises:
+        RuntimeError: the network's answers are not finite.
+        OSError: a part can't be written.
+    """
+    model, config, of = measurement.model, measurement.config, measurement.of
+    per_image = -(-config.evals // len(measurement.places))
+    parts = pieces(len(measurement.places), max(1, config.batch_size // per_image))
+
+    def work(numbers: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
+        mine = [i for number in numbers for i in parts[number]]
+        images = measurement.stream.select([measurement.places[i] for i in mine])
+        total = sum(len(measurement.steps[i]) for i in mine)
+        with progress("measure", total, "eval", process_state().is_main_process) as bar:
+            denoiser = Counted(model.denoiser, bar)
+            for number in numbers:
+                found = [next(images) for _ in parts[number]]
+                yield sums_of(measurement, denoiser, parts[number], torch.stack(found))
+
+    facts = {"what": "errors", "of": vars(of), "rows": measurement.rows.tolist()}
+    found = Parts(measurement.out, measurement.reading, facts).complete(len(parts), work)
+    sums = {name: found[name].sum(0) for name in ("decoder_nats", "levels")}
+    for name in ("squared", "pixels"):
+        zeros = found[name].new_zeros(len(model.process), found[name].shape[1])
+        sums[name] = zeros.index_add_(0, found["t"], found[name])
+    if not all(table.isfinite().all() for table in sums.values()):
+        raise RuntimeError("the network's answers are not finite for some images: nothing can be measured")
+    return StoredErrors(Errors(process=model.process, **sums), measurement.rows, found["images"], of)
+
+
+def sums_of(
+    measurement: Measurement, denoiser: Denoiser, numbers: Sequence[int], images: Tensor
+) -> dict[str, Tensor]:
+    """What is found of some images, at each of their steps.
+
+    Args:
+        measurement: says these steps.
+        denoiser: the network.
+        numbers: the numbers of the images among `measurement.places`.
+        images: uint8, (N, C, H, W).
+
+    Returns:
+        t, squared and pixels, a row for each evaluation; decoder_nats and levels, summed, with an axis in
+        front; and images, the digest of each.
+    """
+    model, config = measurement.model, measurement.config
+    steps = [measurement.steps[i] for i in numbers]
+    owner = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(t) for t in steps]))
+    t, x_0 = torch.cat(steps), to_float(images)
+    rows = measurement.rows[list(numbers)].tolist()
+    seeds = [derive_seed(Use.ERRORS, config.seed, row) for row in rows]
+    noise = torch.cat(
+        [
+            torch.randn((len(own), *x_0.shape[1:]), generator=torch.Generator().manual_seed(seed))
+            for own, seed in zip(steps, seeds, strict=True)
+        ]
+    )
+    sums = []
+    for chunk in torch.arange(len(t)).split(config.batch_size):
+        x, own, eps = (z.to(model.device) for z in (x_0[owner[chunk]], t[chunk], noise[chunk]))
+        how = {"prediction_type": model.prediction_type, "clip_x0": config.clip_x0}
+        sums.append(error_sums(model.process, denoiser, x, own, eps, **how))
+    counts = [
+        torch.bincount(channel.flatten().long(), minlength=LEVELS) for channel in images.transpose(0, 1)
+    ]
+    return {
+        "t": t,
+        "squared": torch.cat([one.squared for one in sums]),
+        "pixels": torch.cat([one.pixels for one in sums]),
+        "decoder_nats": torch.stack([one.decoder_nats for one in sums]).sum(0, keepdim=True),
+        "levels": torch.stack(counts)[None],
+        "images": torch.tensor([image_digest(image) for image in images]),
+    }
+
+
+def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
+    """The table of predicted bits/dim for a terminal, and what to type next.
+
+    Args:
+        config: what was measured.
+        found: the table of errors.
+    """
+    errors, total = found.errors, len(found.errors.process)
+    kinds = (*FIXED, *MEASURED)
+    counts = [count for count in COUNTS if count < total]
+    best = {kind: errors.best_chains(kind, max([2, *counts])) for kind in kinds}
+    whole = {kind: errors.predicted_bpd(errors.process, kind) for kind in kinds}
+    predicted = {
+        count: {kind: best[kind].nats[count - 1].item() / math.log(2) for kind in kinds} for count in counts
+    }
+    predicted[total] = whole
+    part = {"train": " (those to train on)", "held-out": " (held-out images)"}.get(found.of.part, "")
+    images = f"{found.of.dataset}, {found.of.split}{part}"
+    lines = [
+        f"predicted bits/dim of new images like {images}, for the best steps:",
+        "",
+        f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds),
+        *(f"{n:>8}" + "".join(f"{row[kind]:>13.3f}" for kind in kinds) for n, row in predicted.items()),
+        "",
+        f"measured with {found.of.evaluations} evaluations, predicted x_0 "
+        + ("clipped" if found.of.clip_x0 else "not clipped"),
+    ]
+    enough = [n for n, row in predicted.items() if row["by-value"] <= whole["by-value"] + ENOUGH]
+    out = _out(config)
+    words = [["hf-ddpm", "evaluate", config.model, *_other_images(config, found.of)]]
+    words += [["--steps", str(enough[0]), "--chain", "chosen", "--variance", "by-value"]]
+    if out.resolve() != Path(config.model).expanduser().resolve():
+        words += [["--errors", str(out)]]
+    words += [["--out", str(out / f"by-value-{enough[0]}")]]
+    command = " \\\n    ".join(
+        redact(shlex.join(part)) for part in words
+    )  # a line for each, as paths are long
+    return "\n".join([*lines, "next, on images that were not measured:", "", f"  {command}", ""])
+
+
+def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
+    """The words by which `hf-ddpm evaluate` finds other images like those that were measured."""
+    words = [config.dataset] if config.dataset else []
+    for name in AS_MEASURED:
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default:
+            words += [
+                f"--{name.replace('_', '-')}",
+                str(value).lower() if isinstance(value, bool) else str(value),
+            ]
+    if of.holdout is None or of.part != "train":
+        return [*words, "--split", "validation" if name_of_split(of.split) == "test" else "test"]
+    words += ["--split", config.split] if config.split is not None else []
+    if config.holdout is not None:  # else evaluate knows it from the run, as this did
+        words += ["--holdout", f"{of.holdout:g}", "--holdout-seed", str(of.holdout_seed)]
+    return words
+
+
+def _out(config: ErrorsConfig) -> Path:
+    """The folder of the table.
+
+    Raises:
+        ValueError: none is named.
+    """
+    if config.out is None and not Path(config.model).expanduser().is_dir():
+        raise ValueError(
+            f"out is not given, and {config.model!r} is no folder for the table; allowed: a folder as out"
+        )
+    return Path(config.out if config.out is not None else config.model).expanduser()
+
+
+def _there(measurement: Measurement) -> StoredErrors | None:
+    """The table of just this that the folder holds already.
+
+    Raises:
+        ValueError: it holds another one, which is not to be replaced.
+    """
+    out, config, model = measurement.out, measurement.config, measurement.model
+    if not (out / ERRORS).exists():
+        return None
+    try:
+        found = read_errors(out, model.process, model.prediction_type, measurement.of.weights)
+        if found.of == measurement.of:
+            return found
+        other = ", ".join(
+            key for key, value in vars(measurement.of).items() if getattr(found.of, key) != value
+        )
+        words = f"with another {other}"
+    except ValueError:
+        words = "that is damaged, or of another model"
+    if not config.overwrite:
+        raise ValueError(
+            f"out {str(out)!r} holds {ERRORS} {words}; allowed: another folder as out, or overwrite"
+        )
+    return None
