@@ -15,6 +15,7 @@ from pathlib import Path
 from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
+from hf_ddpm.evaluation.errors_config import ErrorsConfig
 from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.runtime.arguments import (
     Parser,
