@@ -12,14 +12,19 @@ import hf_ddpm.runtime.lock
 from hf_ddpm.runtime.lock import FolderLock, file_lock
 from tests.launching import ROOT
 
-# Locks a folder, says so, and waits: for a line, or in a process forked from the one that has the lock.
+# Locks a folder, says so, and waits: for a line, or in a process forked from the one that has the lock, which
+# says first that it is there.
 HOLD = """
 import os, sys, time
 from pathlib import Path
 from hf_ddpm.runtime.lock import FolderLock
 FolderLock(Path(sys.argv[1]), ".lock").acquire()
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(60)
+if sys.argv[2] == "fork":
+    there, say = os.pipe()
+    if os.fork() == 0:
+        os.write(say, b".")
+        time.sleep(60)
+    os.read(there, 1)
 print("held", flush=True)
 input()
 """
