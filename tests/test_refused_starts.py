@@ -215,7 +215,7 @@ EVALUATE = [
     ("MODEL digits --nearest-dataset digits --nearest-split test", "--nearest-split 'test'"),
     ("MODEL digits --nearest-dataset /nowhere", "/nowhere"),
     ("MODEL digits --image-column nothing", "no column 'nothing'"),
-    ("MODEL DATA/ten --split train", "are (1, 10, 10) (C, H, W)"),
+    ("MODEL DATA/ten --split train", "for a network of 1x8x8 (CxHxW): add --fit resize_crop"),
     ("MODEL /nowhere", "/nowhere"),
     ("/nowhere/model digits", "/nowhere/model"),
 ]
