@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
@@ -179,20 +180,8 @@ def evaluate_command(argv: Sequence[str], prog: str) -> None:
         "launch` to use several processes.",
         "example: %(prog)s runs/photos photos/ --num-images 1000",
     )
-    parser.add_argument(
-        "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
-    )
-    parser.add_argument(
-        "dataset",
-        type=path,
-        metavar="DATASET",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help="Hub id, folder of images or of parquet files, or 'digits'; by default the run's own data set: "
-        "the images that the run held out, else its test split",
-    )
-    add_options(parser, EvaluationConfig, but=("model", "dataset"))
-    config = EvaluationConfig(**vars(parser.parse(argv)))
+    default = "the run's own: the images that it held out, else its test split"
+    config = EvaluationConfig(**_measurement(parser, EvaluationConfig, default, argv))
 
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.folders.layout import EVALUATION
@@ -211,25 +200,13 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
         prog,
         "Measure how far a model's predictions of x_0 are off at each step, on training images, and say how "
         "many bits/dim its bound will have with few steps and better variances. The table is left beside the "
-        "model as errors.safetensors, which `hf-ddpm evaluate --chain chosen --variance by-value` takes. If "
-        "it was killed, the same command continues it; start it with `accelerate launch` to use several "
-        "processes.",
+        "model as errors.safetensors, which `hf-ddpm evaluate --steps 50 --chain chosen --variance by-value` "
+        "takes. If it was killed, the same command continues it; start it with `accelerate launch` to use "
+        "several processes.",
         "example: %(prog)s runs/photos",
     )
-    parser.add_argument(
-        "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
-    )
-    parser.add_argument(
-        "dataset",
-        type=path,
-        metavar="DATASET",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help="the model's training images: Hub id, folder of images or of parquet files, or 'digits'; by "
-        "default the images that the run trained on",
-    )
-    add_options(parser, ErrorsConfig, but=("model", "dataset"))
-    config = ErrorsConfig(**vars(parser.parse(argv)))
+    default = "the images that the run trained on"
+    config = ErrorsConfig(**_measurement(parser, ErrorsConfig, default, argv))
 
     from hf_ddpm.evaluation.errors import describe_plan, measure_errors
     from hf_ddpm.folders.layout import ERRORS
@@ -239,6 +216,30 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
     if process_state().is_main_process:
         print(describe_plan(config, found))
         print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
+
+
+def _measurement(parser: Parser, config: type, default: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The values on a command line that measures a model on a data set.
+
+    Args:
+        parser: of the command.
+        config: the dataclass of the options.
+        default: the images without a data set.
+        argv: the words.
+    """
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id; plain diffusers' too"
+    )
+    parser.add_argument(
+        "dataset",
+        type=path,
+        metavar="DATASET",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help=f"Hub id, folder of images or of parquet files, or 'digits'; by default {default}",
+    )
+    add_options(parser, config, but=("model", "dataset"))
+    return vars(parser.parse(argv))
 
 
 def interpolate_command(argv: Sequence[str], prog: str) -> None:

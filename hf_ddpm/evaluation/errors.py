@@ -28,7 +28,7 @@ from hf_ddpm.evaluation.scored_model import ScoredModel, load_scored_model
 from hf_ddpm.folders.errors import ErrorsOf, StoredErrors, process_digest, read_errors, write_errors
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import ERRORS
-from hf_ddpm.folders.output import check_errors_folder, output_folder
+from hf_ddpm.folders.output import check_errors_folder, output_folder, results_folder
 from hf_ddpm.likelihood.chains import MOST_STEPS
 from hf_ddpm.likelihood.errors import LEVELS, MEASURED, Errors, error_sums, steps_to_measure
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
@@ -94,7 +94,7 @@ def measure_errors(config: ErrorsConfig, *, network: nn.Module | None = None) ->
         RuntimeError: the network's answers are not finite.
         OSError: a file can't be written.
     """
-    out, state = _out(config), process_state()
+    out, state = results_folder(config.model, config.out, "the table"), process_state()
     with output_folder(out, "out", lambda out: check_errors_folder(out, config.overwrite), state) as lock:
         measurement = prepare(config, network)
         if (there := _there(measurement)) is not None:
@@ -120,7 +120,7 @@ def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measureme
     Raises:
         ValueError: something can't be done; the message names the culprit.
     """
-    out, state = _out(config), process_state()
+    out, state = results_folder(config.model, config.out, "the table"), process_state()
     if reason := why_not_writable(out):
         raise ValueError(f"out {str(out)!r} can't be written: {reason}; allowed: another folder as out")
     model = load_scored_model(config.model, state.device or torch.device("cpu"), network=network)
@@ -281,7 +281,7 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
         + ("clipped" if found.of.clip_x0 else "not clipped"),
     ]
     enough = [n for n, row in predicted.items() if row["by-value"] <= whole["by-value"] + ENOUGH]
-    out = _out(config)
+    out = results_folder(config.model, config.out, "the table")
     words = [["hf-ddpm", "evaluate", config.model, *_other_images(config, found.of)]]
     words += [["--steps", str(enough[0]), "--chain", "chosen", "--variance", "by-value"]]
     if out.resolve() != Path(config.model).expanduser().resolve():
@@ -309,19 +309,6 @@ def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
     if config.holdout is not None:  # else evaluate knows it from the run, as this did
         words += ["--holdout", f"{of.holdout:g}", "--holdout-seed", str(of.holdout_seed)]
     return words
-
-
-def _out(config: ErrorsConfig) -> Path:
-    """The folder of the table.
-
-    Raises:
-        ValueError: none is named.
-    """
-    if config.out is None and not Path(config.model).expanduser().is_dir():
-        raise ValueError(
-            f"out is not given, and {config.model!r} is no folder for the table; allowed: a folder as out"
-        )
-    return Path(config.out if config.out is not None else config.model).expanduser()
 
 
 def _there(measurement: Measurement) -> StoredErrors | None:

@@ -33,7 +33,7 @@ from hf_ddpm.evaluation.samples import Drawing
 from hf_ddpm.evaluation.scored_model import load_scored_model
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import BITS_PLOT, EVALUATION, LEVELS_PLOT, MEASURED, NEAREST, RATE_PLOT
-from hf_ddpm.folders.output import check_evaluation_folder, output_folder
+from hf_ddpm.folders.output import check_evaluation_folder, output_folder, results_folder
 from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.processes import process_state
@@ -63,7 +63,7 @@ def evaluate(
         RuntimeError: the bound is not finite.
         OSError: a file can't be written.
     """
-    out, state = _out(config), process_state()
+    out, state = results_folder(config.model, config.out, "the results"), process_state()
     with output_folder(out, "out", lambda out: check_evaluation_folder(out, config.overwrite), state) as lock:
         plan = prepare(config, network)
         if state.is_main_process:
@@ -86,7 +86,7 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         ValueError: something can't be done; the message names the culprit.
     """
     started, state = time.perf_counter(), process_state()
-    out = _out(config)
+    out = results_folder(config.model, config.out, "the results")
     if reason := why_not_writable(out):
         raise ValueError(f"out {str(out)!r} can't be written: {reason}")
     other = None if config.compare_with is None else read_evaluation(Path(config.compare_with).expanduser())
@@ -195,19 +195,6 @@ def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:
         Parts.clear(plan.out)
     state.wait_for_everyone()
     return evaluation.report
-
-
-def _out(config: EvaluationConfig) -> Path:
-    """The folder that the config names for the results.
-
-    Raises:
-        ValueError: it names none.
-    """
-    if config.out is None and not Path(config.model).expanduser().is_dir():
-        raise ValueError(
-            f"out is not given, and {config.model!r} is no folder for the results; allowed: a folder as out"
-        )
-    return Path(config.out if config.out is not None else config.model).expanduser()
 
 
 def _check_free(out: Path, config: EvaluationConfig) -> None:

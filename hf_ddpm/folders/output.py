@@ -80,6 +80,22 @@ def check_run_folder(folder: Path) -> None:
     check_strangers(folder, "output_dir", RUN, own)
 
 
+def results_folder(model: str, out: str | None, what: str) -> Path:
+    """The folder for what is measured of a model: the one that is named, else the model's.
+
+    Args:
+        model: folder or Hub id.
+        out: a folder, or None.
+        what: the results, for messages.
+
+    Raises:
+        ValueError: none is named, and the model is no folder.
+    """
+    if out is None and not Path(model).expanduser().is_dir():
+        raise ValueError(f"out is not given, and {model!r} is no folder for {what}; allowed: a folder as out")
+    return Path(model if out is None else out).expanduser()
+
+
 def check_evaluation_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds other things than an evaluation, a run or a pipeline.
 
@@ -90,22 +106,17 @@ def check_evaluation_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: the message names one of them.
     """
-    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or (folder / ERRORS).is_file()
-    check_strangers(folder, "out", MEASURED, own or any(folder.glob(f"{PARTS}*")), overwrite)
+    _check_measured(folder, MEASURED, overwrite)
 
 
 def check_errors_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds other things than a model, an evaluation or a table of errors.
+    """The same for the table of a model's errors."""
+    _check_measured(folder, {ERRORS}, overwrite)
 
-    Args:
-        folder: where the table goes.
-        overwrite: whether the caller said that it may hold other things. Their files are never replaced.
 
-    Raises:
-        ValueError: the message names one of them.
-    """
+def _check_measured(folder: Path, names: Collection[str], overwrite: bool) -> None:
     own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or (folder / ERRORS).is_file()
-    check_strangers(folder, "out", {ERRORS}, own or any(folder.glob(f"{PARTS}*")), overwrite)
+    check_strangers(folder, "out", names, own or any(folder.glob(f"{PARTS}*")), overwrite)
 
 
 def check_strangers(
