@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.data.holdout import name_of_split
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import Counted, Denoiser
@@ -297,7 +296,8 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     command = " \\\n    ".join(
         redact(shlex.join(part)) for part in words
     )  # a line for each, as paths are long
-    return "\n".join([*lines, "next, on images that were not measured:", "", f"  {command}", ""])
+    other = "next, on images that were not measured" + ("" if _is_known(found.of) else ", if there are such")
+    return "\n".join([*lines, f"{other}:", "", f"  {command}", ""])
 
 
 def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
@@ -311,11 +311,25 @@ def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
                 str(value).lower() if isinstance(value, bool) else str(value),
             ]
     if of.holdout is None or of.part != "train":
-        return [*words, "--split", "validation" if name_of_split(of.split) == "test" else "test"]
+        return [*words, "--split", _other_split(of)]
     words += ["--split", config.split] if config.split is not None else []
     if config.holdout is not None:  # else evaluate knows it from the run, as this did
         words += ["--holdout", str(of.holdout), "--holdout-seed", str(of.holdout_seed)]
     return words
+
+
+def _is_known(of: ErrorsOf) -> bool:
+    """Whether other images are known to be there: a holdout, or the rest of a slice."""
+    return (of.holdout is not None and of.part == "train") or _other_split(of) not in ("test", "validation")
+
+
+def _other_split(of: ErrorsOf) -> str:
+    """A split of other images: the rest of one that was measured from an end on, else one that may be there."""
+    name, _, inner = of.split.partition("[")
+    start, colon, stop = inner.removesuffix("]").partition(":")
+    if colon and bool(start) != bool(stop):
+        return f"{name}[:{start}]" if start else f"{name}[{stop}:]"
+    return "validation" if name == "test" else "test"
 
 
 def _out(config: ErrorsConfig) -> Path:
