@@ -29,6 +29,7 @@ from hf_ddpm.likelihood import (
     pilot_proposal,
 )
 from hf_ddpm.likelihood.bound import bound_term
+from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.runtime.untrusted import shown
@@ -49,14 +50,25 @@ def scoring_options(config: EvaluationConfig, model: ScoredModel) -> dict[str, A
 
 @torch.no_grad()
 def check_scorable(config: EvaluationConfig, model: ScoredModel, stream: ImageStream, row: int) -> None:
-    """Score one image at one step.
+    """Score one image at one step, and look at the last step, where the noise may hide the image wholly.
 
     Raises:
-        ValueError: the network's answer does not fit the image or the variance.
+        ValueError: the network's answer does not fit the image or the variance, or as in `check_last_step`.
     """
+    check_last_step(model)
     x_0 = _on_device(stream.select([row]), model)
     noise = torch.zeros_like(x_0)
     bound_term(model.process, model.denoiser, x_0, 0, noise, **scoring_options(config, model))
+
+
+def check_last_step(model: ScoredModel) -> None:
+    """Refuse a network whose prediction says nothing about x_0 at the last step, before any work is done.
+
+    Raises:
+        ValueError: ᾱ_t is 0 there, and the network predicts the noise.
+    """
+    nothing = torch.zeros(1, 1, 1, 1)
+    to_x0(model.process, model.prediction_type, nothing, nothing, len(model.process) - 1)
 
 
 def check_fair(

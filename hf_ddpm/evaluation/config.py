@@ -52,7 +52,6 @@ NEEDS = {
     "first_variance": ("steps",),
     "holdout_seed": ("holdout",),
     "chain": ("steps",),
-    "errors": ("variance_type", "chain"),
 }
 
 
@@ -202,6 +201,11 @@ class EvaluationConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but has no use without {' or '.join(needed)}"
                 )
+        if self.errors is not None and self.variance_type not in MEASURED and self.chain != "chosen":
+            raise ValueError(
+                f"errors is {self.errors!r}, but has no use without variance_type {' or '.join(MEASURED)}, "
+                "or a chosen chain"
+            )
         if self.background is not None:
             from hf_ddpm.data.pixels import parse_background
 

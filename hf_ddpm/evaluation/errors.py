@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.data.holdout import name_of_split
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import Counted, Denoiser
+from hf_ddpm.evaluation.bits_per_dim import check_last_step
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
 from hf_ddpm.evaluation.images import choose_rows, data_digest, open_images
@@ -29,7 +29,7 @@ from hf_ddpm.folders.errors import ErrorsOf, StoredErrors, process_digest, read_
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.folders.output import check_errors_folder, output_folder, results_folder
-from hf_ddpm.likelihood.chains import MOST_STEPS
+from hf_ddpm.likelihood.chains import MOST_STEPS, best_chains, chain_nats
 from hf_ddpm.likelihood.errors import LEVELS, MEASURED, Errors, error_sums, steps_to_measure
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.messages import redact
@@ -43,6 +43,7 @@ from hf_ddpm.variances import FIXED
 COUNTS = (5, 10, 20, 50, 100, 200)  # numbers of steps for which a plan tells the bits/dim
 # What has to be said to an evaluation again, if it was said to the measurement
 AS_MEASURED = ("image_column", "channels", "background", "fit", "to_8_bit", "skip_corrupt", "clip_x0")
+ROUGH = 2000  # evaluations, with which predictions were within 0.03 bits/dim of those with 50,000
 ENOUGH = 0.05  # bits/dim above those of all steps, at which the number of steps is that to try first
 
 
@@ -139,7 +140,7 @@ def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measureme
         process=process_digest(model.process),
         prediction_type=model.prediction_type,
         clip_x0=config.clip_x0,
-        dataset=reading.dataset,
+        dataset=redact(reading.dataset),  # the table may be published
         split=str(reading.split),
         part=str(reading.part),
         holdout=reading.holdout,
@@ -156,6 +157,7 @@ def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measureme
     image = next(stream.select(places[:1]))[None]
     once = dataclasses.replace(measurement, steps=[torch.zeros(1, dtype=torch.int64)])
     sums_of(once, model.denoiser, [0], image)  # refuses a network that does not fit
+    check_last_step(model)
     state.wait_for_everyone()
     return measurement
 
@@ -263,12 +265,14 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     errors, total = found.errors, len(found.errors.process)
     kinds = (*FIXED, *MEASURED)
     counts = [count for count in COUNTS if count < total]
-    best = {kind: errors.best_chains(kind, max([2, *counts])) for kind in kinds}
-    whole = {kind: errors.predicted_bpd(errors.process, kind) for kind in kinds}
-    predicted = {
-        count: {kind: best[kind].nats[count - 1].item() / math.log(2) for kind in kinds} for count in counts
-    }
-    predicted[total] = whole
+    predicted: dict[int, dict[str, float]] = {count: {} for count in (*counts, total)}
+    for kind in kinds:
+        costs = errors.costs(kind)  # which take a while for thousands of steps
+        nats = best_chains(*costs, max([1, *counts])).nats
+        for count in counts:
+            predicted[count][kind] = nats[count - 1].item() / math.log(2)
+        predicted[total][kind] = chain_nats(range(total), *costs) / math.log(2)
+    whole = predicted[total]
     part = {"train": " (those to train on)", "held-out": " (held-out images)"}.get(found.of.part, "")
     images = f"{found.of.dataset}, {found.of.split}{part}"
     lines = [
@@ -280,6 +284,8 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
         f"measured with {found.of.evaluations} evaluations, predicted x_0 "
         + ("clipped" if found.of.clip_x0 else "not clipped"),
     ]
+    if found.of.evaluations < ROUGH:
+        lines.append(f"with fewer than {ROUGH:,} evaluations these bits/dim are rough, and may be far off")
     enough = [n for n, row in predicted.items() if row["by-value"] <= whole["by-value"] + ENOUGH]
     out = results_folder(config.model, config.out, "the table")
     words = [["hf-ddpm", "evaluate", config.model, *_other_images(config, found.of)]]
@@ -290,7 +296,8 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     command = " \\\n    ".join(
         redact(shlex.join(part)) for part in words
     )  # a line for each, as paths are long
-    return "\n".join([*lines, "next, on images that were not measured:", "", f"  {command}", ""])
+    other = "next, on images that were not measured" + ("" if _is_known(found.of) else ", if there are such")
+    return "\n".join([*lines, f"{other}:", "", f"  {command}", ""])
 
 
 def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
@@ -304,11 +311,25 @@ def _other_images(config: ErrorsConfig, of: ErrorsOf) -> list[str]:
                 str(value).lower() if isinstance(value, bool) else str(value),
             ]
     if of.holdout is None or of.part != "train":
-        return [*words, "--split", "validation" if name_of_split(of.split) == "test" else "test"]
+        return [*words, "--split", _other_split(of)]
     words += ["--split", config.split] if config.split is not None else []
     if config.holdout is not None:  # else evaluate knows it from the run, as this did
-        words += ["--holdout", f"{of.holdout:g}", "--holdout-seed", str(of.holdout_seed)]
+        words += ["--holdout", str(of.holdout), "--holdout-seed", str(of.holdout_seed)]
     return words
+
+
+def _is_known(of: ErrorsOf) -> bool:
+    """Whether other images are known to be there: a holdout, or the rest of a slice."""
+    return (of.holdout is not None and of.part == "train") or _other_split(of) not in ("test", "validation")
+
+
+def _other_split(of: ErrorsOf) -> str:
+    """A split of other images: the rest of one that was measured from an end on, else one that may be there."""
+    name, _, inner = of.split.partition("[")
+    start, colon, stop = inner.removesuffix("]").partition(":")
+    if colon and bool(start) != bool(stop):
+        return f"{name}[:{start}]" if start else f"{name}[{stop}:]"
+    return "validation" if name == "test" else "test"
 
 
 def _there(measurement: Measurement) -> StoredErrors | None:

@@ -14,8 +14,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from hf_ddpm.folders.layout import ERRORS
@@ -101,7 +102,12 @@ def process_digest(process: DiffusionProcess) -> str:
 
 
 def network_digest(network: Any) -> str:
-    """Sixteen hex digits of a network's config and weights, as they are in float32."""
+    """Sixteen hex digits of a network's config and weights, as they are in float32.
+
+    DDP and torch.compile are taken off, as neither changes what the network answers.
+    """
+    if isinstance(network, nn.Module):
+        network = extract_model_from_parallel(network, keep_torch_compile=False)
     weights: Mapping[str, Tensor] = network.state_dict() if isinstance(network, nn.Module) else {}
     floats = {name: z.float() if z.is_floating_point() else z for name, z in weights.items()}
     return weights_digest(getattr(network, "config", {}), floats)
@@ -201,9 +207,15 @@ def _read_of(texts: Mapping[str, str], name: str) -> ErrorsOf:
     if lacks := sorted(hints.keys() - found.keys()):
         raise ValueError(f"{name} does not say its {', '.join(lacks)}; {REMEDY}")
     for key, kind in hints.items():
-        if not fits(found[key], kind):
+        if not _fits(found[key], kind):
             raise ValueError(f"{name}: {key} is {shown(found[key])}; allowed: {words_of(kind)}")
     return ErrorsOf(**{key: found[key] for key in hints})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of the header is of this type; whole numbers are counts, and seeds up to 2^63."""
+    whole = kind is int or (int in get_args(kind) and float not in get_args(kind))
+    return 0 <= value < 2**63 if whole and type(value) is int else fits(value, kind)
 
 
 def _name(folder: Path) -> str:

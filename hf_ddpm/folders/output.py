@@ -24,7 +24,7 @@ from hf_ddpm.folders.layout import (
 )
 from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.processes import on_main_process
-from hf_ddpm.runtime.untrusted import read_json
+from hf_ddpm.runtime.untrusted import read_json, tensor_headers
 
 # Files that people and batch systems put beside results: scripts, notes and what a command printed
 BESIDE = frozenset(
@@ -115,7 +115,7 @@ def check_errors_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_measured(folder: Path, names: Collection[str], overwrite: bool) -> None:
-    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or (folder / ERRORS).is_file()
+    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or _is_errors(folder / ERRORS)
     check_strangers(folder, "out", names, own or any(folder.glob(f"{PARTS}*")), overwrite)
 
 
@@ -166,4 +166,11 @@ def _is_evaluation(file: Path) -> bool:
     """Whether a file is the report of an evaluation."""
     with suppress(ValueError):
         return "bits_per_dim" in read_json(file)
+    return False
+
+
+def _is_errors(file: Path) -> bool:
+    """Whether a file is a table of errors."""
+    with suppress(ValueError):
+        return "decoder_nats" in tensor_headers(file)
     return False

@@ -349,7 +349,7 @@ def _weights(position: Tensor, width: float) -> Tensor:
 
 def _trend(position: Tensor, squared: Tensor, pixels: Tensor) -> Tensor:
     """A curve exp(polynomial in log SNR) through the errors, (T,); it never leaves their range."""
-    used = (squared > 0) & (pixels > 0)
+    used = (pixels > 0) & (squared > 1e-200 * pixels)  # far below that, nothing is left of a ratio
     if not used.any():
         return torch.ones_like(squared)
     log_mse = (squared[used] / pixels[used]).log().numpy()

@@ -43,8 +43,8 @@ from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import FIXED, VALUE_BINS, VarianceByValue, value_bins
 
 MEASURED = ("optimal", "by-value")  # the variances that a table of errors gives
-# The log σ at which L_0 is measured: a third of a bin's width of the 256 levels is e^−6.6, so that below −8
-# all σ are as good, and 1 is half of the range of the images
+# The log σ at which L_0 is measured: half of a level's width is 1/255, and a third of that e^−6.6, so that
+# below −8 a smaller σ gains nothing; 1 is half of the range of the images
 LOG_SIGMAS = tuple(np.linspace(-8, 0, 33).tolist())
 LEVELS = 256
 PRIOR_PIXELS = 10.0  # like all others, added to each bin of values for its variance
@@ -163,8 +163,9 @@ class Errors:
         levels: how often the images have each grey level, for each channel, (C, 256), int64.
 
     Raises:
-        ValueError: a table of another shape, numbers that are not finite or below 0, no pixel at t = 0, or a
-            process of more than `chains.MOST_STEPS` steps.
+        ValueError: a table of another shape, numbers that are not finite, below 0 or so large that they would
+            overflow, errors without a pixel, no pixel at t = 0, or a process of more than `chains.MOST_STEPS`
+            steps.
     """
 
     process: DiffusionProcess
@@ -194,8 +195,13 @@ class Errors:
             if not fits or not (found.isfinite() & (found >= 0)).all():
                 raise ValueError(f"{name} is {described(getattr(self, name))}; allowed: {allowed}")
             object.__setattr__(self, name, found)
+            total_of, most = found.double().sum().item(), 1e30 if found.is_floating_point() else 2.0**53
+            if total_of > most:  # far above what images have, and far below what overflows
+                raise ValueError(f"{name} adds up to {total_of:.1e}; allowed: at most {most:.1e}")
         if not self.pixels[0].sum() > 0 or not self.levels.sum() > 0:
             raise ValueError("no pixel was measured at t = 0; allowed: at least one image there")
+        if (self.squared[self.pixels == 0] > 0).any():
+            raise ValueError("squared has errors where pixels has no pixel; allowed: 0 there")
 
     @cached_property
     def x0_mse(self) -> Tensor:
@@ -317,13 +323,16 @@ class Errors:
         """The best chain of every number of steps up to `most`, and what it is predicted to cost.
 
         Args:
-            kind: the variance, as in `costs`.
+            kind: the variance, as in `costs`. A fixed one has no chain of one step.
             most: the largest number of steps.
 
         Raises:
             ValueError: an unknown kind, or a number below 1.
         """
-        return best_chains(*self.costs(kind), most)
+        found = best_chains(*self.costs(kind), most)
+        if kind in FIXED:
+            found.nats[0] = torch.inf  # these need a second step, whose β̃ is the variance of L_0
+        return found
 
     def predicted_bpd(self, process: DiffusionProcess, kind: str) -> float:
         """The bits/dim that a chain is predicted to have on new images of the same kind.
@@ -336,6 +345,8 @@ class Errors:
             ValueError: an unknown kind, a chain of another process, or one that begins above step 0.
         """
         kept = self._index(process).tolist()
+        if kind in FIXED and len(kept) == 1:
+            raise ValueError(f"the chain has one step; allowed with {kind}: at least 2")
         if kept[0] != 0:
             raise ValueError(f"the chain begins at step {kept[0]}; allowed: 0, where L_0 was measured")
         return chain_nats(kept, *self.costs(kind)) / math.log(2)

@@ -175,6 +175,14 @@ def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
         ((model, "digits", "--steps", 5, "--chain", "chosen"), "has no errors.safetensors"),
         ((planned, "digits", "--chain", "chosen"), "--chain is 'chosen', but has no use without --steps"),
         ((planned, "digits", "--errors", planned), "--errors is"),
+        (
+            (planned, "digits", "--errors", planned, "--variance", "fixed_small"),
+            "but has no use without --variance-type optimal or by-value, or a chosen chain",
+        ),
+        (
+            (planned, "digits", "--errors", planned, "--steps", 5, "--chain", "quadratic"),
+            "but has no use without",
+        ),
         ((planned, "digits", "--steps", 5, "--first-variance", "full", *by_value), "has no use with"),
         ((planned, "digits", "--variance", "optimum"), "did you mean 'optimal'?"),
         ((planned, "digits", "--steps", 61, "--chain", "chosen", *by_value), "--steps is 61; allowed: <= 60"),
@@ -208,9 +216,20 @@ def test_what_plan_refuses(model, tmp_path, capfd):
         ((model, "digits", "--out", "/proc/none"), "--out '/proc/none' can't be written"),
     ):
         assert said in refused(capfd, "plan", *words), words
+    zero = diffusers.DDPMScheduler(T, beta_end=0.3, rescale_betas_zero_snr=True)
+    blind = save_plain(tmp_path.parent / "blind", zero)
+    # Before anything is measured, whether an evaluation happens to look at the last step or not
+    for command, words in (("plan", ("--evals", 201)), ("evaluate", ("--num-images", 1))):
+        line = refused(capfd, command, blind, "digits", *words, "--out", tmp_path / "out")
+        assert "'epsilon' says nothing about x_0" in line
     (tmp_path / "photo.png").touch()
     assert "holds other things" in refused(capfd, "plan", model, "digits", "--out", tmp_path)
     assert not (tmp_path / ERRORS).exists()
+    (tmp_path / ERRORS).write_bytes(b"a user's own")
+    line = refused(capfd, "plan", model, "digits", "--out", tmp_path, "--overwrite")
+    assert "holds 'errors.safetensors', which hf_ddpm did not write" in line
+    assert "holds other things" in refused(capfd, "evaluate", model, "digits", "--out", tmp_path)
+    assert (tmp_path / ERRORS).read_bytes() == b"a user's own"
 
 
 @pytest.mark.slow

@@ -267,6 +267,7 @@ def test_groups_add_up_to_the_whole_and_unseen_ones_have_its_error():
 def test_an_error_of_0_everywhere_is_smooth():
     zeros = torch.zeros(40)
     assert (smoothed_mse(SMALL, zeros, torch.ones(40)) < 1e-9).all()
+    assert (smoothed_mse(SMALL, torch.full((40,), 5e-324).double(), torch.full((40,), 9.0)) < 1e-9).all()
     assert (smoothed_mse(ZERO_SNR, torch.ones(40), torch.ones(40)) == 1).all()
 
 

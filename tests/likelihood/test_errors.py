@@ -214,6 +214,18 @@ def test_zero_terminal_snr_and_two_steps():
     assert torch.as_tensor(errors.variance(two, "optimal")).isfinite().all()
 
 
+def test_a_fixed_variance_has_no_chain_of_one_step():
+    errors, one = of_mse(SMALL, 1 / (1 / 0.09 + SMALL.snr)), SMALL.respaced([0])
+    for kind in ("fixed_small", "fixed_large"):
+        best = errors.best_chains(kind, 2)
+        assert best.nats[0] == math.inf and best.nats[1].isfinite()
+        with pytest.raises(ValueError, match=f"the chain has one step; allowed with {kind}: at least 2"):
+            errors.predicted_bpd(one, kind)
+    assert errors.predicted_bpd(one, "optimal") == near(
+        errors.best_chains("optimal", 1).nats.item() / LN2, 1e-12
+    )
+
+
 def test_the_prediction_is_within_two_standard_errors_of_the_bound_on_held_out_images():
     process = chain("linear").respaced(range(0, 1000, 5))
     model, how = gaussian_denoiser("linear", 0.0625), {"prediction_type": "sample"}
