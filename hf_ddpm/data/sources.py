@@ -37,6 +37,7 @@ from hf_ddpm.data.listing import (
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.shown import fields_line
+from hf_ddpm.spelling import did_you_mean
 
 PARQUET = ".parquet"
 BESIDE = "beside the folders of the splits"
@@ -285,7 +286,8 @@ def _check_split(name: str, split: str, splits: list[str], listing: Listing | No
         return same
     beside = listing.left_out.get(BESIDE) if listing else None
     also = f"; {len(beside):,} images lie beside the folders of its splits" if beside else ""
-    raise ValueError(f"no split {shown(str(split))!r} in {shown(name)}; it has {some(splits)}{also}")
+    hint = did_you_mean(split, splits)
+    raise ValueError(f"no split {shown(str(split))!r} in {shown(name)}{hint}; it has {some(splits)}{also}")
 
 
 def _parquet_source(
