@@ -23,7 +23,7 @@ from hf_ddpm.data.fingerprint import digest_of
 from hf_ddpm.data.holdout import BEFORE, Rows, name_of_split, rows_before
 from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
-from hf_ddpm.data.sources import same_place
+from hf_ddpm.data.sources import NoSplit, same_place
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
@@ -263,16 +263,18 @@ def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = Tru
         ValueError: a bad data set, images of another shape than the model's, or held-out images that are not
             known or no longer those that the run held out.
     """
-    given = config.dataset
+    given, asked = config.dataset, config.split
     config = settle_reading(config, model)
     split = default_split(config, model.record, own=True, scored=scored)
     trained = find_trained(config, model, config.dataset, split)
     try:
         config, stream = _open_part(config, model, trained, scored)
     except ValueError as error:
-        if given:
+        own = "" if given else "the run's own data set, as DATASET is not given: "
+        hint = f"; add --split {error.splits[0]}" if isinstance(error, NoSplit) and asked is None else ""
+        if not own + hint:
             raise
-        raise ValueError(f"the run's own data set, as DATASET is not given: {error}") from error
+        raise ValueError(f"{own}{error}{hint}") from error
     is_main = process_state().is_main_process
     if is_main:
         logger.warning("%s", stream.survey(show=True))
