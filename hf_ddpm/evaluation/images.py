@@ -29,7 +29,7 @@ from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.folders.layout import TRAINED_ON
 from hf_ddpm.runtime.messages import one_line, shown
-from hf_ddpm.runtime.processes import on_main_process, process_state
+from hf_ddpm.runtime.processes import held_back, on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 from hf_ddpm.shown import fields_line
@@ -380,7 +380,11 @@ def _readable(config: EvaluationConfig, stream: ImageStream) -> tuple[ImageStrea
     """The stream without images that are skipped, and how many these are."""
     if not config.skip_corrupt:
         return stream, 0
-    bad = stream.unreadable(range(stream.num_rows()))
+    if process_state().is_main_process:
+        bad = stream.unreadable(range(stream.num_rows()))
+    else:  # where all processes find the same, the first one tells of it
+        with held_back("hf_ddpm.data"):
+            bad = stream.unreadable(range(stream.num_rows()))
     return (stream.only(stream.chosen.without(bad)) if bad else stream), len(bad)
 
 
