@@ -18,14 +18,19 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "NumPy array"
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"a {dtype} {kind} of shape {_short(str(tuple(value.shape)))}"
+        return f"{_with_article(dtype)} {kind} of shape {_short(str(tuple(value.shape)))}"
     if value is None or isinstance(value, bool | Real):
         return _short(repr(value))
     if isinstance(value, str):
         return _short(repr(value))
     if isinstance(value, type):
         return f"the class {_short(value.__name__)}"
-    return f"a {_short(type(value).__name__)}"
+    return _with_article(_short(type(value).__name__))
+
+
+def _with_article(noun: str) -> str:
+    """A noun after "a" or "an"; what begins with a U is spoken as "you"."""
+    return f"{'an' if noun[:1] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def check_images(order: str, **images: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import described
+
 
 class Denoiser(Protocol):
     """What sampling, training and the bound call: a network, a closed form or a model of your own."""
@@ -70,8 +72,7 @@ def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -
         ValueError: the model cannot be called; or, at a call, the answer is none of the above or misshapen.
     """
     if isinstance(model, type) or not callable(model):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise ValueError(f"model is {given}; allowed: an nn.Module or a function of (x_t, t)")
+        raise ValueError(f"model is {described(model)}; allowed: an nn.Module or a function of (x_t, t)")
     return model if isinstance(model, _Adapted) else _Adapted(model, device)
 
 

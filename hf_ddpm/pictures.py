@@ -65,9 +65,28 @@ class Sheet:
         return or_none(lambda: png(self.picture()))
 
     def picture(self) -> Image.Image:
-        """The sheet as one PIL image: images that are small enlarged, and labels above and beside them."""
+        """The sheet as one PIL image: images that are small enlarged, and labels above and beside them.
+
+        Raises:
+            ValueError: images of other dimensions, or not one label for each row and column.
+        """
+        self._check()
         pictures = [[to_pil(image) for image in to_uint8(row)] for row in self.images]
         return labelled_grid(pictures, self.columns, self.rows)
+
+    def _check(self) -> None:
+        """Refuse images that are not in rows and columns, and labels that are more or fewer than these."""
+        if not isinstance(self.images, Tensor) or self.images.ndim != 5:
+            raise ValueError(
+                f"images are {described(self.images)}; allowed: a tensor (rows, columns, C, H, W)"
+            )
+        for name, wanted in (("rows", len(self.images)), ("columns", self.images.shape[1])):
+            labels = getattr(self, name)
+            if not isinstance(labels, list | tuple) or len(labels) != wanted:
+                found = f"{len(labels)} labels" if isinstance(labels, list | tuple) else described(labels)
+                raise ValueError(
+                    f"{name} is {found}; allowed: a list of {wanted}, one for each of the {name}"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `picture()` to a file, making its folders where they are missing; returns the path.
@@ -76,7 +95,7 @@ class Sheet:
             path: the file, such as "sheet.png"; the end of its name says which kind.
 
         Raises:
-            ValueError: the end of the name is none that pictures are written as.
+            ValueError: the end of the name is none that pictures are written as, or as in `picture`.
             OSError: it can't be written.
         """
         path = checked_path(path)

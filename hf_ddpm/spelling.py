@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 Target = TypeVar("Target", bound=Callable[..., Any])
 LONGEST_WORD = 60  # characters of a keyword that a message shows
 LONGEST_LIST = 160  # characters of a list of keywords
+MOST_PLACED = 6  # arguments of a call that a message shows
 # Names of the well-known tutorials, and what does their work here; docs/paper-to-code.md says what differs
 TUTORIAL_NAMES = {
     "GaussianDiffusion": "DiffusionProcess.linear(T)",
@@ -68,6 +69,7 @@ def suggest_keywords(target: Target, instead: str = "") -> Target:
     Returns:
         A function that does the same; the class itself. A call with an unknown keyword raises TypeError, as
         Python's own does, in one line that names the nearest keyword, or else those that are allowed.
+        So does a call with too many arguments, or too few; its line says how the function is called.
     """
     if isinstance(target, type):
         kind: Any = target
@@ -85,6 +87,7 @@ def _suggesting(function: Callable[..., Any], name: str, instead: str) -> Any:
         and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     allowed = frozenset(known)
+    usual = _call(name, signature)
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
@@ -97,9 +100,28 @@ def _suggesting(function: Callable[..., Any], name: str, instead: str) -> Any:
             wrong = next(key for key in keywords if key not in allowed)
             shown = repr(wrong if len(wrong) <= LONGEST_WORD else f"{wrong[: LONGEST_WORD - 3]}...")
             raise TypeError(f"{name}() has no keyword {shown}{did_you_mean(wrong, known) or _list(known)}")
-        return function(*args, **keywords)
+        try:
+            return function(*args, **keywords)
+        except TypeError:
+            try:
+                signature.bind(*args, **keywords)
+            except TypeError as error:
+                raise TypeError(f"{name}(): {error}; the call is {usual}") from None
+            raise
 
     return call
+
+
+def _call(name: str, signature: inspect.Signature) -> str:
+    """How a function is called, as "p_sample(x_t, t, model), and all else by name"."""
+    kinds = [(key, parameter.kind) for key, parameter in signature.parameters.items()]
+    placed = [key for key, kind in kinds if kind is not inspect.Parameter.KEYWORD_ONLY]
+    placed = [key for key in placed if key not in ("self", "cls")]
+    shown = ", ".join(placed if len(placed) <= MOST_PLACED else [*placed[:MOST_PLACED], "..."])
+    by_name = (
+        ", and all else by name" if any(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in kinds) else ""
+    )
+    return f"{name.rpartition('.')[2]}({shown}){by_name}"
 
 
 def _list(known: list[str]) -> str:

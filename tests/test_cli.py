@@ -249,7 +249,7 @@ def test_every_flag_reaches_its_key(configs, capsys):
         (["--model", "/nowhere/model"], "model folder '/nowhere/model' does not exist"),
         (["--dataset", "/nowhere/data"], "no file or folder /nowhere/data"),
         (["--dataset", "somebody/no-such-set"], "can't read 'somebody/no-such-set' as a data set"),
-        (["--split", "tset"], "no split 'tset' in digits; it has train, test"),
+        (["--split", "tset"], "no split 'tset' in digits (did you mean 'test'?); it has train, test"),
         (["--config", "nowhere.toml"], "can't read config file 'nowhere.toml': No such file or directory"),
     ],
     ids=str,

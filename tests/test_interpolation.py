@@ -60,7 +60,7 @@ def test_interpolate_rows_of_a_data_set_and_files(tiny_folder, tmp_path, capfd):
         ("digits:test:4", "--out file/mixed.png", "out 'file/mixed.png' can't be written: Not a directory"),
         ("digits:test:4", "--image-column pixels", "no column 'pixels'; there are: image"),
         ("digits:test:9999", "", "no row 9999 in "),
-        ("digits:tset:4", "", "no split 'tset' in digits; it has train, test"),
+        ("digits:tset:4", "", "no split 'tset' in digits (did you mean 'test'?); it has train, test"),
         ("digits:4", "", "image 'digits:4' is no file; allowed: an image file, or DATASET:SPLIT:ROW such"),
         ("nowhere.png", "", "image 'nowhere.png' is no file; allowed: an image file, or DATASET:SPLIT:ROW"),
         ("file", "", "file: corrupt image: not a whole file of a format that is read"),

@@ -277,7 +277,7 @@ def test_one_image_is_a_batch_of_one(form, tiny_folder):
         (torch.full((1, 1, 8, 8), float("nan")), "values from nan to nan; allowed: [-1, 1], or uint8"),
         (torch.from_numpy(PIXELS)[:, None].float(), "from 0 to 248; allowed: [-1, 1], or uint8"),
         (torch.from_numpy(PIXELS)[:, None] / 255, "none below 0; allowed: [-1, 1], or uint8 (did you"),
-        (PIXELS.astype(np.int64), "are a int64 NumPy array of shape (2, 8, 8); allowed: PIL images, uint8"),
+        (PIXELS.astype(np.int64), "are an int64 NumPy array of shape (2, 8, 8); allowed: PIL images, uint8"),
         (Image.fromarray(PIXELS[0]).convert("P"), "an image has PIL mode P; allowed: L, RGB, RGBA"),
         ([PIXELS[0], PIXELS[1, :4]], "(4, 8)"),
         ("digit.png", "images are 'digit.png'; allowed: PIL images, uint8, or"),

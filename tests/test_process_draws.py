@@ -112,7 +112,7 @@ def test_noise_is_drawn_where_none_is_given(name):
     for call, message in [
         (
             lambda: equation(x, STEPS),
-            rf"noise is a int64 .*; the order is {name}\(x_.*, or {name}\(.*, t=t\) to",
+            rf"noise is an int64 .*; the order is {name}\(x_.*, or {name}\(.*, t=t\) to",
         ),
         (lambda: equation(x, 5), "noise is 5; .*to draw the noise"),
         (lambda: equation(x), r"t is missing; allowed: .*, t=t\)"),
@@ -248,8 +248,8 @@ def test_steps_that_can_not_be_taken():
         (lambda: process.p_sample(x_t, lambda x, t: x, 3), "step t = a function"),
         (lambda: process.p_sample(x_t, T, x_t), "step t = 1000 is not in the chain"),
         (lambda: process.p_sample(x_t, STEPS, x_t), "for 2 images"),
-        (lambda: process.p_sample(x_t, 3, None), "model is a NoneType; allowed: an nn.Module or a function"),
-        (lambda: process.p_sample(x_t, 3, x_t.long()), "the model's answer is a int64 tensor"),
+        (lambda: process.p_sample(x_t, 3, None), "model is None; allowed: an nn.Module or a function"),
+        (lambda: process.p_sample(x_t, 3, x_t.long()), "the model's answer is an int64 tensor"),
         (lambda: process.p_sample(x_t, 3, lambda x, t: x[:, :1]), "the model answered shape"),
         (lambda: process.p_sample(x_t, 3, torch.cat([x_t, x_t], 1)), r"answer has shape \(2, 6, 4, 4\)"),
         (

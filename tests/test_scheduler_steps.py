@@ -82,7 +82,7 @@ def test_inference_mode_has_no_count_of_changes_and_needs_none():
         (torch.zeros(1000, dtype=torch.int64), "timestep 0 is repeated"),
         (torch.tensor([1000, 0]), "timestep 1000 is not in the chain"),
         (torch.tensor([900.0, 0.0]), "timesteps is a float32 tensor of shape (2,); allowed: a tensor"),
-        (torch.tensor([[900, 0]]), "timesteps is a int64 tensor of shape (1, 2); allowed: a tensor"),
+        (torch.tensor([[900, 0]]), "timesteps is an int64 tensor of shape (1, 2); allowed: a tensor"),
         ([900, 0], "timesteps is a list; allowed: a tensor of shape (K,), int64"),
         (None, "timesteps is None; allowed: a tensor"),
         (torch.tensor([], dtype=torch.int64), "timesteps is empty"),
@@ -129,7 +129,7 @@ def test_three_steps_for_one_sample_do_not_broadcast():
     [
         (None, X, "model_output is None; allowed: a floating-point tensor"),
         (E, None, "sample is None"),
-        (E.long(), X, "model_output is a int64 tensor of shape (2, 3, 4, 4)"),
+        (E.long(), X, "model_output is an int64 tensor of shape (2, 3, 4, 4)"),
         (E, X.to(torch.uint8), "sample is a uint8 tensor of shape (2, 3, 4, 4)"),
         (E, X[0, 0, 0], "sample is a float32 tensor of shape (4,)"),
         (E[:1], X, "model_output has shape (1, 3, 4, 4)"),

@@ -270,6 +270,28 @@ def test_what_can_not_be_drawn_is_left_to_the_line(odd):
         assert png is None or opened(png)
 
 
+@pytest.mark.parametrize(
+    ("images", "columns", "rows", "words"),
+    [
+        (torch.zeros(2, 3, 1, 8, 8), list("ab"), list("de"), "columns is 2 labels; allowed: a list of 3"),
+        (torch.zeros(2, 3, 1, 8, 8), list("abc"), list("def"), "rows is 3 labels; allowed: a list of 2"),
+        (torch.zeros(2, 3, 1, 8, 8), "abc", list("de"), "columns is 'abc'; allowed: a list of 3"),
+        (
+            torch.zeros(2, 1, 8, 8),
+            ["a"],
+            ["b"],
+            r"images are a float32 tensor of shape \(2, 1, 8, 8\); allowed",
+        ),
+    ],
+    ids=["few columns", "many rows", "text", "images"],
+)
+def test_a_sheet_of_other_labels_is_not_drawn(images, columns, rows, words, tmp_path):
+    sheet = Sheet(images, columns, rows)
+    assert sheet._repr_png_() is None
+    with pytest.raises(ValueError, match=words):
+        sheet.save(tmp_path / "sheet.png")
+
+
 def test_a_notebook_uses_these():
     display = pytest.importorskip("IPython.core.formatters").DisplayFormatter()
     for made in (rate_distortion(bound()), DDPMPipelineOutput([Image.new("L", (8, 8))])):

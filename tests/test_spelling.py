@@ -132,3 +132,27 @@ def test_what_a_process_lacks():
         assert torch.equal(copied.alphas_cumprod, PROCESS.alphas_cumprod)
     words = "t is missing; allowed: q_sample(x_0, t=t), or q_sample(x_0, noise, t)"
     assert line(lambda: PROCESS.q_sample(IMAGES), ValueError) == words
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (
+            lambda: PROCESS.p_sample(min, IMAGES, 5, 5),  # the order of the tutorials
+            "DiffusionProcess.p_sample(): too many positional arguments; the call is p_sample(x_t, t, model)"
+            ", and all else by name",
+        ),
+        (lambda: PROCESS.p_sample(IMAGES, 5), "'model'; the call is p_sample(x_t, t, model), and"),
+        (lambda: PROCESS.q_sample(IMAGES, 5, noise=IMAGES), "the call is q_sample(x_0, noise, t), and all"),
+        (lambda: hf_ddpm.simple_loss(min, IMAGES), "'x_0'; the call is simple_loss(process, model, x_0, t, "),
+        (lambda: hf_ddpm.create_model("tiny", 8), "the call is create_model(preset), and all else by name"),
+        (lambda: TrainConfig(*range(99)), "image_column, image_size, channels, ...)"),
+    ],
+)
+def test_calls_in_another_order(call, wanted):
+    assert wanted in line(call)
+
+
+def test_the_error_of_a_callers_own_function_stays():
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        PROCESS.p_sample(IMAGES, 5, lambda x: x)

@@ -74,6 +74,8 @@ def check_images(found: Survey, reading: Reading, needs: Needs) -> None:
         raise ValueError(f"{found}; allowed: at least one that can be")
     if flags := missing_flags(found, reading, needs):
         taker = "" if needs.shape is None else ", for a network of {}x{}x{} (CxHxW)".format(*needs.shape)
+        if reading.size is not None and needs.shape is None and not needs.takes(*reading.size):
+            taker = ", for a network that takes no {}x{}".format(*reading.size)
         raise ValueError(one_line(f"{found.facts}{taker}: add {' '.join(flags)}", _LONGEST))
 
 
@@ -81,7 +83,9 @@ def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:
     """The flags to add, each with its value; none if all images can be read.
 
     Where the images need another size, it is the largest side up to `needs.most` that the network takes and
-    that the smaller sides of all images but 5 % reach, so that few are enlarged.
+    that the smaller sides of all images but 5 % reach, so that few are enlarged. In place of a size that was
+    asked for and that the network doesn't take comes one near it, unless nothing else is wrong: then the
+    network's own error says more.
 
     Args:
         found: the images; at least one can be read.
@@ -106,19 +110,28 @@ def missing_flags(found: Survey, reading: Reading, needs: Needs) -> list[str]:
         flags.append("--to-8-bit")
     if found.unreadable and reading.skip_corrupt is False:
         flags.append("--skip-corrupt")
-    return flags
+    own_error = reading.size not in (None, size) and needs.shape is None and reading.fit != "exact"
+    return [] if own_error and len(flags) == 1 else flags
 
 
 def _wanted_size(found: Survey, reading: Reading, needs: Needs) -> Size:
     if needs.shape is not None:
         return needs.shape[1:]
     if reading.size is not None:
-        return reading.size
+        return _taken_near(reading.size, needs)
     first = next(iter(found.sizes))
     if needs.takes(*first) and (len(found.sizes) == 1 or reading.fit != "exact"):
         return first
     side = _advised_side(found, needs)
     return side, side
+
+
+def _taken_near(size: Size, needs: Needs) -> Size:
+    """A size itself if the network takes it, else the nearest one of even parts; itself if there is none."""
+    parts = [2**power for power in range(11)]
+    below = [tuple(side // part * part for side in size) for part in parts]
+    above = [tuple(-(-side // part) * part for side in size) for part in parts]
+    return next(((h, w) for h, w in below + above if min(h, w) > 0 and needs.takes(h, w)), size)
 
 
 def _advised_side(found: Survey, needs: Needs) -> int:

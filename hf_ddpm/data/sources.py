@@ -34,9 +34,10 @@ from hf_ddpm.data.listing import (
     split_by_name,
     unused_splits,
 )
-from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
+from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near, quiet_client
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.shown import fields_line
+from hf_ddpm.spelling import did_you_mean
 
 PARQUET = ".parquet"
 BESIDE = "beside the folders of the splits"
@@ -51,6 +52,14 @@ _OTHERS: dict[str, Any] = {
     ".tar": WebDataset,
     ".arrow": Arrow,
 }
+
+
+class NoSplit(ValueError):
+    """A data set has no split of the name that was given; `splits` are those that it has."""
+
+    def __init__(self, words: str, splits: Sequence[str] = ()):
+        super().__init__(words)
+        self.splits = list(splits)
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,9 @@ def open_source(source: str | os.PathLike[str], split: str) -> Source:
     like_parquet = path.lower().endswith(PARQUET)
     if os.path.isfile(path):
         if not like_parquet:
+            hint = ", such as one with this file in it" if path.lower().endswith(tuple(_OTHERS)) else ""
             raise ValueError(
-                f"{shown(name)} is a file, but not a .parquet file: give a .parquet file or a folder"
+                f"{shown(name)} is a file, but not a .parquet file: give a .parquet file or a folder{hint}"
             )
         _check_split(name, split, ["train"])
         return _parquet_source(name, "train", [os.path.abspath(path)], os.path.dirname(os.path.abspath(path)))
@@ -143,8 +153,9 @@ def _open_hub(name: str, split: str) -> Source:
         raise ValueError(f"no folder {name}: it is the name of a file format, not of a data set")
     asking_the_hub(name, PARQUET)
     try:
-        builder = datasets.load_dataset_builder(name)
-        splits: Any = builder.as_streaming_dataset()
+        with quiet_client():  # which would print a line for each of its tries
+            builder = datasets.load_dataset_builder(name)
+            splits: Any = builder.as_streaming_dataset()
     # What `datasets`, the Hub client, fsspec and pyarrow raise has no common class
     except Exception as error:
         raise ValueError(
@@ -285,7 +296,9 @@ def _check_split(name: str, split: str, splits: list[str], listing: Listing | No
         return same
     beside = listing.left_out.get(BESIDE) if listing else None
     also = f"; {len(beside):,} images lie beside the folders of its splits" if beside else ""
-    raise ValueError(f"no split {shown(str(split))!r} in {shown(name)}; it has {some(splits)}{also}")
+    hint = did_you_mean(split, splits)
+    words = f"no split {shown(str(split))!r} in {shown(name)}{hint}; it has {some(splits)}{also}"
+    raise NoSplit(words, splits)
 
 
 def _parquet_source(

@@ -23,13 +23,13 @@ from hf_ddpm.data.fingerprint import digest_of
 from hf_ddpm.data.holdout import BEFORE, Rows, name_of_split, rows_before
 from hf_ddpm.data.listing import SPLITS
 from hf_ddpm.data.pixels import WHITE, image_digest, parse_background
-from hf_ddpm.data.sources import same_place
+from hf_ddpm.data.sources import NoSplit, same_place
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.scored_model import ScoredModel
 from hf_ddpm.folders.layout import TRAINED_ON
 from hf_ddpm.runtime.messages import one_line, shown
-from hf_ddpm.runtime.processes import on_main_process, process_state
+from hf_ddpm.runtime.processes import held_back, on_main_process, process_state
 from hf_ddpm.runtime.progress import progress
 from hf_ddpm.seeds import Use, derive_seed
 from hf_ddpm.shown import fields_line
@@ -263,16 +263,18 @@ def open_images(config: EvaluationConfig, model: ScoredModel, scored: bool = Tru
         ValueError: a bad data set, images of another shape than the model's, or held-out images that are not
             known or no longer those that the run held out.
     """
-    given = config.dataset
+    given, asked = config.dataset, config.split
     config = settle_reading(config, model)
     split = default_split(config, model.record, own=True, scored=scored)
     trained = find_trained(config, model, config.dataset, split)
     try:
         config, stream = _open_part(config, model, trained, scored)
     except ValueError as error:
-        if given:
+        own = "" if given else "the run's own data set, as DATASET is not given: "
+        hint = f"; add --split {error.splits[0]}" if isinstance(error, NoSplit) and asked is None else ""
+        if not own + hint:
             raise
-        raise ValueError(f"the run's own data set, as DATASET is not given: {error}") from error
+        raise ValueError(f"{own}{error}{hint}") from error
     is_main = process_state().is_main_process
     if is_main:
         logger.warning("%s", stream.survey(show=True))
@@ -378,7 +380,11 @@ def _readable(config: EvaluationConfig, stream: ImageStream) -> tuple[ImageStrea
     """The stream without images that are skipped, and how many these are."""
     if not config.skip_corrupt:
         return stream, 0
-    bad = stream.unreadable(range(stream.num_rows()))
+    if process_state().is_main_process:
+        bad = stream.unreadable(range(stream.num_rows()))
+    else:  # where all processes find the same, the first one tells of it
+        with held_back("hf_ddpm.data"):
+            bad = stream.unreadable(range(stream.num_rows()))
     return (stream.only(stream.chosen.without(bad)) if bad else stream), len(bad)
 
 

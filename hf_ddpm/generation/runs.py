@@ -104,6 +104,10 @@ def load_run(
     Raises:
         ValueError: no such folder, a model that is none or has other weights, or another decay.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(
+            f"folder is {described(folder)}; allowed: a run's folder; the order is load_run(folder, model)"
+        )
     place = Path(folder).expanduser()
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(f"model is {described(model)}; allowed: an nn.Module, made as the trained one was")
@@ -113,7 +117,7 @@ def load_run(
         return DDPMPipeline.from_pretrained(folder, **found)
     where = f"run folder {shown(str(place), 120)}"
     if not there:
-        raise ValueError(f"{where} does not exist")
+        raise ValueError(f"{where} is a file" if place.exists() else f"{where} does not exist")
     try:
         variant = _variant(place, ema_decay)
         files = weights_files(place / UNET, variant)

@@ -221,6 +221,11 @@ def collect(
     folder, shown = Path(model).expanduser(), redact(os.fspath(model))
     check_repo_id("repo_id", repo_id)
     if not (folder / INDEX).is_file():
+        if (folder / RECORD).is_file() and (folder / NETWORK_FILE).is_file():
+            raise ValueError(
+                f"model {shown!r} is the run of a network of your own, which no loader could make; allowed: "
+                "a diffusers ModelMixin that hf_ddpm.models.register_network knows"
+            )
         near = "" if folder.exists() else or_near(str(folder))
         raise ValueError(f"model {shown!r} is no folder with a {INDEX}{near}; allowed: a pipeline's folder")
     config = _config(folder)

@@ -5,10 +5,8 @@ errors; which files are sent, and why, is publish.py's.
 """
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +14,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from hf_ddpm.runtime.hub import quiet_client
 from hf_ddpm.runtime.messages import one_line, redact
 
 logger = logging.getLogger(__name__)
@@ -162,7 +161,7 @@ def upload(
     def commit(full_id: str, operations: Callable[[], list[Any]]) -> Any:
         return api.create_commit(full_id, operations(), commit_message=message, revision=revision)
 
-    with _quiet_client():
+    with quiet_client():
         url, before = retry.run(prepare)
         if private and not before.private:
             raise ValueError(
@@ -180,21 +179,3 @@ def upload(
 
         made = retry.run(lambda: commit(url.repo_id, operations))
     return Published(redact(str(url)), made.oid, made.oid != before.sha)
-
-
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """Keep the Hub's client from printing this thread's warnings: `Retry` says what matters of them."""
-    thread, client = threading.get_ident(), logging.getLogger("huggingface_hub")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.ERROR
-
-    handlers = list(client.handlers)
-    for handler in handlers:
-        handler.addFilter(keep)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(keep)

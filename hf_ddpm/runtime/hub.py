@@ -6,7 +6,8 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hf_ddpm.runtime.messages import did_you_mean, nearest, one_line, redact, shown
@@ -97,6 +98,24 @@ def asking_the_hub(name: str, suffix: str = "") -> None:
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         logger.warning(line)
+
+
+@contextlib.contextmanager
+def quiet_client() -> Iterator[None]:
+    """Keep the Hub's client from printing this thread's warnings, for those who say what matters of them."""
+    thread, client = threading.get_ident(), logging.getLogger("huggingface_hub")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    handlers = list(client.handlers)
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
 
 
 def check_repo_id(name: str, value: object) -> None:

@@ -124,7 +124,25 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
         if number is not None:
             return number
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(f"{name} is {shown(value)}; allowed: {words[kind]}{' or none' if optional else ''}")
+    hint = _number_meant(kind, word)
+    raise ValueError(
+        f"{name} is {shown(value)}{hint}; allowed: {words[kind]}{' or none' if optional else ''}"
+    )
+
+
+def _number_meant(kind: Any, text: str) -> str:
+    """The words " (did you mean 0.05?)" on "5%" or "0,05", or on "1,000" if it is to be whole; or nothing."""
+    share, thousands = re.fullmatch(r"([0-9.]+) ?%", text), re.fullmatch(r"[0-9]{1,3}([,_ ][0-9]{3})+", text)
+    comma = re.fullmatch(r"[0-9]+,[0-9]+", text)
+    found = None
+    if kind is float and share:
+        found = read_number(share[1])
+        found = None if found is None else found / 100
+    elif kind is int and thousands:
+        found = read_whole(re.sub("[,_ ]", "", text))
+    elif kind is float and comma:
+        found = read_number(text.replace(",", "."))
+    return "" if found is None else f" (did you mean {found:{'d' if kind is int else 'g'}}?)"
 
 
 def _text(field: dataclasses.Field, text: str) -> str:

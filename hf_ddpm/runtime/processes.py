@@ -4,6 +4,7 @@ accelerate starts and counts the processes; this file knows nothing of what they
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -18,6 +19,29 @@ from hf_ddpm.runtime.messages import one_line
 
 T = TypeVar("T")
 KINDS = {kind.__name__: kind for kind in (ValueError, OSError, RuntimeError)}
+
+
+@contextlib.contextmanager
+def held_back(*loggers: str) -> Iterator[list[str]]:
+    """Keep what some loggers say in this context from being printed; yields the lines, as they come.
+
+    What each of several processes would say can so be told once.
+
+    Args:
+        *loggers: their names.
+    """
+    lines: list[str] = []
+    handler, found = logging.Handler(), [logging.getLogger(name) for name in loggers]
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    for logger in found:
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        for logger in found:
+            logger.propagate = True
+            logger.removeHandler(handler)
 
 
 def on_main_process(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:

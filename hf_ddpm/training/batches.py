@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +27,13 @@ from hf_ddpm.data.order import EMPTY
 from hf_ddpm.data.stream import ImageStream, load_stream
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
+from hf_ddpm.runtime.processes import held_back
 from hf_ddpm.runtime.signals import ignore_signals
 from hf_ddpm.shown import fields_line
 
 logger = logging.getLogger(__name__)
 
+_OF_IMAGES = ("hf_ddpm.data.stream", "hf_ddpm.data.pixels")  # the loggers that tell of single images
 GRACE_SECONDS = 5  # that the system has to tell of a process's end
 
 
@@ -202,9 +204,12 @@ class SkippedRows:
         self._stream, self._accelerator = stream, accelerator
         self._known: set[int] = set(state.get("skipped_rows", []))
         self._new: set[int] = set()
+        self._said: list[str] = []
+        self._told: set[str] = set()
 
     def note(self, batch: "Batch") -> None:
-        """Note the images that a batch of this process should have and hasn't."""
+        """Note the images that a batch of this process should have and hasn't, and what was said of them."""
+        self._said += batch.said
         found = batch.present.numpy()  # on the CPU, wherever the images go
         if not found.all():
             for position, present in zip(batch.positions, found, strict=True):
@@ -212,10 +217,20 @@ class SkippedRows:
                     self._new.add(self._stream.row_at(position))
 
     def rows(self) -> list[int]:
-        """The images by their rows, ascending, over all processes, which call it together."""
-        new = gather_object([sorted(self._new - self._known)])
-        self._known.update(*new)
+        """The images by their rows, ascending, over all processes, which call it together.
+
+        Process 0 tells what was said of images since the last call, each line once for all workers and
+        processes.
+        """
+        found = gather_object([(sorted(self._new - self._known), self._said)])
+        for new, said in found:
+            self._known.update(new)
+            for line in said:
+                if line not in self._told and self._accelerator.is_main_process:
+                    logger.warning("%s", line)
+                self._told.add(line)
         self._new.clear()
+        self._said = []
         return sorted(self._known)
 
 
@@ -226,11 +241,13 @@ class Batch(NamedTuple):
         positions: of the slots in the run's sequence, (B,); `data.order.EMPTY` where a slot has none.
         images: uint8, (B, C, H, W), all zeros where there is none.
         present: whether a slot holds an image, (B,), bool, on the CPU.
+        said: warnings of reading them, which are for `SkippedRows` to tell.
     """
 
     positions: list[int]
     images: Tensor
     present: Tensor
+    said: Sequence[str] = ()
 
     __repr__ = fields_line
 
@@ -254,8 +271,14 @@ class _Batches(IterableDataset):
             self.share.wanted, first_step=self.first_step, worker=number, num_workers=count
         )
         try:
-            for positions, (images, present) in zip(asked, self.stream.slots(given, wanted), strict=True):
-                yield Batch(positions, images, present)
+            found = zip(asked, self.stream.slots(given, wanted), strict=True)
+            while True:
+                with held_back(*_OF_IMAGES) as said:
+                    item = next(found, None)
+                if item is None:
+                    return
+                positions, (images, present) = item
+                yield Batch(positions, images, present, said)
         except ValueError as error:
             yield error
 

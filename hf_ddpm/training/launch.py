@@ -103,7 +103,10 @@ def start_pushing(config: TrainConfig, model: nn.Module, accelerator: Accelerato
     if config.push_to_hub is None:
         return None
     if not isinstance(model, ModelMixin):
-        raise ValueError(f"push_to_hub needs a diffusers network, this is {type(model).__name__}")
+        raise ValueError(
+            f"push_to_hub needs a diffusers network, this is {type(model).__name__}; allowed: a ModelMixin "
+            "that hf_ddpm.models.register_network knows"
+        )
     started = []
 
     def begin() -> None:

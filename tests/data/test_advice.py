@@ -97,6 +97,23 @@ def test_what_the_network_takes():
     assert flags(found((512, 512)), eights, size=(512, 512)) == ""
 
 
+def test_a_size_that_the_network_does_not_take_is_told_in_the_same_line():
+    eights = Needs(takes=lambda height, width: height % 8 == width % 8 == 0 and max(height, width) <= 256)
+    assert flags(found((30, 30)), eights, size=(30, 30)) == "--image-size 24 --fit resize_crop"
+    assert flags(found((32, 32)), eights, size=(30, 37)) == "--image-size 24x32 --fit resize_crop"
+    assert flags(found((8, 8), (9, 9)), eights, size=(3, 5)) == "--image-size 8 --fit resize_crop"
+    assert flags(found((24, 24)), eights, size=(30, 30)) == "--image-size 24"
+    assert flags(found((30, 30), unreadable=1), eights, size=(30, 30), fit="resize") == (
+        "--image-size 24 --skip-corrupt"
+    )
+    # Where nothing else is wrong the network's own error names the sizes below and above
+    assert flags(found((30, 30)), eights, size=(30, 30), fit="resize") == ""
+    none = Needs(takes=lambda height, width: False)
+    assert flags(found((30, 30)), none, size=(30, 30)) == ""
+    with pytest.raises(ValueError, match="1 image of 30x30, mode m, for a network that takes no 30x31: add"):
+        check_images(found((30, 30)), Reading((30, 31)), eights)
+
+
 def test_arrays_with_odd_axes_are_left_to_their_reader():
     assert flags(found((3, 32, 32), arrays=True)) == ""
     assert flags(found((8, 8, 5), arrays=True), channels=5) == ""

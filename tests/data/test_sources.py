@@ -1,5 +1,7 @@
 """sources.py: what a data set may be, its image column, and what is refused."""
 
+import io
+import logging
 import shutil
 
 import numpy as np
@@ -150,14 +152,20 @@ def test_a_mistyped_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch
     hub._say.cache_clear()
 
     def asked(name):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
         raise OSError(f"asked for {name} after {caplog.messages}")
 
     monkeypatch.setattr("datasets.load_dataset_builder", asked)
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    logging.getLogger("huggingface_hub").addHandler(handler)
     told = "no folder 'phtos' here (did you mean 'photos'?); asking the Hub"
     with pytest.raises(ValueError) as error:
         open_source("phtos", "train")
     words = "can't read 'phtos' as a data set: no such folder (did you mean 'photos'?), and from the Hub: "
     assert str(error.value) == words + f"asked for phtos after {[told]}"
+    logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert printed.getvalue() == ""  # what its client tries is not told between our lines
     for name in ("phtos/", "./phtos", "phtos/a/b", "~phtos", "phtos.parquet", str(tmp_path / "phtos")):
         with pytest.raises(ValueError, match="no file or folder ") as error:
             open_source(name, "train")

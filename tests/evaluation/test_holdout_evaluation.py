@@ -111,8 +111,11 @@ def test_a_run_on_a_slice(photos, tmp_path, capfd, caplog):
     folder = trained(tmp_path / "run", photos, holdout=None, split="train[:80%]")
     line = refused(capfd, folder, "--out", tmp_path / "out")
     assert (
-        f"the run's own data set, as DATASET is not given: no split 'test' in {photos}; it has train" in line
+        f"the run's own data set, as DATASET is not given: no split 'test' in {photos}; it has train"
+        "; add --split train" in line
     )
+    line = refused(capfd, folder, photos, "--out", tmp_path / "out")
+    assert f"no split 'test' in {photos}; it has train; add --split train" in line
     data, rows = score(folder, tmp_path / "a", "--split", "train[80%:]")
     assert rows == list(range(48, 60)) and not data["trained_on"]
     assert "trained on" not in caplog.text

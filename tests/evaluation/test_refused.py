@@ -19,7 +19,7 @@ from tests.evaluation.commands import CLASSIFIER, FEW, files, grey, refused, run
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--split tset", "no split 'tset' in digits; it has train, test"),
+        ("--split tset", "no split 'tset' in digits (did you mean 'test'?); it has train, test"),
         ("--num-images 301", "--num-images is 301, but there are 300 images; allowed: 1 to 300"),
         ("--num-images 0", "--num-images is 0; allowed: >= 1"),
         ("--num-imges 3", "unknown argument '--num-imges'; did you mean --num-images?"),

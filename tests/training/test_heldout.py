@@ -165,7 +165,7 @@ def images(folder, counts, size=(8, 8)):
 def test_what_is_refused_before_training(tmp_path):
     data = images(tmp_path / "data", {"train": 3, "test": -3})
     for changes, words in (
-        ({"evaluate_split": "tset"}, "no split 'tset' in digits; it has train, test"),
+        ({"evaluate_split": "tset"}, "no split 'tset' in digits (did you mean 'test'?); it has train, test"),
         ({"dataset": str(data)}, "size 6x6 (HxW), wanted 8x8"),
         ({"evaluate_num_images": 1}, "evaluate_num_images is 1; allowed: >= 2"),
         ({"evaluate_num_evals": 1}, "evaluate_num_evals is 1; allowed: >= 2"),

@@ -21,7 +21,7 @@ from tests.training.helpers import (
 )
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_unreadable_images(tmp_path, caplog, num_workers):
     data = folder_of_images(tmp_path / "data", 5, (8, 8))
     (data / "train" / "003.png").write_bytes(b"no image")
@@ -29,6 +29,8 @@ def test_unreadable_images(tmp_path, caplog, num_workers):
     assert "003.png" in refused(small(tmp_path / "stops", **plan), Conv())
     with caplog.at_level(logging.WARNING):
         train(small(tmp_path / "skips", **plan, skip_corrupt=True), Conv())
+    (skipped,) = (line for line in caplog.messages if line.startswith("skipped "))  # by whichever worker
+    assert "003.png" in skipped
     assert "images that could not be read and were skipped: 1" in caplog.text  # the same one in two epochs
     lines = [json.loads(line) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
     assert [line.get("skipped", 0) for line in lines] == [1, 1, 1]

@@ -224,6 +224,10 @@ def test_refused(run, finished, tmp_path):
     folder, _ = run
     assert "does not exist" in refused(lambda: load_run(tmp_path / "nowhere", model=Many()))
     assert "does not exist" in refused(lambda: load_run(tmp_path / "nowhere"))
+    words = refused(lambda: load_run(Many(), folder))  # pyright: ignore[reportArgumentType]
+    assert words == "folder is a Many; allowed: a run's folder; the order is load_run(folder, model)"
+    assert "is a file" in refused(lambda: load_run(folder / "train_config.json", model=Many()))
+    assert "register_network" in refused(lambda: hf_ddpm.publish(folder, "a/b"))
     words = refused(lambda: load_run(folder, model=Many))  # pyright: ignore[reportArgumentType]
     assert words == "model is the class Many; allowed: an nn.Module, made as the trained one was"
     words = refused(lambda: load_run(folder, model=Conv()))
