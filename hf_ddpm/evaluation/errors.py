@@ -324,7 +324,7 @@ def _is_known(of: ErrorsOf) -> bool:
 
 
 def _other_split(of: ErrorsOf) -> str:
-    """A split of other images: the rest of one that was measured from an end on, else one that may be there."""
+    """A split of other images: the rest of one that was measured in part, or one that may be there."""
     name, _, inner = of.split.partition("[")
     start, colon, stop = inner.removesuffix("]").partition(":")
     if colon and bool(start) != bool(stop):

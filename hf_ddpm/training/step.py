@@ -45,7 +45,7 @@ def _micro_step(run: Run, log: RunLog, micro: int) -> None:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
 
     # Images, their steps and their noise
-    positions, images, present = next(run.batches)
+    positions, images, present, _ = next(run.batches)
     x_0 = to_float(images.to(device, non_blocking=True))
     present = present.to(device, non_blocking=True)
     t = run.steps.draw(draw_uniform(config.seed, positions))
