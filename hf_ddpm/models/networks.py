@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ddpm.models.autoencoders import ConvAutoencoder, DenseAutoencoder
 
@@ -19,13 +20,31 @@ NETWORKS: dict[str, type[ModelMixin]] = {
     "ConvAutoencoder": ConvAutoencoder,
 }
 
+MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
+
+
+def num_classes(network: Any) -> int | None:
+    """How many classes a network knows by its config, beside "no class", the last row of its embedding.
+
+    Args:
+        network: any; a network in DDP or of torch.compile as well.
+
+    Returns:
+        `num_class_embeds` − 1; None for a network without such a table, which is called as (x_t, t).
+    """
+    if isinstance(network, nn.Module):
+        network = extract_model_from_parallel(network, keep_torch_compile=False)
+    config = getattr(network, "config", {})
+    rows = config.get("num_class_embeds") if isinstance(config, Mapping) else None
+    return None if rows is None or config.get("class_embed_type") is not None else rows - 1
+
 
 def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
     """Let `DDPMPipeline.from_pretrained` load a network class of yours; also a decorator.
 
     Args:
         network: a `ModelMixin` and `ConfigMixin`, which can be made on the "meta" device and is called as
-            (x_t, t).
+            (x_t, t), or as (x_t, t, class_labels) if its config has `num_class_embeds`.
 
     Raises:
         ValueError: it is no such class, or another one has its name.
@@ -52,6 +71,8 @@ def weights_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         weights: by name, as in its `state_dict`.
     """
     shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+    if shown.get("num_class_embeds") is None and "class_embed_type" not in shown:
+        shown.pop("num_class_embeds", None)  # autoencoders saved before they knew classes lack the key
     found = hashlib.sha256(str(shown).encode())
     for name, weight in sorted(weights.items()):
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
