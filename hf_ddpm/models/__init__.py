@@ -3,12 +3,11 @@
 A network of any kind fits the slot of a `Denoiser` through `as_denoiser`.
 """
 
-from hf_ddpm.denoiser import Denoiser, as_denoiser
+from hf_ddpm.denoiser import Denoiser, as_denoiser, num_classes
 from hf_ddpm.models.networks import (
     MAX_CLASSES,
     NETWORKS,
     is_built_in,
-    num_classes,
     register_network,
     weights_digest,
 )

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_ddpm.models.autoencoders import ConvAutoencoder, DenseAutoencoder
 
@@ -21,22 +20,6 @@ NETWORKS: dict[str, type[ModelMixin]] = {
 }
 
 MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
-
-
-def num_classes(network: Any) -> int | None:
-    """How many classes a network knows by its config, beside "no class", the last row of its embedding.
-
-    Args:
-        network: any; a network in DDP or of torch.compile as well.
-
-    Returns:
-        `num_class_embeds` − 1; None for a network without such a table, which is called as (x_t, t).
-    """
-    if isinstance(network, nn.Module):
-        network = extract_model_from_parallel(network, keep_torch_compile=False)
-    config = getattr(network, "config", {})
-    rows = config.get("num_class_embeds") if isinstance(config, Mapping) else None
-    return None if rows is None or config.get("class_embed_type") is not None else rows - 1
 
 
 def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
