@@ -118,7 +118,7 @@ def _check_conditions(model: Any) -> None:
 
 
 def _unwrapped(model: Any) -> tuple[Any, Mapping[str, Any] | None]:
-    """A model without torch's wrappers, such as DDP and that of torch.compile, and its config if it has one."""
+    """A model without the wrappers of torch, such as DDP and torch.compile, and its config if it has one."""
     while isinstance(model, nn.Module) and type(model).__module__.partition(".")[0] == "torch":
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):
@@ -126,3 +126,17 @@ def _unwrapped(model: Any) -> tuple[Any, Mapping[str, Any] | None]:
         model = inner
     config = getattr(model, "config", None)
     return model, config if isinstance(config, Mapping) else None
+
+
+class Counted:
+    """A denoiser that counts its calls, one per image and step, and shows them in `bar` if there is one."""
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], bar: Any = None):
+        self.denoiser, self.bar, self.count = denoiser, bar, 0
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's answer."""
+        self.count += len(x_t)
+        if self.bar is not None:
+            self.bar.update(len(x_t))
+        return self.denoiser(x_t, t)
