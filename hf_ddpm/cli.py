@@ -306,6 +306,32 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
+def export_command(argv: Sequence[str], prog: str) -> None:
+    """Write one class of a model as a model that needs no class."""
+    parser = Parser(
+        prog,
+        "Write one class of a class-conditional model, or the model without a class, as an unconditional "
+        "model: a folder that plain diffusers samples. Its answers are those of the class, without guidance.",
+        "example: %(prog)s runs/clothes --class boot --out boots",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a class-conditional pipeline, or its Hub id"
+    )
+    parser.add_argument(
+        "--class",
+        dest="class_labels",
+        required=True,
+        metavar="NAME",
+        help="class by name or number, or 'none'",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new or empty folder")
+    args = parser.parse(argv)
+
+    from hf_ddpm.generation.export import export
+
+    print(f"model: {export(**vars(args))}")
+
+
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
     args = vars(_publish_parser(prog).parse(argv))
@@ -371,6 +397,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "evaluate": evaluate_command,
     "plan": plan_command,
     "interpolate": interpolate_command,
+    "export": export_command,
     "publish": publish_command,
 }
 
