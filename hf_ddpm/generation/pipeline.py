@@ -21,7 +21,9 @@ from hf_ddpm.data.pixels import to_uint8
 from hf_ddpm.denoiser import Denoiser, as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.classes import count_labels
+from hf_ddpm.generation.given import as_pictures
 from hf_ddpm.generation.grids import image_grid, png, to_pil
+from hf_ddpm.generation.inpainting import as_mask, inpaint
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
 from hf_ddpm.generation.samplers import (
     check_process,
@@ -248,6 +250,63 @@ class DDPMPipeline(PredictingPipeline):
         x_0, _ = self._run(classes.denoiser(self.unet), x, generator, set(), callback_on_step_end)
         self.maybe_free_model_hooks()
         return x_0
+
+    @suggest_keywords
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        *,
+        resample: int = 10,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        class_labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> DDPMPipelineOutput | tuple:
+        """Draw some pixels of images anew, given the others: RePaint, Lugmayr et al. 2022, algorithm 1.
+
+        The other pixels come back exactly. Each step is taken `resample` times with the variance β_t, see
+        inpainting.py, so the network is called about K · `resample` times.
+
+        Args:
+            image: one or more images of the model's shape, in any form of `bits_per_dim`, but that
+                floating-point numbers are any in [−1, 1]. For several fillings, give an image several times.
+            mask: white (True, 1 or 255) where pixels are filled, black (False, 0) where they are kept: one
+                for all images or one for each, a PIL image, an array or a tensor, such as (H, W).
+            resample (`int`, defaults to 10): how often each step is taken. 1 is fast, and what is filled then
+                fits its surroundings badly.
+            generator (`torch.Generator` or a list of B of them, *optional*): as in a call of the pipeline, and
+                so the others.
+            num_inference_steps (`int`, *optional*): K, by default all T of the training process.
+            output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
+            return_dict (`bool`, defaults to `True`): return a `DDPMPipelineOutput`, or a tuple.
+            class_labels (*optional*): the class of all images, or one for each.
+            guidance_scale (`float`, defaults to 1.0): w.
+            guidance_interval (`tuple[float, float]`, *optional*): the steps that are guided.
+
+        Raises:
+            ValueError: an argument is not as above, or the sampler is not `DDPMScheduler`.
+        """
+        scheduler: Any = self.scheduler
+        sampler = type(scheduler).__name__
+        _require(isinstance(scheduler, DDPMScheduler), "the scheduler", sampler, "DDPMScheduler (ddpm)")
+        _require(_is_count(resample), "resample", resample, "whole numbers >= 1")
+        x_0 = as_pictures(image, self.shape_or_none)
+        channels, height, width = x_0.shape[1:]
+        filled = as_mask(mask, len(x_0), height, width)
+        _, num_steps, _ = self.check_inputs(
+            len(x_0), generator, num_inference_steps, output_type, None, (channels, height, width)
+        )
+        classes = self.check_classes(len(x_0), class_labels, guidance_scale, guidance_interval)
+        denoise = classes.denoiser(self.unet)
+        images = inpaint(self, denoise, x_0.cpu(), filled, resample, num_steps, generator)
+        self.maybe_free_model_hooks()
+        found = _as_type([_to_unit(images)], output_type)
+        return DDPMPipelineOutput(images=found) if return_dict else (found,)
 
     @suggest_keywords
     def bits_per_dim(

@@ -211,6 +211,14 @@ class PredictingPipeline(PortablePipeline):
         return config.in_channels, height, width
 
     @property
+    def shape_or_none(self) -> tuple[int, int, int] | None:
+        """`image_shape`; None where it is not known."""
+        try:
+            return self.image_shape
+        except ValueError:
+            return None
+
+    @property
     def device(self) -> torch.device:
         """Where the network is. It need not be one of diffusers' models, which alone know their device."""
         return self._weight.device
