@@ -22,13 +22,14 @@ from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
-from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
+from hf_ddpm.generation.samplers import respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import weights_digest
 from hf_ddpm.runtime.disk import delete_partials
 from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
+from hf_ddpm.spacing import check_spacing
 from hf_ddpm.variances import FIXED, LEARNED
 
 logger = logging.getLogger(__name__)

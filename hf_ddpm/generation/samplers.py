@@ -21,8 +21,8 @@ from hf_ddpm.checks import described
 from hf_ddpm.folders.values import NEEDED
 from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
-from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
-from hf_ddpm.schedules import SPACINGS
+from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
+from hf_ddpm.spacing import check_spacing, start_warning
 
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
@@ -115,17 +115,6 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     check_sampler(scheduler, trained.config["prediction_type"])  # `changes` may have changed what it reads
     check_process(scheduler, trained)
     pipeline.scheduler = scheduler
-
-
-def check_spacing(spacing: Any) -> None:
-    """Refuse what is no word for how the steps of a shorter chain are spaced.
-
-    Raises:
-        ValueError: it is not one of `SPACINGS` (the nearest is named).
-    """
-    if not isinstance(spacing, str) or spacing not in SPACINGS:
-        hint = did_you_mean(spacing, SPACINGS)
-        raise ValueError(f"timestep_spacing is {described(spacing)}{hint}; allowed: {', '.join(SPACINGS)}")
 
 
 def respace(pipeline: DiffusionPipeline, spacing: str) -> None:

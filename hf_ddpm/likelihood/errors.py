@@ -40,9 +40,8 @@ from hf_ddpm.likelihood.chains import (
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import fields_line
-from hf_ddpm.variances import FIXED, VALUE_BINS, VarianceByValue, value_bins
+from hf_ddpm.variances import FIXED, MEASURED, VALUE_BINS, VarianceByValue, value_bins
 
-MEASURED = ("optimal", "by-value")  # the variances that a table of errors gives
 # The log σ at which L_0 is measured: half of a level's width is 1/255, and a third of that e^−6.6, so that
 # below −8 a smaller σ gains nothing; 1 is half of the range of the images
 LOG_SIGMAS = tuple(np.linspace(-8, 0, 33).tolist())
