@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.data.pixels import to_uint8
+from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.grids import image_grid, png, to_pil
@@ -236,7 +237,7 @@ class DDPMPipeline(PredictingPipeline):
         batch_size: int = 64,
         variance_type: str | None = None,
         clip_x0: bool = True,
-        decoder: Literal["exact", "tanh"] = "exact",
+        decoder: AnyDecoder = "exact",
     ) -> Estimate:
         """How many bits per dimension the model needs for images, by the bound of Ho et al. 2020, eq. 5.
 
@@ -255,7 +256,9 @@ class DDPMPipeline(PredictingPipeline):
                 "optimal" or "by-value" of what `hf-ddpm plan` measured; by default the scheduler's.
             clip_x0 (`bool`, defaults to `True`): clip the predicted x_0 to [−1, 1], as published evaluations
                 do.
-            decoder (`str`, defaults to `"exact"`): of L_0; "tanh" is the published code's formula.
+            decoder (`str` or `LevelsDecoder`, defaults to `"exact"`): of L_0; "tanh" is the
+                published code's formula, "levels" knows how often each grey level occurs, as `hf-ddpm plan`
+                measured.
 
         Raises:
             ValueError: images that are none of these, values that are no 8-bit levels, or an argument that is
