@@ -132,13 +132,20 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser.late_help[scheduler] = lambda: f"sampler, by default the model's ({', '.join(_samplers())})"
     variance = parser.add_argument("--variance-type", metavar="NAME")
     parser.late_help[variance] = lambda: (
-        f"reverse variance of the sampler ddpm ({', '.join(_fixed_variances())})"
+        f"reverse variance of the sampler ddpm ({', '.join(_variances())}); the last two of a model that "
+        "hf-ddpm plan has measured"
+    )
+    spacing = parser.add_argument("--timestep-spacing", metavar="NAME")
+    parser.late_help[spacing] = lambda: (
+        "how the K steps are spaced among the T, by default as the sampler does "
+        f"({', '.join(_spacings())}); the last two for ddpm, dpm-solver++ and euler"
     )
     parser.add_argument(
-        "--timestep-spacing",
+        "--ending",
+        default="mean",
         metavar="NAME",
-        help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
-        "trailing)",
+        help="an image is the x_0 that the last step predicts (mean), or, of a model that hf-ddpm plan has "
+        "measured, the likeliest grey levels given that (mode) or a draw of them (draw) [mean]",
     )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
@@ -164,10 +171,16 @@ def _samplers() -> Iterable[str]:
     return SCHEDULERS
 
 
-def _fixed_variances() -> Iterable[str]:
-    from hf_ddpm.variances import FIXED
+def _variances() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED, MEASURED
 
-    return FIXED
+    return (*FIXED, *MEASURED)
+
+
+def _spacings() -> Iterable[str]:
+    from hf_ddpm.schedules import SPACINGS
+
+    return SPACINGS
 
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:

@@ -113,6 +113,14 @@ def network_digest(network: Any) -> str:
     return weights_digest(getattr(network, "config", {}), floats)
 
 
+def errors_digest(errors: Errors) -> str:
+    """Sixteen hex digits of what was measured."""
+    found = hashlib.sha256()
+    for name in _shapes(len(errors.process)):
+        found.update(getattr(errors, name).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def write_errors(folder: Path, stored: StoredErrors) -> None:
     """Write the table into a model's folder, whole or not at all.
 
