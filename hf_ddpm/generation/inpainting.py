@@ -1,8 +1,8 @@
-"""Inpainting: pixels of an image drawn anew, given the others, by a network that was trained for no such thing.
+"""Inpainting: pixels of an image drawn anew, given the others, by a network trained for no such thing.
 
 RePaint, Lugmayr et al. 2022, algorithm 1. At each step the known pixels are replaced by a draw of
-q(x_prev | x_0), and those to be filled come from the model's step back. As the model's step saw known pixels of
-another draw, both parts don't fit each other yet. So the step is repeated: forward again, and back,
+q(x_prev | x_0), and those to be filled come from the model's step back. As that saw known pixels of another
+draw, the two parts don't fit each other yet. So the step is repeated: forward again, and back,
 
     x_t ~ q(x_t | x_prev),   x_prev ~ p_θ(x_prev | x_t) where it is filled, q(x_prev | x_0) where it is known.
 
@@ -67,14 +67,11 @@ def _one_form(mask: Any, height: int, width: int) -> Tensor:
     """A picture, an array or a tensor as masks, (N, 1, H, W), bool."""
     if isinstance(mask, Image.Image):
         if mask.mode not in MODES or "transparency" in mask.info:
-            raise ValueError(
-                f"mask has PIL mode {mask.mode}; allowed: {', '.join(MODES)}, without transparency"
-            )
+            raise ValueError(f"mask has PIL mode {mask.mode}; allowed: {', '.join(MODES)}, opaque")
         mask = np.asarray(ImageOps.exif_transpose(mask.convert("RGB") if mask.mode == "P" else mask))
     if isinstance(mask, Tensor):
-        array = (
-            mask.detach().cpu().float().numpy() if mask.is_floating_point() else mask.detach().cpu().numpy()
-        )
+        values = mask.detach().cpu()
+        array = (values.float() if values.is_floating_point() else values).numpy()
     else:
         try:
             array = np.asarray(mask)
@@ -94,8 +91,8 @@ def _one_form(mask: Any, height: int, width: int) -> Tensor:
         found, shape = found[..., 0], shape[:-1]
     if shape[-2:] != size or len(shape) not in (2, 3, 4) or (len(shape) == 4 and shape[1] != 1):
         raise ValueError(
-            f"mask has shape {tuple(array.shape)}; allowed: the images' height and width {size}, and a number "
-            "of masks before them"
+            f"mask has shape {tuple(array.shape)}; allowed: the height and width of the images, {size}, and "
+            "a number of masks before them"
         )
     return found.reshape(-1, 1, height, width)
 
