@@ -17,6 +17,7 @@ from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
+from hf_ddpm.evaluation.sweep_config import SweepConfig
 from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.runtime.arguments import (
     Parser,
@@ -231,6 +232,32 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
         print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
 
 
+def sweep_command(argv: Sequence[str], prog: str) -> None:
+    """Compare samplers and numbers of steps: which one to take."""
+    parser = Parser(
+        prog,
+        "Which sampler, how many steps? Draw equally many images with each sampler in each number of steps, "
+        "compare them with real images by a feature network (Fréchet distance with its standard error), and "
+        "say which to take: the fewest network evaluations within the error of the best. What was found is "
+        "left beside the model as sweep.json and sweep.png, and `hf-ddpm sample --quality fast` takes it. If "
+        "it was killed, the same command continues it, and with more steps or samplers only the new ones are "
+        "drawn; start it with `accelerate launch` to use several processes.",
+        "example: %(prog)s runs/photos --extractor facebook/dinov2-small --steps 10,20,50",
+    )
+    default = "the run's own: the images that it held out, else its test split"
+    config = SweepConfig(**_measurement(parser, SweepConfig, default, argv))
+
+    from hf_ddpm.evaluation.sweep import sweep
+    from hf_ddpm.folders.layout import SWEEP, SWEEP_PLOT
+    from hf_ddpm.folders.sweep import describe_sweep
+    from hf_ddpm.runtime.processes import process_state
+
+    found = sweep(config, redact(shlex.join([*prog.split(), *argv])))
+    if process_state().is_main_process:
+        print(describe_sweep(found))
+        print(f"written: {Path(config.out or config.model).expanduser() / SWEEP}, {SWEEP_PLOT}")
+
+
 def _measurement(parser: Parser, config: type, default: str, argv: Sequence[str]) -> dict[str, Any]:
     """The values on a command line that measures a model on a data set.
 
@@ -358,6 +385,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "sample": sample_command,
     "evaluate": evaluate_command,
     "plan": plan_command,
+    "sweep": sweep_command,
     "interpolate": interpolate_command,
     "publish": publish_command,
 }

@@ -21,6 +21,7 @@ from hf_ddpm.folders.layout import (
     CONFIG,
     ERRORS,
     INDEX,
+    LABELS,
     SCHEDULER,
     SCHEDULER_CONFIG,
     SCHEDULER_FILE,
@@ -206,6 +207,7 @@ def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
     patterns = [
         INDEX,
         ERRORS,
+        LABELS,
         SCHEDULER_CONFIG,
         SCHEDULER_FILE,
         *names,

@@ -24,7 +24,9 @@ from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.grids import image_grid, png, to_pil
 from hf_ddpm.generation.measured import check_ending, ended, ending_decoder, give_errors
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
+from hf_ddpm.generation.quality import sampler_of_quality
 from hf_ddpm.generation.samplers import (
+    Diverged,
     check_process,
     check_sampler,
     check_steps,
@@ -118,6 +120,7 @@ class DDPMPipeline(PredictingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        quality: Literal["fast", "best"] | None = None,
         max_batch_size: int | None = None,
         pred_original_steps: Sequence[int] = (),
         callback_on_step_end: Callback | None = None,
@@ -136,6 +139,9 @@ class DDPMPipeline(PredictingPipeline):
                 [0, 1].
             return_dict (`bool`, defaults to `True`): return a `DDPMPipelineOutput`, or the tuple of its
                 fields.
+            quality (`str`, *optional*): takes the sampler and the number of steps that `hf-ddpm sweep` found
+                for this model, for this call: "fast" is the fewest network evaluations whose images are as
+                good as the best, as far as was measured, and "best" is the best.
             max_batch_size (`int`, *optional*): the network sees at most so many images at once. With one
                 generator the draws come chunk by chunk, so the images differ from those of one large batch.
             pred_original_steps (`Sequence[int]`, *optional*): positions in `scheduler.timesteps` (0 = first,
@@ -153,6 +159,20 @@ class DDPMPipeline(PredictingPipeline):
         Raises:
             ValueError: an argument is not as above.
         """
+        if quality is not None:
+            with sampler_of_quality(self, quality, num_inference_steps) as steps:
+                return self(
+                    batch_size,
+                    generator,
+                    steps,
+                    output_type,
+                    return_dict,
+                    max_batch_size=max_batch_size,
+                    pred_original_steps=pred_original_steps,
+                    callback_on_step_end=callback_on_step_end,
+                    image_shape=image_shape,
+                    ending=ending,
+                )
         check_ending(ending)
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
@@ -319,13 +339,13 @@ class DDPMPipeline(PredictingPipeline):
                 x = _called(callback, self, step, t, x)
         # A clipped x̂_0, or float16 that is cut at its largest number, would hide an infinite answer
         if bad := [step for step, good in enumerate(torch.stack(finite).tolist()) if not good]:
-            raise ValueError(
+            raise Diverged(
                 f"the images are not finite: the network's answer at step {scheduler.timesteps[bad[0]]:g} "
                 f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, a dtype of "
                 "too small a range, or a sampler that diverged"
             )
         if not x.isfinite().all():
-            raise ValueError("the images are not finite: a bad scheduler config, or a callback's sample")
+            raise Diverged("the images are not finite: a bad scheduler config, or a callback's sample")
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

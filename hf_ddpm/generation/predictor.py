@@ -64,6 +64,11 @@ class PredictingPipeline(PortablePipeline):
         return self._trained[1]
 
     @property
+    def original_scheduler(self) -> Any:
+        """The scheduler that the pipeline was made or loaded with."""
+        return self._made_with
+
+    @property
     def prediction_type(self) -> Any:
         """What the network predicts, by the config that it came with."""
         return self._made_with.config.get("prediction_type")

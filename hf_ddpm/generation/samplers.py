@@ -73,6 +73,10 @@ LCM_WARNING = (
 )
 
 
+class Diverged(ValueError):
+    """What a pipeline draws is not finite."""
+
+
 def sampler_class(name: str) -> type:
     """The class of a sampler by its name, a key of `SCHEDULERS`.
 
