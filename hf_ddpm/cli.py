@@ -141,6 +141,12 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
         "trailing)",
     )
+    parser.add_argument(
+        "--quality",
+        metavar="NAME",
+        help="sampler and steps that `hf-ddpm sweep` found for MODEL (fast: the fewest evaluations within "
+        "the error of the best; best)",
+    )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
         "--batch-size",

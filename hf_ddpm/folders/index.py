@@ -23,6 +23,7 @@ from hf_ddpm.folders.layout import (
     SCHEDULER,
     SCHEDULER_CONFIG,
     SCHEDULER_FILE,
+    SWEEP,
     TENSORS,
     UNET,
     WEIGHTS_INDEX,
@@ -202,6 +203,7 @@ def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
     patterns = [
         INDEX,
         ERRORS,
+        SWEEP,
         SCHEDULER_CONFIG,
         SCHEDULER_FILE,
         *names,
