@@ -150,6 +150,12 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         help="an image is the x_0 that the last step predicts (mean), or, of a model that hf-ddpm plan has "
         "measured, the likeliest grey levels given that (mode) or a draw of them (draw) [mean]",
     )
+    parser.add_argument(
+        "--quality",
+        metavar="NAME",
+        help="sampler and steps that `hf-ddpm sweep` found for MODEL (fast: the fewest evaluations within "
+        "the error of the best; best)",
+    )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
         "--batch-size",
