@@ -27,6 +27,7 @@ SHORT = {
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
     "export": "",
+    "inpaint": "--steps 4 --resample 2",
     "plan": "",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
@@ -37,6 +38,7 @@ CALLS = {
     "sample": "hf_ddpm.generation.sample.sample",
     "evaluate": "hf_ddpm.evaluation.evaluate.evaluate",
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
+    "inpaint": "hf_ddpm.pictures.draw_inpainting",
     "export": "hf_ddpm.generation.export.export",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
