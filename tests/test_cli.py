@@ -73,7 +73,8 @@ SAMPLE_FLAGS = """
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "inpaint", "export", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "inpaint", "export"]
+COMMANDS += ["compress", "decompress", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
