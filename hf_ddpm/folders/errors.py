@@ -19,10 +19,10 @@ from typing import Any, get_args, get_type_hints
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from hf_ddpm.decoders import LEVELS
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.likelihood.chains import MOST_STEPS
-from hf_ddpm.decoders import LEVELS
 from hf_ddpm.likelihood.curves import LOG_SIGMAS
 from hf_ddpm.likelihood.errors import Errors
 from hf_ddpm.models import weights_digest
