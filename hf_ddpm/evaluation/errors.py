@@ -239,7 +239,9 @@ def look_at_images(measurement: Measurement) -> dict[str, Tensor]:
                 counts, digests = 0, []
                 for _ in parts[number]:
                     image = next(images)
-                    counts += torch.stack([torch.bincount(z.flatten().int(), minlength=LEVELS) for z in image])
+                    counts += torch.stack(
+                        [torch.bincount(z.flatten().int(), minlength=LEVELS) for z in image]
+                    )
                     digests.append(image_digest(image))
                     bar.update()
                 yield {"levels": torch.as_tensor(counts)[None], "images": torch.tensor(digests)}
