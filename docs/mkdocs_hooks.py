@@ -63,6 +63,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     ("evaluation", "Evaluation", {"evaluation.evaluate": ["evaluate"]}),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
+    ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),
     ("models", "Networks", {"models": [], "models.autoencoders": []}),
     (
         "publishing",

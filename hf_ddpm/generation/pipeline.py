@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -22,11 +22,15 @@ from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.grids import image_grid, png, to_pil
+from hf_ddpm.generation.measured import check_ending, ended, ending_decoder, give_errors
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
+from hf_ddpm.generation.quality import sampler_of_quality
 from hf_ddpm.generation.samplers import (
+    Diverged,
     check_process,
     check_sampler,
     check_steps,
+    choose_steps,
     require_config,
     start_remark,
     try_step,
@@ -116,10 +120,12 @@ class DDPMPipeline(PredictingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        quality: Literal["fast", "best"] | None = None,
         max_batch_size: int | None = None,
         pred_original_steps: Sequence[int] = (),
         callback_on_step_end: Callback | None = None,
         image_shape: tuple[int, int, int] | None = None,
+        ending: Literal["mean", "mode", "draw"] = "mean",
     ) -> DDPMPipelineOutput | tuple:
         """Draw images.
 
@@ -133,6 +139,9 @@ class DDPMPipeline(PredictingPipeline):
                 [0, 1].
             return_dict (`bool`, defaults to `True`): return a `DDPMPipelineOutput`, or the tuple of its
                 fields.
+            quality (`str`, *optional*): takes the sampler and the number of steps that `hf-ddpm sweep` found
+                for this model, for this call: "fast" is the fewest network evaluations whose images are as
+                good as the best, as far as was measured, and "best" is the best.
             max_batch_size (`int`, *optional*): the network sees at most so many images at once. With one
                 generator the draws come chunk by chunk, so the images differ from those of one large batch.
             pred_original_steps (`Sequence[int]`, *optional*): positions in `scheduler.timesteps` (0 = first,
@@ -140,6 +149,9 @@ class DDPMPipeline(PredictingPipeline):
             callback_on_step_end (`Callable`, *optional*): called as (pipeline, step, timestep, {"sample":
                 x_prev}); what it returns under "sample" replaces x_prev.
             image_shape (`tuple`, *optional*): (C, H, W), for a network whose config doesn't say it.
+            ending (`str`, defaults to `"mean"`): an image is the x_0 that the last step predicts ("mean"),
+                or, by the grey levels that `hf-ddpm plan` counted, the likeliest level of each pixel given
+                that ("mode") or a draw of one ("draw").
 
         Returns:
             The images, and the predicted x_0 by position if asked for.
@@ -147,6 +159,21 @@ class DDPMPipeline(PredictingPipeline):
         Raises:
             ValueError: an argument is not as above.
         """
+        if quality is not None:
+            with sampler_of_quality(self, quality, num_inference_steps) as steps:
+                return self(
+                    batch_size,
+                    generator,
+                    steps,
+                    output_type,
+                    return_dict,
+                    max_batch_size=max_batch_size,
+                    pred_original_steps=pred_original_steps,
+                    callback_on_step_end=callback_on_step_end,
+                    image_shape=image_shape,
+                    ending=ending,
+                )
+        check_ending(ending)
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
@@ -162,6 +189,7 @@ class DDPMPipeline(PredictingPipeline):
             fits = p in allowed and not isinstance(p, bool)
             _require(fits, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
         places = {p: int(p) % num_calls for p in pred_original_steps}
+        decoder = ending_decoder(self, ending)
         samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
         for start in range(0, batch_size, chunk):
@@ -170,7 +198,7 @@ class DDPMPipeline(PredictingPipeline):
             sample, predicted = self._sample(
                 (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
             )
-            samples.append(_to_unit(sample))
+            samples.append(_to_unit(ended(sample, decoder, ending, chosen)))
             for p, place in places.items():
                 previews[p].append(_to_unit(predicted[place]))
         self.maybe_free_model_hooks()
@@ -279,7 +307,7 @@ class DDPMPipeline(PredictingPipeline):
         """One batch from noise: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
         if not isinstance(scheduler, DDPMScheduler):
-            scheduler.set_timesteps(num_steps)  # forgets the batch before: other schedulers keep state
+            self._choose_steps(num_steps)  # forgets the batch before: other schedulers keep state
         x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
         return self._run(x * scheduler.init_noise_sigma, generator, places, callback)
 
@@ -311,13 +339,13 @@ class DDPMPipeline(PredictingPipeline):
                 x = _called(callback, self, step, t, x)
         # A clipped x̂_0, or float16 that is cut at its largest number, would hide an infinite answer
         if bad := [step for step, good in enumerate(torch.stack(finite).tolist()) if not good]:
-            raise ValueError(
+            raise Diverged(
                 f"the images are not finite: the network's answer at step {scheduler.timesteps[bad[0]]:g} "
                 f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, a dtype of "
                 "too small a range, or a sampler that diverged"
             )
         if not x.isfinite().all():
-            raise ValueError("the images are not finite: a bad scheduler config, or a callback's sample")
+            raise Diverged("the images are not finite: a bad scheduler config, or a callback's sample")
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -371,13 +399,17 @@ class DDPMPipeline(PredictingPipeline):
         scheduler: Any = self.scheduler
         check_sampler(scheduler, self.prediction_type)
         check_process(scheduler, self.trained_scheduler)
+        give_errors(self)
         return len(self.trained_scheduler)
+
+    def _choose_steps(self, num_steps: int) -> None:
+        choose_steps(self.scheduler, num_steps, self.trained_scheduler)
 
     def _set_steps(self, num_steps: int, channels: int) -> None:
         """Set the sampler to K steps, and refuse those that it can't do."""
         scheduler: Any = self.scheduler
         try:
-            scheduler.set_timesteps(num_steps)
+            self._choose_steps(num_steps)
         except (ValueError, IndexError) as error:
             sampler = type(scheduler).__name__
             raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
@@ -385,7 +417,7 @@ class DDPMPipeline(PredictingPipeline):
             return
         check_steps(scheduler, self.trained_scheduler)
         try_step(scheduler, channels)
-        scheduler.set_timesteps(num_steps)  # forgets the step
+        self._choose_steps(num_steps)  # forgets the step
         remark = start_remark(scheduler, self.trained_scheduler)
         if remark is not None and remark not in self._said:
             self._said.add(remark)
