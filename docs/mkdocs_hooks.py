@@ -72,6 +72,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     ),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
+    ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),
     ("models", "Networks", {"models": [], "models.autoencoders": []}),
     (
         "publishing",

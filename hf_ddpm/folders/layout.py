@@ -11,6 +11,7 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
         diffusion_pytorch_model.safetensors               the weights, averaged with the first decay
         diffusion_pytorch_model.ema_0_999.safetensors     with another decay: a variant in diffusers' words
       errors.safetensors                the errors of its predictions (errors.py describes it)
+      labels.json                       the names of its classes (labels.py describes it)
       README.md                         the model's card
       notes.md  commands.sh             what a person says of the model: for the card
       samples.png  progressive.png  interpolation.png     pictures for the card
@@ -52,6 +53,7 @@ WEIGHTS = "diffusion_pytorch_model"  # how the name of every file of weights beg
 WEIGHTS_INDEX = f"{WEIGHTS}{TENSORS}.index.json"  # which shard holds which weight
 
 ERRORS = "errors.safetensors"
+LABELS = "labels.json"
 
 # What a card is made of
 CARD, CARD_FACTS = "README.md", "card.json"

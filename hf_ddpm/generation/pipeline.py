@@ -18,9 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.data.pixels import to_uint8
+from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.grids import image_grid, png, to_pil
+from hf_ddpm.generation.measured import check_ending, ended, ending_decoder, give_errors
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
 from hf_ddpm.generation.quality import sampler_of_quality
 from hf_ddpm.generation.samplers import (
@@ -28,6 +30,7 @@ from hf_ddpm.generation.samplers import (
     check_process,
     check_sampler,
     check_steps,
+    choose_steps,
     require_config,
     start_remark,
     try_step,
@@ -122,6 +125,7 @@ class DDPMPipeline(PredictingPipeline):
         pred_original_steps: Sequence[int] = (),
         callback_on_step_end: Callback | None = None,
         image_shape: tuple[int, int, int] | None = None,
+        ending: Literal["mean", "mode", "draw"] = "mean",
     ) -> DDPMPipelineOutput | tuple:
         """Draw images.
 
@@ -145,6 +149,9 @@ class DDPMPipeline(PredictingPipeline):
             callback_on_step_end (`Callable`, *optional*): called as (pipeline, step, timestep, {"sample":
                 x_prev}); what it returns under "sample" replaces x_prev.
             image_shape (`tuple`, *optional*): (C, H, W), for a network whose config doesn't say it.
+            ending (`str`, defaults to `"mean"`): an image is the x_0 that the last step predicts ("mean"),
+                or, by the grey levels that `hf-ddpm plan` counted, the likeliest level of each pixel given
+                that ("mode") or a draw of one ("draw").
 
         Returns:
             The images, and the predicted x_0 by position if asked for.
@@ -164,7 +171,9 @@ class DDPMPipeline(PredictingPipeline):
                     pred_original_steps=pred_original_steps,
                     callback_on_step_end=callback_on_step_end,
                     image_shape=image_shape,
+                    ending=ending,
                 )
+        check_ending(ending)
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
@@ -180,6 +189,7 @@ class DDPMPipeline(PredictingPipeline):
             fits = p in allowed and not isinstance(p, bool)
             _require(fits, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
         places = {p: int(p) % num_calls for p in pred_original_steps}
+        decoder = ending_decoder(self, ending)
         samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
         for start in range(0, batch_size, chunk):
@@ -188,7 +198,7 @@ class DDPMPipeline(PredictingPipeline):
             sample, predicted = self._sample(
                 (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
             )
-            samples.append(_to_unit(sample))
+            samples.append(_to_unit(ended(sample, decoder, ending, chosen)))
             for p, place in places.items():
                 previews[p].append(_to_unit(predicted[place]))
         self.maybe_free_model_hooks()
@@ -255,7 +265,7 @@ class DDPMPipeline(PredictingPipeline):
         batch_size: int = 64,
         variance_type: str | None = None,
         clip_x0: bool = True,
-        decoder: Literal["exact", "tanh"] = "exact",
+        decoder: AnyDecoder = "exact",
     ) -> Estimate:
         """How many bits per dimension the model needs for images, by the bound of Ho et al. 2020, eq. 5.
 
@@ -274,7 +284,9 @@ class DDPMPipeline(PredictingPipeline):
                 "optimal" or "by-value" of what `hf-ddpm plan` measured; by default the scheduler's.
             clip_x0 (`bool`, defaults to `True`): clip the predicted x_0 to [−1, 1], as published evaluations
                 do.
-            decoder (`str`, defaults to `"exact"`): of L_0; "tanh" is the published code's formula.
+            decoder (`str` or `LevelsDecoder`, defaults to `"exact"`): of L_0; "tanh" is the
+                published code's formula, "levels" knows how often each grey level occurs, as `hf-ddpm plan`
+                measured.
 
         Raises:
             ValueError: images that are none of these, values that are no 8-bit levels, or an argument that is
@@ -295,7 +307,7 @@ class DDPMPipeline(PredictingPipeline):
         """One batch from noise: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
         if not isinstance(scheduler, DDPMScheduler):
-            scheduler.set_timesteps(num_steps)  # forgets the batch before: other schedulers keep state
+            self._choose_steps(num_steps)  # forgets the batch before: other schedulers keep state
         x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
         return self._run(x * scheduler.init_noise_sigma, generator, places, callback)
 
@@ -387,13 +399,17 @@ class DDPMPipeline(PredictingPipeline):
         scheduler: Any = self.scheduler
         check_sampler(scheduler, self.prediction_type)
         check_process(scheduler, self.trained_scheduler)
+        give_errors(self)
         return len(self.trained_scheduler)
+
+    def _choose_steps(self, num_steps: int) -> None:
+        choose_steps(self.scheduler, num_steps, self.trained_scheduler)
 
     def _set_steps(self, num_steps: int, channels: int) -> None:
         """Set the sampler to K steps, and refuse those that it can't do."""
         scheduler: Any = self.scheduler
         try:
-            scheduler.set_timesteps(num_steps)
+            self._choose_steps(num_steps)
         except (ValueError, IndexError) as error:
             sampler = type(scheduler).__name__
             raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
@@ -401,7 +417,7 @@ class DDPMPipeline(PredictingPipeline):
             return
         check_steps(scheduler, self.trained_scheduler)
         try_step(scheduler, channels)
-        scheduler.set_timesteps(num_steps)  # forgets the step
+        self._choose_steps(num_steps)  # forgets the step
         remark = start_remark(scheduler, self.trained_scheduler)
         if remark is not None and remark not in self._said:
             self._said.add(remark)

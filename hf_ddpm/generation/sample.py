@@ -12,26 +12,29 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from PIL import Image
 
+from hf_ddpm.folders.errors import errors_digest
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
+from hf_ddpm.generation.measured import check_ending, ending_decoder, measured_errors
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
 from hf_ddpm.generation.quality import check_quality, give_quality
-from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
+from hf_ddpm.generation.samplers import respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import weights_digest
 from hf_ddpm.runtime.disk import delete_partials
 from hf_ddpm.runtime.processes import held_back, on_main_process, process_state
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
-from hf_ddpm.variances import FIXED, LEARNED
+from hf_ddpm.spacing import check_spacing
+from hf_ddpm.variances import FIXED, LEARNED, MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def sample(
     batch_size: int = 64,
     overwrite: bool = False,
     timestep_spacing: str | None = None,
+    ending: Literal["mean", "mode", "draw"] = "mean",
     quality: str | None = None,
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
@@ -63,12 +67,15 @@ def sample(
         out: the folder; made if it is not there.
         steps: sampling steps, by default all T.
         scheduler: a key of `SCHEDULERS`; by default the model's own.
-        variance_type: "fixed_small" or "fixed_large", for the sampler "ddpm"; by default the model's own.
+        variance_type: "fixed_small" or "fixed_large", for the sampler "ddpm", or "optimal" or "by-value" of a
+            model that `hf-ddpm plan` has measured; by default the model's own.
         seed: of all noise, ≥ 0.
         batch_size: images at once in each process.
         overwrite: whether samples that the folder holds may be replaced.
-        timestep_spacing: how so many steps out of T are chosen, "leading", "trailing" or "linspace"; by
-            default as the sampler does.
+        timestep_spacing: how so many steps out of T are chosen, one of `schedules.SPACINGS`; by default as
+            the sampler does.
+        ending: an image is the x_0 that the last step predicts ("mean"), or, of a model that `hf-ddpm plan`
+            has measured, the likeliest grey levels given that ("mode") or a draw of them ("draw").
         quality: "fast" or "best": the sampler and the steps that `hf-ddpm sweep` found for the model.
 
     Returns:
@@ -92,8 +99,10 @@ def sample(
                 raise ValueError(
                     f"{name} is {value!r}, but quality {quality!r} chooses it; allowed: one of the two"
                 )
-    if variance_type not in (None, *FIXED):
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+    if variance_type not in (None, *FIXED, *MEASURED):
+        allowed = ", ".join((*FIXED, *MEASURED))
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}")
+    check_ending(ending)
     if scheduler is not None:
         sampler_class(scheduler)  # an unknown one is refused before a model is loaded
     if timestep_spacing is not None:
@@ -105,12 +114,14 @@ def sample(
         pipeline, steps = _load(model, scheduler, variance_type, steps, timestep_spacing, quality)
         if state.device is None or state.device.type == "cpu":
             check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
-        key = _key(pipeline, seed, steps)
+        ending_decoder(pipeline, ending)  # refused, if it is, before the folder is touched
+        key = _key(pipeline, seed, steps, ending)
         on_main_process(state, lambda: _check_samples(folder, key, num_images, overwrite))
         mine = range(num_images)[state.process_index :: state.num_processes]
         with progress("sample", len(mine), "image", state.is_main_process) as bar:
             for start in range(0, len(mine), batch_size):
-                _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check, bar)
+                batch = mine[start : start + batch_size]
+                _draw(pipeline, folder, key, batch, seed, steps, ending, lock.check, bar)
         state.wait_for_everyone()
 
         grid = folder / GRID
@@ -165,7 +176,7 @@ def _load(
     return pipeline, steps
 
 
-def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
+def _key(pipeline: DDPMPipeline, seed: int, steps: int | None, ending: str) -> str:
     """Sixteen hex digits of all that an image depends on, besides its number."""
     network, scheduler = pipeline.unet, pipeline.scheduler
     weights: Any = network.state_dict()  # type: ignore[union-attr]
@@ -177,6 +188,8 @@ def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
         "steps": steps,
         "versions": [torch.__version__, diffusers.__version__],
     }
+    if ending != "mean" or facts["variance_type"] in MEASURED:
+        facts["measured"] = [ending, errors_digest(measured_errors(pipeline, f"ending is {ending!r}"))]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -187,6 +200,7 @@ def _draw(
     indices: range,
     seed: int,
     steps: int | None,
+    ending: Any,
     check: Callable[[], None],
     bar: Bar,
 ) -> None:
@@ -201,7 +215,12 @@ def _draw(
         return
     generators = image_generators(seed, indices)
     images: Any = pipeline(
-        len(indices), generators, steps, return_dict=False, callback_on_step_end=count_images(bar)
+        len(indices),
+        generators,
+        steps,
+        return_dict=False,
+        callback_on_step_end=count_images(bar),
+        ending=ending,
     )[0]
     for name, image in zip(names, images, strict=True):
         check()

@@ -19,13 +19,15 @@ NETWORKS: dict[str, type[ModelMixin]] = {
     "ConvAutoencoder": ConvAutoencoder,
 }
 
+MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
+
 
 def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
     """Let `DDPMPipeline.from_pretrained` load a network class of yours; also a decorator.
 
     Args:
         network: a `ModelMixin` and `ConfigMixin`, which can be made on the "meta" device and is called as
-            (x_t, t).
+            (x_t, t), or as (x_t, t, class_labels) if its config has `num_class_embeds`.
 
     Raises:
         ValueError: it is no such class, or another one has its name.
@@ -52,6 +54,8 @@ def weights_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         weights: by name, as in its `state_dict`.
     """
     shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+    if shown.get("num_class_embeds") is None and "class_embed_type" not in shown:
+        shown.pop("num_class_embeds", None)  # autoencoders saved before they knew classes lack the key
     found = hashlib.sha256(str(shown).encode())
     for name, weight in sorted(weights.items()):
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
