@@ -42,7 +42,7 @@ TRAIN_FLAGS = """
 EVALUATE_FLAGS = """
     --split --part --holdout --holdout-seed --num-images --image-column --channels --background --fit
     --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --chain --errors --first-variance --extractor --nearest-dataset
+    --clip-x0 --decoder --steps --chain --last-step --errors --first-variance --extractor --nearest-dataset
     --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
     --compare-with --out --overwrite --seed --batch-size
 """.split()

@@ -52,10 +52,10 @@ def read_samplers(name: str, text: str) -> "list[Sampler]":
     try:
         found = [Sampler.parse(part.strip()) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name} is {shown(text)}: {error}") from None
     twice = next((sampler for i, sampler in enumerate(found) if sampler in found[:i]), None)
     if twice is not None:
-        raise ValueError(f"{name} has {str(twice)!r} twice; allowed: once")
+        raise ValueError(f"{name} is {shown(text)}, with {str(twice)!r} twice; allowed: once")
     return found
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.checks import described
-from hf_ddpm.folders.errors import network_digest, process_digest
+from hf_ddpm.folders.errors import errors_digest, network_digest, process_digest
 from hf_ddpm.folders.layout import SWEEP
 from hf_ddpm.folders.sweep import REMEDY, Cell, Sweep, choose, read_sweep
 from hf_ddpm.generation.samplers import sampler_class, swap_scheduler
 from hf_ddpm.runtime.messages import did_you_mean, one_line, redact, shorten, shown
 from hf_ddpm.schedules import SPACINGS
-from hf_ddpm.variances import FIXED, LEARNED
+from hf_ddpm.variances import FIXED, LEARNED, MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +125,16 @@ def give_quality(pipeline: Any, quality: str) -> int:
     return cell.steps
 
 
-def plain_config(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler's config says besides the process: its class, and the keys with plain values."""
+def plain_config(pipeline: Any) -> dict[str, Any]:
+    """What samplers are made of besides the process: plain values of the scheduler that a pipeline came with.
+
+    Its class is among them, and a digest of the measured errors, where its variance is made of these.
+    """
+    scheduler = pipeline.original_scheduler
     config = {key: value for key, value in scheduler.config.items() if key[:1] != "_"}
     plain = {k: v for k, v in config.items() if v is None or isinstance(v, str | bool | int | float)}
+    if plain.get("variance_type") in MEASURED and pipeline.errors is not None:
+        plain["errors"] = errors_digest(pipeline.errors.errors)
     return {"class": type(scheduler).__name__, **plain}
 
 
@@ -189,7 +195,7 @@ def sweep_beside(pipeline: Any) -> Sweep | None:
         other = "another prediction type"
     if other:
         raise ValueError(f"the {SWEEP} of this model is of {other} than the pipeline's; {REMEDY}")
-    now, then = plain_config(pipeline.original_scheduler), sweep.of.scheduler
+    now, then = plain_config(pipeline), sweep.of.scheduler
     # A key that another version of diffusers has more or less is no difference
     if differ := [key for key in now if key in then and now[key] != then[key]]:
         raise ValueError(

@@ -29,6 +29,7 @@ SHORT = {
     "export": "",
     "inpaint": "--steps 4 --resample 2",
     "plan": "",
+    "sweep": "--num-samples 10 --steps 2,3",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
 LARGE = ("cifar10", "256")  # networks that are replaced by the smallest one
@@ -42,6 +43,7 @@ CALLS = {
     "export": "hf_ddpm.generation.export.export",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
+    "sweep": "hf_ddpm.evaluation.sweep.sweep",
 }
 
 
