@@ -56,7 +56,8 @@ PUBLISH_FLAGS = """
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --seed --batch-size --overwrite
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --seed --batch-size
+    --overwrite
 """.split()
 
 

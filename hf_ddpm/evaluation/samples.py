@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
+from hf_ddpm.folders.errors import errors_digest
 from hf_ddpm.generation.pipeline import Callback, DDPMPipeline, count_images
 from hf_ddpm.generation.samplers import respace, whole_config
 from hf_ddpm.metrics import Extractor
@@ -61,6 +62,8 @@ class Drawing:
             "extractor": None if extractor is None else extractor.name,
             "images": keep,
         }
+        if (errors := getattr(self.scheduler, "errors", None)) is not None:  # which its variance is made of
+            facts["errors"] = errors_digest(errors)
         return Parts(out, self._config, facts)
 
     def draw(self, number: int, callback: Callback) -> Tensor:
