@@ -55,15 +55,15 @@ class Drawing:
 
     def parts(self, weights: str, out: Path, extractor: Extractor | None, keep: bool = False) -> Parts:
         """Where the samples are kept until the end; arguments as in `run`."""
-        facts = {
+        facts: dict[str, Any] = {
             "what": "samples",
             "steps": self.num_steps,
             "model": [weights, type(self.scheduler).__name__, whole_config(self.scheduler)],
             "extractor": None if extractor is None else extractor.name,
             "images": keep,
         }
-        if (errors := getattr(self.scheduler, "errors", None)) is not None:  # which its variance is made of
-            facts["errors"] = errors_digest(errors)
+        if getattr(self.scheduler, "errors", None) is not None:
+            facts["errors"] = errors_digest(self.scheduler.errors)
         return Parts(out, self._config, facts)
 
     def draw(self, number: int, callback: Callback) -> Tensor:

@@ -19,11 +19,13 @@ from torch import nn
 from hf_ddpm.folders.errors import StoredErrors, write_errors
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
-from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, UNET
+from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, SWEEP, UNET
+from hf_ddpm.folders.sweep import Sweep
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
@@ -94,6 +96,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
             raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
         super().save_pretrained(save_directory, safe_serialization=True, **saving)
         self._save_errors(Path(save_directory))
+        self._save_sweep(Path(save_directory))
         if push_to_hub:
             _publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -107,6 +110,20 @@ class PortablePipeline(diffusers.DDPMPipeline):
         try:
             if (found := self.errors) is not None:
                 write_errors(folder, found)
+        except ValueError as error:
+            logger.warning("%s; it is left out", one_line(error))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """What `hf-ddpm sweep` measured; predictor.py reads it."""
+        return None
+
+    def _save_sweep(self, folder: Path) -> None:
+        """Write the sweep too, if it is of the network as it is now."""
+        try:
+            if (found := self.sweep) is not None:
+                with whole_file(folder / SWEEP) as file:
+                    file.write_text(found.text(), encoding="utf-8")
         except ValueError as error:
             logger.warning("%s; it is left out", one_line(error))
 

@@ -27,6 +27,7 @@ SHORT = {
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
     "plan": "",
+    "sweep": "--num-samples 10 --steps 2,3",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
 LARGE = ("cifar10", "256")  # networks that are replaced by the smallest one
@@ -38,6 +39,7 @@ CALLS = {
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
+    "sweep": "hf_ddpm.evaluation.sweep.sweep",
 }
 
 
