@@ -77,7 +77,8 @@ def test_endings(capsys):
     others = torch.stack(list(test.select(range(min(SAMPLES, test.num_rows())))))
     floor = frechet_distance(features(extractor, others), reference)
     with capsys.disabled():
-        print(json.dumps({"floor": str(floor), "reference": len(reference)}), flush=True)
+        line = {"floor": f"{floor.value:.2f} ± {floor.stderr:.2f}", "real images": len(others)}
+        print(json.dumps(line | {"reference": len(reference)}, ensure_ascii=False), flush=True)
         for cell in CELLS:
             images = endings(*pipeline_of(cell))
             distances = {
