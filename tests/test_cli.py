@@ -65,7 +65,7 @@ INPAINT_FLAGS = """
 """.split()
 EXPORT_FLAGS = "--class --out".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --class --guidance
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --class --guidance
     --guidance-interval --quality --seed --batch-size --overwrite
 """.split()
 

@@ -169,10 +169,8 @@ def load_scored_model(
             f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none, "
             f"{', '.join(MEASURED)}"
         )
-    if own not in (*FIXED, *LEARNED):
-        raise ValueError(
-            f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join((*FIXED, *LEARNED))}"
-        )
+    if own not in (known := (*FIXED, *LEARNED, *MEASURED)):
+        raise ValueError(f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join(known)}")
     process, scored = scheduler.process, variance_type or own
     stored = None
     if scored in MEASURED or chain == "chosen" or decoder not in NAMED:

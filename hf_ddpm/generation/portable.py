@@ -31,6 +31,7 @@ from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
+from hf_ddpm.variances import MEASURED
 
 logger = logging.getLogger(__name__)
 # Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
@@ -130,6 +131,12 @@ class PortablePipeline(diffusers.DDPMPipeline):
         try:
             if (found := self.errors) is not None:
                 write_errors(folder, found)
+            elif isinstance(self.scheduler, DDPMScheduler) and self.scheduler.variance_type in MEASURED:
+                logger.warning(
+                    "the scheduler has variance_type %r, but no measured errors are saved: hf-ddpm plan "
+                    "measures them",
+                    self.scheduler.variance_type,
+                )
         except ValueError as error:
             logger.warning("%s; it is left out", one_line(error))
 
