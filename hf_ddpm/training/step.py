@@ -9,8 +9,10 @@ import math
 import torch
 
 from hf_ddpm.data.pixels import to_float
+from hf_ddpm.guidance import Conditioned
 from hf_ddpm.seeds import derive_seed
 from hf_ddpm.training.averages import update_average
+from hf_ddpm.training.classes import LastImages, hide_labels
 from hf_ddpm.training.draws import draw_noise, draw_uniform
 from hf_ddpm.training.log import QUARTILES, RunLog
 from hf_ddpm.training.run import Run
@@ -45,12 +47,17 @@ def _micro_step(run: Run, log: RunLog, micro: int) -> None:
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
 
     # Images, their steps and their noise
-    positions, images, present, _ = next(run.batches)
+    positions, images, present, _, labels = next(run.batches)
     x_0 = to_float(images.to(device, non_blocking=True))
     present = present.to(device, non_blocking=True)
     t = run.steps.draw(draw_uniform(config.seed, positions))
     numbers = range(run.objective.noises)
     noises = [draw_noise(config.seed, positions, run.shape, device, number) for number in numbers]
+    denoiser, given = run.denoiser, None
+    if labels is not None and run.class_names is not None:
+        given = hide_labels(config, labels, positions, len(run.class_names)).to(device, non_blocking=True)
+        denoiser = Conditioned(run.network, given)
+        run.last = LastImages(positions, x_0, present, labels.to(device, non_blocking=True))
     torch.manual_seed(derive_seed(config.seed, run.step, micro, rank))  # of dropout
     if config.channels_last:
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
@@ -58,11 +65,11 @@ def _micro_step(run: Run, log: RunLog, micro: int) -> None:
     # Loss and gradient; processes put their gradients together in the last micro-step only
     last = micro == run.share.micro_steps - 1
     with contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
-        losses = run.objective.loss(run.process, run.denoiser, x_0, t, *noises)
+        losses = run.objective.loss(run.process, denoiser, x_0, t, *noises)
         run.steps.note(positions, t, present, losses)
         weights = run.steps.weights(t)
         losses = losses * weights
         # The mean over the step's images, once the processes' gradients are averaged
         run.accelerator.backward((losses * present).sum() * (world / run.share.per_step))
     quartiles = torch.where(present, t * QUARTILES // len(run.process), -1)
-    log.add(losses, weights, run.cost[t], quartiles)
+    log.add(losses, weights, run.cost[t], quartiles, given)

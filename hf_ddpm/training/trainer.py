@@ -35,6 +35,7 @@ from hf_ddpm.shown import or_none, summary
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
+from hf_ddpm.training.classes import class_gain
 from hf_ddpm.training.launch import start_pushing
 from hf_ddpm.training.log import RunLog
 from hf_ddpm.training.run import OwnObjective, Run, open_run
@@ -148,6 +149,7 @@ def train(
             run.rows,
             run.state,
             run.skipped.rows,
+            None if run.class_names is None else len(run.class_names),
         )
         stop = StopSignals(run.accelerator.num_processes)
         if came:
@@ -243,6 +245,9 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
         shows = run.shows
+        if run.class_names is not None and (shows or run.step == config.max_steps):
+            log.note(class_gain(run))
+            reshard(run.averaged)
         pushes = config.push_to_hub is not None and run.due(config.push_every)
         if stopped or shows or pushes or run.due(config.checkpoint_every):
             run.save(log.state())

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ddpm.models import MAX_CLASSES, PRESETS, create_model, num_classes
+from hf_ddpm.denoiser import MAX_CLASSES
+from hf_ddpm.models import PRESETS, create_model, num_classes
 
 QUICK = [name for name, config in PRESETS.items() if config["sample_size"] <= 32 and name != "cifar10"]
 
@@ -81,5 +82,7 @@ def test_bad_numbers_of_classes(bad):
 def test_other_kinds_of_conditions_are_no_classes():
     with torch.device("meta"):
         model = type(make("tiny")).from_config(dict(make("tiny").config) | {"class_embed_type": "timestep"})
-    assert num_classes(model) is None and num_classes(nn.Linear(1, 1)) is None
+    with pytest.raises(ValueError, match="class_embed_type"):
+        num_classes(model)
+    assert num_classes(nn.Linear(1, 1)) is None
     assert num_classes(lambda x_t, t: x_t) is None
