@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_ddpm.checks import described
 
-
 MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
 
 

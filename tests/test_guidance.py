@@ -14,7 +14,10 @@ from hf_ddpm.parametrization import PREDICTION_TYPES, from_x0_eps, to_x0
 PROCESS = DiffusionProcess.linear(100, beta_end=0.2)
 CLASSES, EACH = 3, 4
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-IMAGES = torch.rand(CLASSES, EACH, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+IMAGES = (
+    torch.rand(CLASSES, EACH, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    - 1
+)
 OF_CLASS = [ExactDenoiser(PROCESS, images) for images in IMAGES]
 OF_ALL = ExactDenoiser(PROCESS, IMAGES.flatten(0, 1), (PRIOR / EACH).repeat_interleave(EACH))
 
@@ -107,7 +110,9 @@ def test_an_interval_guides_its_own_steps_alone():
     inside = (t >= low) & (t < high)
     assert 0 < inside.sum() < 6
     found = Guided(network, y, 3, (low, high))(x_t, t)
-    torch.testing.assert_close(found, torch.where(inside.view(-1, 1, 1, 1), guided, plain), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.where(inside.view(-1, 1, 1, 1), guided, plain), rtol=0, atol=1e-12
+    )
 
 
 def test_a_learned_variance_is_that_of_the_class():
@@ -131,7 +136,9 @@ def test_half_precision_is_guided_in_float32():
     x_t, t = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
     none, of_class = 10.0625, 10.0
     found = Guided(Half(), 0, 100)(x_t, t)
-    assert found.dtype == torch.bfloat16 and found.item() == pytest.approx(none + 100 * (of_class - none), abs=0.02)
+    assert found.dtype == torch.bfloat16 and found.item() == pytest.approx(
+        none + 100 * (of_class - none), abs=0.02
+    )
 
 
 @pytest.mark.parametrize("wrapped", ["bare", "DataParallel", "compiled"])
@@ -187,7 +194,13 @@ def test_one_label_goes_with_any_batch_and_others_with_their_own():
 def test_a_network_conditioned_on_something_else_is_refused():
     from diffusers import UNet2DModel
 
-    blocks = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    network = UNet2DModel(8, 1, 1, class_embed_type="timestep", norm_num_groups=1, layers_per_block=1, **blocks)
+    blocks = {
+        "block_out_channels": (4,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    network = UNet2DModel(
+        8, 1, 1, class_embed_type="timestep", norm_num_groups=1, layers_per_block=1, **blocks
+    )
     with pytest.raises(ValueError, match="class_embed_type of the network is 'timestep'; allowed: None"):
         as_denoiser(network)

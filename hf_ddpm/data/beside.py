@@ -141,8 +141,8 @@ def _parquet_rows(path: str, column: str | None) -> Iterator[tuple[str, dict[str
         columns = [name for name in names if name == column or re.search(rf"(^|_){_ENDING}s?$", name)]
         number = 0
         for group in range(parquet.num_row_groups):
-            for column in columns:
-                rows_per_read(parquet, file, group, column, 1)
+            for name in columns:
+                rows_per_read(parquet, file, group, name, 1)
             for batch in parquet.iter_batches(64, [group], columns, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"row {number}", row

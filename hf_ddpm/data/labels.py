@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -99,12 +99,12 @@ def read_labels(shards: Shards, column: str, names: Sequence[str] | None = None)
     else:
         found, known = _of_column(whole, column)
     codes, values = _numbered(found, rows)
-    if (bad := np.flatnonzero(codes == MISSING)).size:
-        more = f" (nor have {bad.size - 1:,} more)" if bad.size > 1 else ""
-        raise ValueError(f"{_row(whole, rows[bad[0]])} has no label in column {shown(column)}{more}")
+    if bad := rows[codes == MISSING].tolist():
+        more = f" (nor have {len(bad) - 1:,} more)" if len(bad) > 1 else ""
+        raise ValueError(f"{_row(whole, bad[0])} has no label in column {shown(column)}{more}")
 
     def refuse(value: Any, why: str) -> NoReturn:
-        first = rows[np.flatnonzero(codes == values.index(value))[0]]
+        first = rows[codes == values.index(value)].tolist()[0]
         raise ValueError(f"{_row(whole, first)} has the label {shown(value)}{why}")
 
     if known is not None:  # a ClassLabel's numbers
@@ -120,9 +120,7 @@ def read_labels(shards: Shards, column: str, names: Sequence[str] | None = None)
         if not is_label(text):
             refuse(value, f"; allowed: {LABEL_RULE}")
     if len(own) > MAX_CLASSES:
-        raise ValueError(
-            f"column {shown(column)} has {len(own):,} classes; allowed: at most {MAX_CLASSES:,}"
-        )
+        raise ValueError(f"column {shown(column)} has {len(own):,} classes; allowed: at most {MAX_CLASSES:,}")
     numbers = {name: number for number, name in enumerate(own if names is None else names)}
     for text, value in zip(texts, values, strict=True):
         if text not in numbers:
@@ -159,7 +157,9 @@ def _numbered(found: Sequence[Any], rows: np.ndarray) -> tuple[np.ndarray, list[
         mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(piece))] - start
         start += len(piece)
         used, inverse = np.unique(piece[mine], return_inverse=True)
-        new = [MISSING if code == MISSING else numbers.setdefault(values[code], len(numbers)) for code in used]
+        new = [
+            MISSING if code == MISSING else numbers.setdefault(values[code], len(numbers)) for code in used
+        ]
         codes.append(np.array(new, np.int64)[inverse])
     return np.concatenate(codes) if codes else np.empty(0, np.int64), list(numbers)
 
@@ -172,7 +172,9 @@ def _of_column(shards: Shards, column: str) -> tuple[list[tuple[np.ndarray, list
     features = shards.source.features
     if column not in features:
         columns = shorten(", ".join(features), 120)
-        raise ValueError(f"no column {shown(column)} of labels{did_you_mean(column, features)}; there are: {columns}")
+        raise ValueError(
+            f"no column {shown(column)} of labels{did_you_mean(column, features)}; there are: {columns}"
+        )
     feature: Any = features[column]
     known = list(feature.names or []) if isinstance(feature, datasets.ClassLabel) else None
     plain = datasets.Value("int64") if known is not None else feature
@@ -181,7 +183,7 @@ def _of_column(shards: Shards, column: str) -> tuple[list[tuple[np.ndarray, list
     for number, name in enumerate(known or ()):
         if not is_label(name):
             raise ValueError(
-                f"the name of class {number} of column {shown(column)} is {shown(name)}; allowed: {LABEL_RULE}"
+                f"class {number} of column {shown(column)} is named {shown(name)}; allowed: {LABEL_RULE}"
             )
     parquet = source.kind == "parquet"
 
@@ -204,8 +206,8 @@ def _check_same(first: Any, other: Any, column: str, file: str) -> None:
     """Refuse files whose ClassLabels differ: their numbers would mean different classes."""
     if _kind(first) != _kind(other):
         raise ValueError(
-            f"{shown_path(file)} has other classes in column {shown(column)} than the first file, or in another "
-            "order; allowed: the same ClassLabel in all files, or text"
+            f"{shown_path(file)} has other classes in column {shown(column)} than the first file, or in "
+            "another order; allowed: the same ClassLabel in all files, or text"
         )
 
 
@@ -218,7 +220,9 @@ def _encoded(chunk: pa.Array, column: str, file: str) -> tuple[np.ndarray, list[
         return np.full(len(chunk), MISSING, np.int64), []
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"column {shown(column)} of {shown_path(file)} holds {shorten(str(kind), 40)}; {KINDS}")
+        raise ValueError(
+            f"column {shown(column)} of {shown_path(file)} holds {shorten(str(kind), 40)}; {KINDS}"
+        )
     coded = chunk.dictionary_encode()
     values = coded.dictionary.to_pylist()
     codes = coded.indices.fill_null(MISSING).to_numpy(zero_copy_only=False).astype(np.int64)

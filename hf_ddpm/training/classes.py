@@ -1,14 +1,13 @@
-"""Training with classes: whose names they have, when one is hidden, and whether the network makes use of them.
+"""Training with classes: whose names they have, when one is hidden, and the loss of each.
 
 An image's class is hidden with the probability `label_dropout`, so that the network learns "no class" too.
 Whether it is depends on (seed, position) alone. Nothing is hidden where the loss is only measured.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,22 +16,15 @@ from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.folders.index import fetch
 from hf_ddpm.folders.labels import read_labels
-from hf_ddpm.guidance import Conditioned
-from hf_ddpm.likelihood import mean_and_stderr
 from hf_ddpm.models.presets import names_preset
 from hf_ddpm.runtime.messages import shorten
 from hf_ddpm.runtime.processes import process_state
-from hf_ddpm.training.draws import draw_hidden, draw_noise
-
-if TYPE_CHECKING:
-    from hf_ddpm.training.run import Run
+from hf_ddpm.training.draws import draw_hidden
 
 logger = logging.getLogger(__name__)
 
 NAMES = "class_names"  # key of a checkpoint's state
 MOST_LOGGED = 100  # classes whose losses are logged one by one
-DRAWS = 4  # steps and noises of an image by which `class_gain` judges
-SURE = 2  # standard errors
 
 
 class LastImages(NamedTuple):
@@ -148,47 +140,3 @@ class ClassLosses:
         found = zip([*names, "loss_no_class"], *self._table.tolist(), strict=True)
         self._table = torch.zeros_like(self._table)
         return {name: loss / weight for name, loss, weight in found if weight}
-
-
-@torch.no_grad()
-def class_gain(run: "Run") -> dict[str, float]:
-    """By how much the loss of the last images is higher with a wrong class than with their own.
-
-    The averaged network is asked twice for the same x_t. All processes call it together.
-
-    Returns:
-        For log.jsonl: "class_gain" with its standard error over images, in the unit of the loss; empty where
-        there are fewer than two images.
-    """
-    assert run.last is not None and run.class_names is not None
-    positions, x_0, present, labels = run.last
-    count, classes, steps = len(x_0), len(run.class_names), len(run.process)
-    places = torch.arange(count, device=x_0.device)
-    wrong = torch.full_like(labels, classes)  # of a single class the wrong one is none
-    if classes > 1:
-        wrong = (labels + 1 + places % (classes - 1)) % classes
-    totals = []
-    with run.accelerator.autocast():
-        for draw in range(DRAWS):
-            # All t alike, each image at others in each draw
-            t = ((places * DRAWS + draw) % (count * DRAWS) * steps // (count * DRAWS)).roll(draw * count // DRAWS)
-            numbers = range(draw * run.objective.noises, (draw + 1) * run.objective.noises)
-            noises = [draw_noise(run.config.seed, positions, run.shape, x_0.device, n) for n in numbers]
-            right, other = (
-                run.objective.loss(run.process, Conditioned(run.averaged, y), x_0, t, *noises).double()
-                for y in (labels.clamp(max=classes), wrong)
-            )
-            totals.append(torch.stack([other - right, right]))
-    found = run.accelerator.gather((torch.stack(totals).mean(0).T.contiguous(), present))
-    (values, there) = found  # type: ignore[misc]
-    gains, losses = values.cpu()[there.cpu()].T
-    if len(gains) < 2:
-        return {}
-    gain, stderr = mean_and_stderr(gains)
-    if gain <= SURE * stderr and run.accelerator.is_main_process:
-        logger.warning(
-            "step %d: the network makes no use of the classes so far: its loss is %.4g with the right ones, and "
-            "%.2g ± %.1g higher with wrong ones",
-            *(run.step, losses.mean().item(), gain, stderr),
-        )
-    return {"class_gain": gain, "class_gain_stderr": stderr} if math.isfinite(gain + stderr) else {}

@@ -211,8 +211,8 @@ def prepare_model(
         accelerator: the launch.
 
     Raises:
-        ValueError: the network is for images, classes or outputs of another kind, or the config has an option that
-            the network or the launch can't serve.
+        ValueError: the network is for images, classes or outputs of another kind, or the config has an option
+            that the network or the launch can't serve.
     """
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(weight):

@@ -23,8 +23,8 @@ from hf_ddpm.folders.layout import INDEX
 from hf_ddpm.models.presets import AUTO
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.batches import check_new_images, open_stream
-from hf_ddpm.training.classes import known_names
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from hf_ddpm.training.classes import known_names
 from hf_ddpm.training.network import network_needs
 
 logger = logging.getLogger(__name__)

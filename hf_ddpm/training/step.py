@@ -1,15 +1,18 @@
 """One step of Ho et al. 2020, algorithm 1: micro-steps → gradients → weights → averages.
 
-Each image draws t and its noise from its own seed, and nothing is read back from the device.
+Each image draws t and its noise from its own seed, and nothing is read back from the device. Of a run with
+classes, `class_gain` tells between steps whether the network makes use of them.
 """
 
 import contextlib
+import logging
 import math
 
 import torch
 
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.guidance import Conditioned
+from hf_ddpm.likelihood import mean_and_stderr
 from hf_ddpm.seeds import derive_seed
 from hf_ddpm.training.averages import update_average
 from hf_ddpm.training.classes import LastImages, hide_labels
@@ -17,6 +20,11 @@ from hf_ddpm.training.draws import draw_noise, draw_uniform
 from hf_ddpm.training.log import QUARTILES, RunLog
 from hf_ddpm.training.run import Run
 from hf_ddpm.training.sharding import whole
+
+logger = logging.getLogger(__name__)
+
+DRAWS = 4  # steps and noises of an image by which `class_gain` judges
+SURE = 2  # standard errors
 
 
 def optimizer_step(run: Run, log: RunLog) -> None:
@@ -73,3 +81,49 @@ def _micro_step(run: Run, log: RunLog, micro: int) -> None:
         run.accelerator.backward((losses * present).sum() * (world / run.share.per_step))
     quartiles = torch.where(present, t * QUARTILES // len(run.process), -1)
     log.add(losses, weights, run.cost[t], quartiles, given)
+
+
+@torch.no_grad()
+def class_gain(run: Run) -> dict[str, float]:
+    """By how much the loss of the last images is higher with a wrong class than with their own.
+
+    The averaged network is asked twice for the same x_t. All processes call it together.
+
+    Returns:
+        For log.jsonl: "class_gain" with its standard error over images, in the unit of the loss; empty where
+        there are fewer than two images.
+    """
+    assert run.last is not None and run.class_names is not None
+    positions, x_0, present, labels = run.last
+    count, classes, steps = len(x_0), len(run.class_names), len(run.process)
+    places = torch.arange(count, device=x_0.device)
+    wrong = torch.full_like(labels, classes)  # of a single class the wrong one is none
+    if classes > 1:
+        wrong = (labels + 1 + places % (classes - 1)) % classes
+    totals = []
+    with run.accelerator.autocast():
+        for draw in range(DRAWS):
+            # All t alike, each image at others in each draw
+            t = ((places * DRAWS + draw) % (count * DRAWS) * steps // (count * DRAWS)).roll(
+                draw * count // DRAWS
+            )
+            numbers = range(draw * run.objective.noises, (draw + 1) * run.objective.noises)
+            noises = [draw_noise(run.config.seed, positions, run.shape, x_0.device, n) for n in numbers]
+            right, other = (
+                run.objective.loss(run.process, Conditioned(run.averaged, y), x_0, t, *noises).double()
+                for y in (labels.clamp(max=classes), wrong)
+            )
+            totals.append(torch.stack([other - right, right]))
+    found = run.accelerator.gather((torch.stack(totals).mean(0).T.contiguous(), present))
+    (values, there) = found  # type: ignore[misc]
+    gains, losses = values.cpu()[there.cpu()].T
+    if len(gains) < 2:
+        return {}
+    gain, stderr = mean_and_stderr(gains)
+    if gain <= SURE * stderr and run.accelerator.is_main_process:
+        logger.warning(
+            "step %d: the network makes no use of the classes so far: its loss is %.4g with the right ones, "
+            "and %.2g ± %.1g higher with wrong ones",
+            *(run.step, losses.mean().item(), gain, stderr),
+        )
+    return {"class_gain": gain, "class_gain_stderr": stderr} if math.isfinite(gain + stderr) else {}

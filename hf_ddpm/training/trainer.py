@@ -35,12 +35,11 @@ from hf_ddpm.shown import or_none, summary
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.training.averages import decay_at
 from hf_ddpm.training.curve import draw_curve
-from hf_ddpm.training.classes import class_gain
 from hf_ddpm.training.launch import start_pushing
 from hf_ddpm.training.log import RunLog
 from hf_ddpm.training.run import OwnObjective, Run, open_run
 from hf_ddpm.training.sharding import reshard
-from hf_ddpm.training.step import optimizer_step
+from hf_ddpm.training.step import class_gain, optimizer_step
 from hf_ddpm.training.words import go_on, next_steps
 
 logger = logging.getLogger(__name__)
