@@ -140,6 +140,11 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
         "trailing)",
     )
+    _add_class_flags(
+        parser,
+        "class of all images, by name or number; 'none', as by default, or 'all': every "
+        "class in turn, and a grid with a row for each",
+    )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
         "--batch-size",
@@ -156,6 +161,26 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     from hf_ddpm.generation.sample import sample
 
     sample(**vars(args))
+
+
+def _add_class_flags(parser: Parser, which: str) -> None:
+    """Add the flags of a class and of guidance; `which` classes there may be is said in the help."""
+    parser.add_argument("--class", dest="class_labels", metavar="NAME", help=which)
+    parser.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=number,
+        default=1.0,
+        metavar="W",
+        help="guidance scale: 1 is the class as it was learnt, 0 no class, above 1 exaggerates it and takes "
+        "twice the time [1]",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=wholes,
+        metavar="LO,HI",
+        help="guide at steps LO <= t < HI of the training process alone [0,T]",
+    )
 
 
 def _samplers() -> Iterable[str]:
@@ -281,6 +306,32 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
+def export_command(argv: Sequence[str], prog: str) -> None:
+    """Write one class of a model as a model that needs no class."""
+    parser = Parser(
+        prog,
+        "Write one class of a class-conditional model, or the model without a class, as an unconditional "
+        "model: a folder that plain diffusers samples. Its answers are those of the class, without guidance.",
+        "example: %(prog)s runs/clothes --class boot --out boots",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a class-conditional pipeline, or its Hub id"
+    )
+    parser.add_argument(
+        "--class",
+        dest="class_labels",
+        required=True,
+        metavar="NAME",
+        help="class by name or number, or 'none'",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new or empty folder")
+    args = parser.parse(argv)
+
+    from hf_ddpm.generation.export import export
+
+    print(f"model: {export(**vars(args))}")
+
+
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
     args = vars(_publish_parser(prog).parse(argv))
@@ -346,6 +397,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "evaluate": evaluate_command,
     "plan": plan_command,
     "interpolate": interpolate_command,
+    "export": export_command,
     "publish": publish_command,
 }
 

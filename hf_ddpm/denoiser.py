@@ -84,6 +84,7 @@ def as_denoiser(model: Callable[..., Any], device: torch.device | None = None) -
     """
     if isinstance(model, type) or not callable(model):
         raise ValueError(f"model is {described(model)}; allowed: an nn.Module or a function of (x_t, t)")
+    _check_conditions(model)
     return model if isinstance(model, _Adapted) else _Adapted(model, device)
 
 
@@ -99,25 +100,34 @@ def num_classes(model: Any) -> int | None:
 
     Returns:
         C.
-
-    Raises:
-        ValueError: it is conditioned on something else than the number of a class.
     """
+    network, config = _unwrapped(model)
+    if config is None:
+        number = getattr(network, "num_classes", None) if isinstance(network, nn.Module) else None
+        return number if isinstance(number, int) and not isinstance(number, bool) else None
+    rows = config.get("num_class_embeds")
+    return rows - 1 if isinstance(rows, int) and config.get("class_embed_type") is None else None
+
+
+def _check_conditions(model: Any) -> None:
+    """Refuse a network of diffusers that is conditioned on something else than the number of a class."""
+    network, config = _unwrapped(model)
+    kind = None if config is None else config.get("class_embed_type")
+    if kind is not None and getattr(network, "class_embedding", None) is not None:
+        raise ValueError(
+            f"class_embed_type of the network is {described(kind)}; allowed: None, with num_class_embeds"
+        )
+
+
+def _unwrapped(model: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """A model without the wrappers of torch, such as DDP and torch.compile, and its config if it has one."""
     while isinstance(model, nn.Module) and type(model).__module__.partition(".")[0] == "torch":
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):  # of torch itself, or one whose class FSDP has changed
             break
         model = inner
     config = getattr(model, "config", None)
-    if isinstance(config, Mapping):
-        kind, rows = config.get("class_embed_type"), config.get("num_class_embeds")
-        if kind is not None and getattr(model, "class_embedding", None) is not None:
-            raise ValueError(
-                f"class_embed_type of the network is {described(kind)}; allowed: None, with num_class_embeds"
-            )
-        return rows - 1 if isinstance(rows, int) else None
-    number = getattr(model, "num_classes", None) if isinstance(model, nn.Module) else None
-    return number if isinstance(number, int) and not isinstance(number, bool) else None
+    return model, config if isinstance(config, Mapping) else None
 
 
 class Counted:

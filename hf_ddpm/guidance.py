@@ -120,8 +120,8 @@ class Guided(Conditioned):
             return self._ask(x_t, t, labels.index_fill(0, rows, self.classes))
         steps = t.reshape(-1).to(x_t.device).expand(len(x_t))
         none = torch.full_like(rows, self.classes)
-        both = [torch.cat([whole, part]) for whole, part in ((x_t, x_t[rows]), (steps, steps[rows]))]
-        output, of_none = self._ask(*both, torch.cat([labels, none])).split([len(x_t), len(rows)])
+        both = torch.cat([x_t, x_t[rows]]), torch.cat([steps, steps[rows]]), torch.cat([labels, none])
+        output, of_none = self._ask(*both).split([len(x_t), len(rows)])
         channels = x_t.shape[1]
         of_class, of_none = wide(output[rows, :channels]), wide(of_none[:, :channels])
         answer = output.clone()
@@ -163,8 +163,10 @@ def check_interval(interval: Any, name: str = "interval", last: int | None = Non
     if interval is None:
         return None
     allowed = f"(lo, hi), two steps with 0 <= lo <= hi{'' if last is None else f' <= {last}'}"
-    if not isinstance(interval, tuple | list) or len(interval) != 2:
+    if not isinstance(interval, tuple | list):
         raise ValueError(f"{name} is {described(interval)}; allowed: {allowed}")
+    if len(interval) != 2:
+        raise ValueError(f"{name} has length {len(interval)}; allowed: {allowed}")
     for end in interval:
         if not isinstance(end, Real) or isinstance(end, bool):
             raise ValueError(f"{name} holds {described(end)}; allowed: {allowed}")

@@ -55,15 +55,17 @@ PUBLISH_FLAGS = """
     --custom-pipeline --commit-message
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
+EXPORT_FLAGS = "--class --out".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --seed --batch-size --overwrite
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --class --guidance
+    --guidance-interval --seed --batch-size --overwrite
 """.split()
 
 
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "interpolate", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "interpolate", "export", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -138,6 +140,7 @@ def test_help_and_mistyped_words_load_no_torch():
     [
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
+        ("export", EXPORT_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
         ("plan", PLAN_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),

@@ -166,13 +166,25 @@ class Slots(NamedTuple):
     Attributes:
         images: uint8 (B, C, H, W), zeros in a hole.
         present: bool (B,), False in a hole.
-        labels: the class of each, int64 (B,); C, "no class", for an empty slot; None of a stream without
-            labels.
     """
 
     images: Tensor
     present: Tensor
-    labels: Tensor | None = None
+    __repr__ = fields_line
+
+
+class LabelledSlots(NamedTuple):
+    """`Slots` of a stream that reads labels.
+
+    Attributes:
+        images: uint8 (B, C, H, W), zeros in a hole.
+        present: bool (B,), False in a hole.
+        labels: the class of each image, int64 (B,); C, "no class", in an empty slot.
+    """
+
+    images: Tensor
+    present: Tensor
+    labels: Tensor
     __repr__ = fields_line
 
 
@@ -461,7 +473,9 @@ class ImageStream:
         out = np.empty((len(images), *self.shape), np.uint8)
         return torch.from_numpy(np.stack(images, out=out))
 
-    def slots(self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None) -> Iterator[Slots]:
+    def slots(
+        self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None
+    ) -> Iterator[Slots | LabelledSlots]:
         """The images at given positions: what one of several processes trains on.
 
         Args:
@@ -471,7 +485,9 @@ class ImageStream:
                 in memory, so that processes which share out the positions share out a window too.
 
         Returns:
-            Iterator of `Slots`, one per item. With `skip_corrupt` an image that can't be read is a hole.
+            Iterator of `Slots`, one for each item, or of `LabelledSlots` where labels are read. With
+            `skip_corrupt`
+            an image that can't be read is a hole.
 
         Raises:
             ValueError: a position below -1, or an image that can't be read.
@@ -480,17 +496,17 @@ class ImageStream:
             for item in slots:
                 images = np.zeros((len(item), *self.shape), np.uint8)
                 present = np.zeros(len(item), np.bool_)
-                labels = None if self.labels is None else np.full(len(item), len(self.class_names or ()))
+                labels = np.full(len(item), len(self.class_names or ()))
                 for i, position in enumerate(map(int, item)):
                     if _checked("position", position, -1) < 0:
                         continue
                     row, image = self._image(rows, position)
-                    if labels is not None and self.labels is not None:
+                    if self.labels is not None:
                         labels[i] = self.labels[self._before[row.shard] + row.number]
                     if image is not None:
                         images[i], present[i] = image, True
-                classes = None if labels is None else torch.from_numpy(labels)
-                yield Slots(torch.from_numpy(images), torch.from_numpy(present), classes)
+                found = Slots(torch.from_numpy(images), torch.from_numpy(present))
+                yield found if self.labels is None else LabelledSlots(*found, torch.from_numpy(labels))
 
     def _image(self, rows: OrderedRows, position: int) -> tuple[Row, np.ndarray | None]:
         """The row at a position of the run, and its image (C, H, W), None if that is to be passed over."""

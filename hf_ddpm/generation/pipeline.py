@@ -18,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hf_ddpm.data.pixels import to_uint8
-from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.denoiser import Denoiser, as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
+from hf_ddpm.generation.classes import count_labels
 from hf_ddpm.generation.grids import image_grid, png, to_pil
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
 from hf_ddpm.generation.samplers import (
@@ -109,7 +110,7 @@ class DDPMPipeline(PredictingPipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
@@ -119,11 +120,14 @@ class DDPMPipeline(PredictingPipeline):
         pred_original_steps: Sequence[int] = (),
         callback_on_step_end: Callback | None = None,
         image_shape: tuple[int, int, int] | None = None,
+        class_labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Draw images.
 
         Args:
-            batch_size (`int`, defaults to 1): number of images.
+            batch_size (`int`, *optional*): number of images, by default 1, or as many as `class_labels` has.
             generator (`torch.Generator` or a list of `batch_size` of them, *optional*): makes the draws
                 repeatable. With a list, an image depends on its own generator only, whatever the batch.
             num_inference_steps (`int`, *optional*): number of steps, by default all T of the training
@@ -139,6 +143,14 @@ class DDPMPipeline(PredictingPipeline):
             callback_on_step_end (`Callable`, *optional*): called as (pipeline, step, timestep, {"sample":
                 x_prev}); what it returns under "sample" replaces x_prev.
             image_shape (`tuple`, *optional*): (C, H, W), for a network whose config doesn't say it.
+            class_labels (`int`, `str`, or a list, array or tensor of them, *optional*): the class of all
+                images, by its number or by its name in `id2label`, or one class for each image. None is "no
+                class", never a random one.
+            guidance_scale (`float`, defaults to 1.0): w in x̂_0 = x̂_none + w (x̂_class − x̂_none), which is
+                clipped afterwards (guidance.py). 1 is the conditional model, 0 the one without a class; any
+                other w takes twice the time and memory, as the network sees each image twice.
+            guidance_interval (`tuple[float, float]`, *optional*): (lo, hi), guide at steps lo ≤ t < hi of the
+                training process alone, by default at all.
 
         Returns:
             The images, and the predicted x_0 by position if asked for.
@@ -146,6 +158,8 @@ class DDPMPipeline(PredictingPipeline):
         Raises:
             ValueError: an argument is not as above.
         """
+        if batch_size is None:
+            batch_size = count_labels(class_labels) or 1
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
@@ -160,14 +174,16 @@ class DDPMPipeline(PredictingPipeline):
             allowed = range(-num_calls, num_calls)
             fits = p in allowed and not isinstance(p, bool)
             _require(fits, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
+        classes = self.check_classes(batch_size, class_labels, guidance_scale, guidance_interval)
         places = {p: int(p) % num_calls for p in pred_original_steps}
         samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
         for start in range(0, batch_size, chunk):
             size = min(chunk, batch_size - start)
             chosen = generator[start : start + size] if isinstance(generator, list) else generator
+            denoise = classes.denoiser(self.unet, start, size)
             sample, predicted = self._sample(
-                (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
+                denoise, (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
             )
             samples.append(_to_unit(sample))
             for p, place in places.items():
@@ -190,6 +206,9 @@ class DDPMPipeline(PredictingPipeline):
         num_inference_steps: int | None = None,
         *,
         callback_on_step_end: Callback | None = None,
+        class_labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """Draw x_0 given x_t: algorithm 2 from step t on, over the steps t, t − 1, ..., 0.
 
@@ -202,6 +221,9 @@ class DDPMPipeline(PredictingPipeline):
             num_inference_steps (`int`, *optional*): K, as when sampling from noise. The steps taken are t
                 itself, which need not be one of the K, and those of the K below t: about K·t/T steps.
             callback_on_step_end (`Callable`, *optional*): as when sampling from noise.
+            class_labels (*optional*): as when sampling from noise, and so the next two.
+            guidance_scale (`float`, defaults to 1.0): w.
+            guidance_interval (`tuple[float, float]`, *optional*): the steps that are guided.
 
         Returns:
             The images, about in [−1, 1], (B, C, H, W), on the network's device and in its dtype.
@@ -219,10 +241,11 @@ class DDPMPipeline(PredictingPipeline):
         whole = isinstance(t, Integral) and not isinstance(t, bool)
         _require(whole and 0 <= t < total, "t", t, f"whole numbers in 0..{total - 1}")
         self.check_inputs(len(x_t), generator, num_inference_steps, "pt", None, tuple(x_t.shape[1:]))  # type: ignore[arg-type]
+        classes = self.check_classes(len(x_t), class_labels, guidance_scale, guidance_interval)
         below = [step for step in scheduler.timesteps.tolist() if step < t]
         scheduler.set_timesteps(timesteps=[int(t), *below])
         x = x_t.to(self._execution_device, self._weight.dtype)
-        x_0, _ = self._run(x, generator, set(), callback_on_step_end)
+        x_0, _ = self._run(classes.denoiser(self.unet), x, generator, set(), callback_on_step_end)
         self.maybe_free_model_hooks()
         return x_0
 
@@ -267,6 +290,7 @@ class DDPMPipeline(PredictingPipeline):
 
     def _sample(
         self,
+        denoise: Denoiser,
         shape: tuple[int, ...],
         generator: torch.Generator | list[torch.Generator] | None,
         num_steps: int,
@@ -278,10 +302,11 @@ class DDPMPipeline(PredictingPipeline):
         if not isinstance(scheduler, DDPMScheduler):
             scheduler.set_timesteps(num_steps)  # forgets the batch before: other schedulers keep state
         x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
-        return self._run(x * scheduler.init_noise_sigma, generator, places, callback)
+        return self._run(denoise, x * scheduler.init_noise_sigma, generator, places, callback)
 
     def _run(
         self,
+        denoise: Denoiser,
         x: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
         places: set[int],
@@ -289,14 +314,13 @@ class DDPMPipeline(PredictingPipeline):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Algorithm 2 over `scheduler.timesteps`, from x at the first of them."""
         scheduler: Any = self.scheduler
-        denoise = as_denoiser(self.unet)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if takes_generator else {}
         predicted: dict[int, Tensor] = {}
         finite: list[Tensor] = []
         for step, t in enumerate(self.progress_bar(scheduler.timesteps)):  # type: ignore[call-arg,arg-type]
             x_t = scheduler.scale_model_input(x, t)
-            output = denoise(x_t, t.to(x.device).expand(len(x)))
+            output = denoise(x_t, t.expand(len(x)))
             finite.append(output.isfinite().all())  # looked at in the end: nothing is read back in between
             if not isinstance(scheduler, diffusers.DDPMScheduler):
                 output = output[:, : x.shape[1]]  # the others have no use for a learned variance

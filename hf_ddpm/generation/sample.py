@@ -9,7 +9,8 @@ Each file has a note, "sample <key> <name>", whose key is a hash of all that an 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from PIL import Image
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
-from hf_ddpm.generation.grids import image_grid, is_whole, read_note, save_image
+from hf_ddpm.generation.grids import class_grid, image_grid, is_whole, read_note, save_image
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
 from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
-from hf_ddpm.models import weights_digest
+from hf_ddpm.models import num_classes, weights_digest
 from hf_ddpm.runtime.disk import delete_partials
 from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import Bar, progress
@@ -33,6 +34,7 @@ from hf_ddpm.variances import FIXED, LEARNED
 
 logger = logging.getLogger(__name__)
 
+EVERY = "all"  # in the place of a class: every class in turn
 GRID_IMAGES = 100  # the grid shows at most so many of the samples
 
 
@@ -47,6 +49,9 @@ def sample(
     batch_size: int = 64,
     overwrite: bool = False,
     timestep_spacing: str | None = None,
+    class_labels: int | str | None = None,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
 
@@ -66,6 +71,10 @@ def sample(
         overwrite: whether samples that the folder holds may be replaced.
         timestep_spacing: how so many steps out of T are chosen, "leading", "trailing" or "linspace"; by
             default as the sampler does.
+        class_labels: of a class-conditional model: a class by its number or name, for all images, or "none",
+            as by default, or "all": image i is of class i mod C, and the grid has a row for each class.
+        guidance_scale: w, see `DDPMPipeline.__call__`.
+        guidance_interval: the steps (lo, hi) that are guided; None for all.
 
     Returns:
         The grid's path.
@@ -90,14 +99,18 @@ def sample(
     state, folder = process_state(), Path(out).expanduser()
     with output_folder(folder, "out", lambda folder: _check_folder(folder, overwrite), state) as lock:
         pipeline = _load(model, scheduler, variance_type, steps, timestep_spacing)
+        drawn = _drawn(pipeline, class_labels, guidance_scale, guidance_interval)
         if state.device is None or state.device.type == "cpu":
-            check_batch("batch_size", min(batch_size, num_images), pipeline.unet, pipeline.image_shape)
-        key = _key(pipeline, seed, steps)
+            at_once = min(batch_size, num_images)
+            shape, times = pipeline.image_shape, drawn.evaluations
+            check_batch("batch_size", at_once, pipeline.unet, shape, times)
+        key = _key(pipeline, seed, steps, drawn)
         on_main_process(state, lambda: _check_samples(folder, key, num_images, overwrite))
         mine = range(num_images)[state.process_index :: state.num_processes]
         with progress("sample", len(mine), "image", state.is_main_process) as bar:
             for start in range(0, len(mine), batch_size):
-                _draw(pipeline, folder, key, mine[start : start + batch_size], seed, steps, lock.check, bar)
+                chunk = mine[start : start + batch_size]
+                _draw(pipeline, folder, key, chunk, seed, steps, drawn, lock.check, bar)
         state.wait_for_everyone()
 
         grid = folder / GRID
@@ -105,7 +118,9 @@ def sample(
             lock.check()
             names = [sample_name(i) for i in range(num_images)]
             pictures = [Image.open(folder / name, formats=["PNG"]) for name in names[:GRID_IMAGES]]
-            save_image(image_grid(pictures), grid, _note(key, GRID))
+            names_of_rows = drawn.names(range(len(pictures)))
+            picture = image_grid(pictures) if names_of_rows is None else class_grid(pictures, names_of_rows)
+            save_image(picture, grid, _note(key, GRID))
             for name in _samples_in(folder) - {*names, GRID}:
                 (folder / name).unlink()
             print(f"{num_images} images and {GRID} in {folder}")
@@ -147,7 +162,56 @@ def _load(
     return pipeline
 
 
-def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
+@dataclass(frozen=True)
+class _Drawn:
+    """The classes that are drawn.
+
+    Attributes:
+        labels: of images 0, 1, ..., beginning anew after the last; None for a model without classes.
+        given: what of it the pipeline is told, by keyword.
+        evaluations: how often the network gets each image at once.
+        titles: of the rows of the grid, one for each of `labels`; () for a grid without classes.
+    """
+
+    labels: tuple[int | None, ...] | None
+    given: Mapping[str, Any]
+    evaluations: int = 1
+    titles: tuple[str, ...] = ()
+
+    def keywords(self, indices: range) -> dict[str, Any]:
+        """The keywords of the pipeline for these images."""
+        if self.labels is None:
+            return {}
+        return {"class_labels": [self.labels[i % len(self.labels)] for i in indices], **self.given}
+
+    def names(self, indices: range) -> list[str] | None:
+        """The title of each image's row in the grid; None for a grid without classes."""
+        return [self.titles[i % len(self.titles)] for i in indices] if self.titles else None
+
+
+def _drawn(pipeline: DDPMPipeline, class_labels: Any, scale: Any, interval: Any) -> _Drawn:
+    """What is drawn, once it is known to make sense.
+
+    Raises:
+        ValueError: no such class, guidance without one, or "all" is also the name of a class.
+    """
+    names, classes = pipeline.id2label or {}, num_classes(pipeline.unet)
+    every = class_labels == EVERY and bool(classes)
+    if every and EVERY in names.values():
+        raise ValueError(f"class {EVERY!r} may be the one of that name or every class; allowed: its number")
+    given = {"guidance_scale": scale, "guidance_interval": interval}
+    found = pipeline.check_classes(1, 0 if every else class_labels, **given)
+    if found.labels is None:
+        return _Drawn(None, {})
+    if every:
+        assert classes is not None
+        titles = tuple(names.get(y, str(y)) for y in range(classes))
+        return _Drawn(tuple(range(classes)), given, found.evaluations, titles)
+    label = found.labels[0].item()
+    return _Drawn((None if label == classes else int(label),), given, found.evaluations)
+
+
+def _key(pipeline: DDPMPipeline, seed: int, steps: int | None, drawn: _Drawn) -> str:
     """Sixteen hex digits of all that an image depends on, besides its number."""
     network, scheduler = pipeline.unet, pipeline.scheduler
     weights: Any = network.state_dict()  # type: ignore[union-attr]
@@ -159,6 +223,8 @@ def _key(pipeline: DDPMPipeline, seed: int, steps: int | None) -> str:
         "steps": steps,
         "versions": [torch.__version__, diffusers.__version__],
     }
+    if drawn.labels is not None:
+        facts["classes"] = [drawn.labels, *drawn.given.values()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -169,6 +235,7 @@ def _draw(
     indices: range,
     seed: int,
     steps: int | None,
+    drawn: _Drawn,
     check: Callable[[], None],
     bar: Bar,
 ) -> None:
@@ -183,7 +250,12 @@ def _draw(
         return
     generators = image_generators(seed, indices)
     images: Any = pipeline(
-        len(indices), generators, steps, return_dict=False, callback_on_step_end=count_images(bar)
+        len(indices),
+        generators,
+        steps,
+        return_dict=False,
+        callback_on_step_end=count_images(bar),
+        **drawn.keywords(indices),
     )[0]
     for name, image in zip(names, images, strict=True):
         check()

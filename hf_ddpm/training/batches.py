@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.order import EMPTY
-from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.data.stream import ImageStream, LabelledSlots, load_stream
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.processes import held_back
@@ -249,7 +249,7 @@ class Batch(NamedTuple):
         images: uint8, (B, C, H, W), all zeros where there is none.
         present: whether a slot holds an image, (B,), bool, on the CPU.
         said: warnings of reading them, which are for `SkippedRows` to tell.
-        labels: the class of each, (B,), int64, as in `data.stream.Slots`; None where the run has no classes.
+        labels: the class of each, (B,), int64, as in `data.stream.LabelledSlots`; None without classes.
     """
 
     positions: list[int]
@@ -286,8 +286,9 @@ class _Batches(IterableDataset):
                     item = next(found, None)
                 if item is None:
                     return
-                positions, (images, present, labels) = item
-                yield Batch(positions, images, present, said, labels)
+                positions, slots = item
+                labels = slots.labels if isinstance(slots, LabelledSlots) else None
+                yield Batch(positions, slots.images, slots.present, said, labels)
         except ValueError as error:
             yield error
 

@@ -26,6 +26,7 @@ SHORT = {
     "evaluate": "--num-images 4 --num-evals-per-image 2",
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
+    "export": "",
     "plan": "",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
@@ -36,6 +37,7 @@ CALLS = {
     "sample": "hf_ddpm.generation.sample.sample",
     "evaluate": "hf_ddpm.evaluation.evaluate.evaluate",
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
+    "export": "hf_ddpm.generation.export.export",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
 }
