@@ -17,6 +17,7 @@ from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
+from hf_ddpm.evaluation.sweep_config import SweepConfig
 from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.runtime.arguments import (
     Parser,
@@ -132,13 +133,20 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser.late_help[scheduler] = lambda: f"sampler, by default the model's ({', '.join(_samplers())})"
     variance = parser.add_argument("--variance-type", metavar="NAME")
     parser.late_help[variance] = lambda: (
-        f"reverse variance of the sampler ddpm ({', '.join(_fixed_variances())})"
+        f"reverse variance of the sampler ddpm ({', '.join(_variances())}); the last two of a model that "
+        "hf-ddpm plan has measured"
+    )
+    spacing = parser.add_argument("--timestep-spacing", metavar="NAME")
+    parser.late_help[spacing] = lambda: (
+        "how the K steps are spaced among the T, by default as the sampler does "
+        f"({', '.join(_spacings())}); the last two for ddpm, dpm-solver++ and euler"
     )
     parser.add_argument(
-        "--timestep-spacing",
+        "--ending",
+        default="mean",
         metavar="NAME",
-        help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
-        "trailing)",
+        help="an image is the x_0 that the last step predicts (mean), or, of a model that hf-ddpm plan has "
+        "measured, the likeliest grey levels given that (mode) or a draw of them (draw) [mean]",
     )
     _add_class_flags(
         parser,
@@ -189,10 +197,16 @@ def _samplers() -> Iterable[str]:
     return SCHEDULERS
 
 
-def _fixed_variances() -> Iterable[str]:
-    from hf_ddpm.variances import FIXED
+def _variances() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED, MEASURED
 
-    return FIXED
+    return (*FIXED, *MEASURED)
+
+
+def _spacings() -> Iterable[str]:
+    from hf_ddpm.schedules import SPACINGS
+
+    return SPACINGS
 
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:
@@ -241,6 +255,32 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
     if process_state().is_main_process:
         print(describe_plan(config, found))
         print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
+
+
+def sweep_command(argv: Sequence[str], prog: str) -> None:
+    """Compare samplers and numbers of steps: which one to take."""
+    parser = Parser(
+        prog,
+        "Which sampler, how many steps? Draw equally many images with each sampler in each number of steps, "
+        "compare them with real images by a feature network (Fréchet distance with its standard error), and "
+        "say which to take: the fewest network evaluations within the error of the best. What was found is "
+        "left beside the model as sweep.json and sweep.png, and `hf-ddpm sample --quality fast` takes it. If "
+        "it was killed, the same command continues it, and with more steps or samplers only the new ones are "
+        "drawn; start it with `accelerate launch` to use several processes.",
+        "example: %(prog)s runs/photos --extractor facebook/dinov2-small --steps 10,20,50",
+    )
+    default = "the run's own: the images that it held out, else its test split"
+    config = SweepConfig(**_measurement(parser, SweepConfig, default, argv))
+
+    from hf_ddpm.evaluation.sweep import sweep
+    from hf_ddpm.folders.layout import SWEEP, SWEEP_PLOT
+    from hf_ddpm.folders.sweep import describe_sweep
+    from hf_ddpm.runtime.processes import process_state
+
+    found = sweep(config, redact(shlex.join([*prog.split(), *argv])))
+    if process_state().is_main_process:
+        print(describe_sweep(found))
+        print(f"written: {Path(config.out or config.model).expanduser() / SWEEP}, {SWEEP_PLOT}")
 
 
 def _measurement(parser: Parser, config: type, default: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -396,6 +436,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "sample": sample_command,
     "evaluate": evaluate_command,
     "plan": plan_command,
+    "sweep": sweep_command,
     "interpolate": interpolate_command,
     "export": export_command,
     "publish": publish_command,

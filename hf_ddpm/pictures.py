@@ -186,7 +186,7 @@ def encode_decode(
             sampler.
     """
     _check_pipeline(pipeline)
-    images = as_pictures(images, _shape(pipeline))
+    images = as_pictures(images, pipeline.shape_or_none)
     steps, places = _steps(timesteps, pipeline.process), range(len(images))
     noise = _noise(seed, places, images[0]).to(pipeline.device)
     x_0 = images.to(noise)
@@ -381,19 +381,11 @@ def _check_pipeline(pipeline: Any) -> None:
         raise ValueError(f"pipeline is {described(pipeline)}; allowed: a DDPMPipeline")
 
 
-def _shape(pipeline: DDPMPipeline) -> tuple[int, int, int] | None:
-    """(C, H, W) of the model's images; None where its network doesn't say it."""
-    try:
-        return pipeline.image_shape
-    except ValueError:
-        return None
-
-
 def _one_image(image: Any, pipeline: DDPMPipeline) -> Tensor:
     """One image in any form as (C, H, W)."""
     if isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point():
         return as_pictures(image[None])[0]
-    found = as_pictures(image, _shape(pipeline))
+    found = as_pictures(image, pipeline.shape_or_none)
     if len(found) != 1:
         raise ValueError(f"there are {len(found)} images where one is interpolated; allowed: one (C, H, W)")
     return found[0]

@@ -22,14 +22,15 @@ from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
 from hf_ddpm.generation.samplers import training_scheduler
-from hf_ddpm.likelihood.chains import quadratic_steps
 from hf_ddpm.likelihood.errors import MEASURED
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.schedules import quadratic_steps
 from hf_ddpm.shown import fields_line
+from hf_ddpm.spacing import sampling_steps
 from hf_ddpm.variances import FIXED, LEARNED, AnyVariance, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
@@ -215,8 +216,8 @@ def _kept_steps(
         # Of a learned variance no table is known; it is nearest to the optimal one
         kind = "optimal" if variance_type in LEARNED else variance_type
         return stored.errors.best_chains(kind, steps).steps(steps)
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps.tolist()
+    spacing, offset = scheduler.config["timestep_spacing"], scheduler.config["steps_offset"]
+    return sampling_steps(scheduler.process, spacing, steps, offset).tolist()
 
 
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:

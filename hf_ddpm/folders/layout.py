@@ -30,7 +30,9 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
       evaluation.json                   what was measured (numbers.py describes it)
       evaluation.safetensors            the same for each image
       bits-per-step.png  rate-distortion.png  reconstructions.png  nearest.png
-      .parts-<key>/00000.safetensors    work that a killed evaluation finds again
+      sweep.json                        samplers and numbers of steps, compared (sweep.py describes it)
+      sweep.png                         a picture of that
+      .parts-<key>/00000.safetensors    work that a killed evaluation or sweep finds again
 
 `hf-ddpm sample` fills a folder with 00000.png, 00001.png, ... and grid.png. A folder in model_cards/ holds
 card.json beside the files that a card is made of.
@@ -85,6 +87,7 @@ PLOTS = {
 }
 NEAREST = "nearest.png"
 MEASURED = frozenset({EVALUATION, EVALUATION_TENSORS, *PLOTS, NEAREST})  # what an evaluation writes
+SWEEP, SWEEP_PLOT = "sweep.json", "sweep.png"
 PARTS = ".parts-"  # how the names of the folders of parts begin
 
 # A folder of samples

@@ -3,14 +3,15 @@
 What the bound is, likelihood/ knows; whole data sets, shared by processes, are evaluation/'s.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
+from hf_ddpm.decoders import AnyDecoder, LevelsDecoder
 from hf_ddpm.denoiser import as_denoiser, scoring_device
 from hf_ddpm.generation.given import as_images
 from hf_ddpm.likelihood import Estimate, estimate_bound
-from hf_ddpm.likelihood.errors import MEASURED
+from hf_ddpm.likelihood.errors import MEASURED, Errors
 from hf_ddpm.variances import AnyVariance, plain_name
 
 
@@ -22,7 +23,7 @@ def bits_per_dim(
     batch_size: int,
     variance_type: str | None,
     clip_x0: bool,
-    decoder: Literal["exact", "tanh"],
+    decoder: AnyDecoder,
 ) -> Estimate:
     """The bound of images, by `estimate_bound`; arguments and errors as in `DDPMPipeline.bits_per_dim`."""
     if variance_type is None:  # a sampler that has none leaves it to what the network was trained for
@@ -52,7 +53,7 @@ def bits_per_dim(
             variance_type=variance,
             prediction_type=pipeline.prediction_type,
             clip_x0=clip_x0,
-            decoder=decoder,
+            decoder=measured_decoder(pipeline, decoder, clip_x0),
         )
     finally:
         if was_training:
@@ -67,13 +68,30 @@ def measured_variance(pipeline: Any, variance_type: str, clip_x0: bool) -> AnyVa
     """
     if variance_type not in MEASURED:
         return variance_type
+    errors = _errors(pipeline, f"variance_type is {variance_type!r}", clip_x0)
+    return errors.variance(pipeline.process, variance_type)
+
+
+def measured_decoder(pipeline: Any, decoder: AnyDecoder, clip_x0: bool) -> AnyDecoder:
+    """The decoder of that name; of "levels" the numbers that were measured.
+
+    Raises:
+        ValueError: as in `measured_variance`.
+    """
+    if isinstance(decoder, LevelsDecoder) or decoder != "levels":
+        return decoder
+    return _errors(pipeline, f"decoder is {decoder!r}", clip_x0).decoder(pipeline.process, "levels")
+
+
+def _errors(pipeline: Any, what: str, clip_x0: bool) -> Errors:
+    """The errors that were measured of a pipeline's network, for a bound with this `clip_x0`."""
     if (found := pipeline.errors) is None:
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: after hf-ddpm plan has measured it")
+        raise ValueError(f"{what}; allowed: after hf-ddpm plan has measured it")
     if found.of.clip_x0 != clip_x0:
         raise ValueError(
             f"clip_x0 is {clip_x0}, but the errors were measured with {found.of.clip_x0}; allowed: equal"
         )
-    return found.errors.variance(pipeline.process, variance_type)
+    return found.errors
 
 
 def _weights(network: Any) -> list[Tensor]:

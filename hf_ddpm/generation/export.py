@@ -14,7 +14,6 @@ from typing import Any
 
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from hf_ddpm import __version__
 from hf_ddpm.checks import described
 from hf_ddpm.folders.index import needs_us
 from hf_ddpm.folders.labels import label_id
@@ -135,6 +134,6 @@ def _what(title: str, none: bool, model: str) -> str:
     of = "The model without a class" if none else f"The class “{as_text(title)}”"
     return (
         f"{of} of the class-conditional model {as_text(model)}, as an unconditional model: `hf-ddpm "
-        f"export` of hf_ddpm {__version__} added the row of the class to the bias of the time embedding. "
-        "Its answers are those of that model for the class, without guidance."
+        "export` added the row of the class to the bias of the time embedding. Its answers are those of that "
+        "model for the class, without guidance."
     )

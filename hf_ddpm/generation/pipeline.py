@@ -7,26 +7,30 @@ x_t is predictor.py's, and folders and the Hub are portable.py's.
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from hf_ddpm.data.pixels import to_uint8
+from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.denoiser import Denoiser, as_denoiser
 from hf_ddpm.generation.bits_per_dim import bits_per_dim
 from hf_ddpm.generation.classes import count_labels
-from hf_ddpm.generation.grids import image_grid, png, to_pil
+from hf_ddpm.generation.given import as_pictures
+from hf_ddpm.generation.inpainting import as_mask, inpaint
+from hf_ddpm.generation.measured import check_ending, ended, ending_decoder, give_errors
+from hf_ddpm.generation.outputs import OUTPUT_TYPES, PIL_CHANNELS, DDPMPipelineOutput, as_type, to_unit
 from hf_ddpm.generation.predictor import PredictingPipeline, check_images
+from hf_ddpm.generation.quality import sampler_of_quality
 from hf_ddpm.generation.samplers import (
+    Diverged,
     check_process,
     check_sampler,
     check_steps,
+    choose_steps,
     require_config,
     start_remark,
     try_step,
@@ -35,43 +39,10 @@ from hf_ddpm.likelihood import Estimate
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.scheduler import DDPMScheduler, check_generators
-from hf_ddpm.shown import count, or_none, summary
 from hf_ddpm.spelling import suggest_keywords
 
 logger = logging.getLogger(__name__)
-OUTPUT_TYPES = ("pil", "np", "pt")
-PIL_CHANNELS = (1, 2, 3, 4)
-MOST_SHOWN = 64  # images of an output that a notebook shows
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass
-class DDPMPipelineOutput(ImagePipelineOutput):
-    """What a call of the pipeline returns.
-
-    Attributes:
-        images: the samples, in the output type that was asked for.
-        pred_original_images: for each position in `pred_original_steps`, as given, the predicted x_0 there.
-    """
-
-    pred_original_images: dict[int, Any] | None = None
-
-    def __repr__(self) -> str:
-        return summary(self, self._facts)
-
-    def _facts(self) -> list[str]:
-        """What its one-line `repr` says."""
-        first, number = self.images[0], count(len(self.images), "image")
-        kind = f"PIL {first.mode}, {first.width}x{first.height}" if isinstance(self.images, list) else ""
-        if not kind:
-            array: Any = self.images  # (B, H, W, C), or a tensor (B, C, H, W)
-            kind = f"{str(array.dtype).removeprefix('torch.')} {tuple(array.shape)}"
-        seen = self.pred_original_images
-        return [number, kind, *([] if seen is None else [f"x̂_0 at {count(len(seen), 'position')}"])]
-
-    def _repr_png_(self) -> bytes | None:
-        """The images in a grid, for a notebook; of very many, the first ones."""
-        return or_none(lambda: png(image_grid(_as_pil(self.images[:MOST_SHOWN]))))
 
 
 class DDPMPipeline(PredictingPipeline):
@@ -116,6 +87,7 @@ class DDPMPipeline(PredictingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        quality: Literal["fast", "best"] | None = None,
         max_batch_size: int | None = None,
         pred_original_steps: Sequence[int] = (),
         callback_on_step_end: Callback | None = None,
@@ -123,6 +95,7 @@ class DDPMPipeline(PredictingPipeline):
         class_labels: Any = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
+        ending: Literal["mean", "mode", "draw"] = "mean",
     ) -> DDPMPipelineOutput | tuple:
         """Draw images.
 
@@ -136,6 +109,9 @@ class DDPMPipeline(PredictingPipeline):
                 [0, 1].
             return_dict (`bool`, defaults to `True`): return a `DDPMPipelineOutput`, or the tuple of its
                 fields.
+            quality (`str`, *optional*): takes the sampler and the number of steps that `hf-ddpm sweep` found
+                for this model, for this call: "fast" is the fewest network evaluations whose images are as
+                good as the best, as far as was measured, and "best" is the best.
             max_batch_size (`int`, *optional*): the network sees at most so many images at once. With one
                 generator the draws come chunk by chunk, so the images differ from those of one large batch.
             pred_original_steps (`Sequence[int]`, *optional*): positions in `scheduler.timesteps` (0 = first,
@@ -151,6 +127,9 @@ class DDPMPipeline(PredictingPipeline):
                 other w takes twice the time and memory, as the network sees each image twice.
             guidance_interval (`tuple[float, float]`, *optional*): (lo, hi), guide at steps lo ≤ t < hi of the
                 training process alone, by default at all.
+            ending (`str`, defaults to `"mean"`): an image is the x_0 that the last step predicts ("mean"),
+                or, by the grey levels that `hf-ddpm plan` counted, the likeliest level of each pixel given
+                that ("mode") or a draw of one ("draw").
 
         Returns:
             The images, and the predicted x_0 by position if asked for.
@@ -160,6 +139,24 @@ class DDPMPipeline(PredictingPipeline):
         """
         if batch_size is None:
             batch_size = count_labels(class_labels) or 1
+        if quality is not None:
+            with sampler_of_quality(self, quality, num_inference_steps) as steps:
+                return self(
+                    batch_size,
+                    generator,
+                    steps,
+                    output_type,
+                    return_dict,
+                    max_batch_size=max_batch_size,
+                    pred_original_steps=pred_original_steps,
+                    callback_on_step_end=callback_on_step_end,
+                    image_shape=image_shape,
+                    class_labels=class_labels,
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    ending=ending,
+                )
+        check_ending(ending)
         shape, num_steps, num_calls = self.check_inputs(
             batch_size, generator, num_inference_steps, output_type, max_batch_size, image_shape
         )
@@ -176,6 +173,7 @@ class DDPMPipeline(PredictingPipeline):
             _require(fits, "a position in pred_original_steps", p, f"{allowed[0]}..{allowed[-1]}")
         classes = self.check_classes(batch_size, class_labels, guidance_scale, guidance_interval)
         places = {p: int(p) % num_calls for p in pred_original_steps}
+        decoder = ending_decoder(self, ending)
         samples, previews = [], {p: [] for p in places}
         chunk = max_batch_size or batch_size
         for start in range(0, batch_size, chunk):
@@ -185,13 +183,13 @@ class DDPMPipeline(PredictingPipeline):
             sample, predicted = self._sample(
                 denoise, (size, *shape), chosen, num_steps, set(places.values()), callback_on_step_end
             )
-            samples.append(_to_unit(sample))
+            samples.append(to_unit(ended(sample, decoder, ending, chosen)))
             for p, place in places.items():
-                previews[p].append(_to_unit(predicted[place]))
+                previews[p].append(to_unit(predicted[place]))
         self.maybe_free_model_hooks()
 
-        images = _as_type(samples, output_type)
-        x_0s = {p: _as_type(x_0, output_type) for p, x_0 in previews.items()} or None
+        images = as_type(samples, output_type)
+        x_0s = {p: as_type(x_0, output_type) for p, x_0 in previews.items()} or None
         if not return_dict:
             return (images,) if x_0s is None else (images, x_0s)
         return DDPMPipelineOutput(images=images, pred_original_images=x_0s)
@@ -250,6 +248,62 @@ class DDPMPipeline(PredictingPipeline):
         return x_0
 
     @suggest_keywords
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        *,
+        resample: int = 10,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        class_labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> DDPMPipelineOutput | tuple:
+        """Draw some pixels of images anew, given the others: RePaint, Lugmayr et al. 2022, algorithm 1.
+
+        The other pixels come back exactly. Each step is taken `resample` times with the variance β_t, see
+        inpainting.py, so the network is called about K · `resample` times.
+
+        Args:
+            image: one or more images of the model's shape, in any form of `bits_per_dim`, but that
+                floating-point numbers are any in [−1, 1]. For several fillings, give an image several times.
+            mask: white (True, 1 or 255) where pixels are filled, black (False, 0) where they are kept: one
+                for all images or one for each, a PIL image, an array or a tensor, such as (H, W).
+            resample (`int`, defaults to 10): how often each step is taken. 1 is fast, and what is filled then
+                fits its surroundings badly.
+            generator (`torch.Generator` or a list of B of them, *optional*): as in a call of the pipeline.
+            num_inference_steps (`int`, *optional*): K, by default all T of the training process.
+            output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
+            return_dict (`bool`, defaults to `True`): return a `DDPMPipelineOutput`, or a tuple.
+            class_labels (*optional*): the class of all images, or one for each.
+            guidance_scale (`float`, defaults to 1.0): w.
+            guidance_interval (`tuple[float, float]`, *optional*): the steps that are guided.
+
+        Raises:
+            ValueError: an argument is not as above, or the sampler is not `DDPMScheduler`.
+        """
+        scheduler: Any = self.scheduler
+        sampler = type(scheduler).__name__
+        _require(isinstance(scheduler, DDPMScheduler), "the scheduler", sampler, "DDPMScheduler (ddpm)")
+        _require(_is_count(resample), "resample", resample, "whole numbers >= 1")
+        x_0 = as_pictures(image, self.shape_or_none)
+        channels, height, width = x_0.shape[1:]
+        filled = as_mask(mask, len(x_0), height, width)
+        _, num_steps, _ = self.check_inputs(
+            len(x_0), generator, num_inference_steps, output_type, None, (channels, height, width)
+        )
+        classes = self.check_classes(len(x_0), class_labels, guidance_scale, guidance_interval)
+        denoise = classes.denoiser(self.unet)
+        images = inpaint(self, denoise, x_0.cpu(), filled, resample, num_steps, generator)
+        self.maybe_free_model_hooks()
+        found = as_type([to_unit(images)], output_type)
+        return DDPMPipelineOutput(images=found) if return_dict else (found,)
+
+    @suggest_keywords
     def bits_per_dim(
         self,
         images: Any,
@@ -259,7 +313,7 @@ class DDPMPipeline(PredictingPipeline):
         batch_size: int = 64,
         variance_type: str | None = None,
         clip_x0: bool = True,
-        decoder: Literal["exact", "tanh"] = "exact",
+        decoder: AnyDecoder = "exact",
     ) -> Estimate:
         """How many bits per dimension the model needs for images, by the bound of Ho et al. 2020, eq. 5.
 
@@ -278,7 +332,9 @@ class DDPMPipeline(PredictingPipeline):
                 "optimal" or "by-value" of what `hf-ddpm plan` measured; by default the scheduler's.
             clip_x0 (`bool`, defaults to `True`): clip the predicted x_0 to [−1, 1], as published evaluations
                 do.
-            decoder (`str`, defaults to `"exact"`): of L_0; "tanh" is the published code's formula.
+            decoder (`str` or `LevelsDecoder`, defaults to `"exact"`): of L_0; "tanh" is the
+                published code's formula, "levels" knows how often each grey level occurs, as `hf-ddpm plan`
+                measured.
 
         Raises:
             ValueError: images that are none of these, values that are no 8-bit levels, or an argument that is
@@ -300,7 +356,7 @@ class DDPMPipeline(PredictingPipeline):
         """One batch from noise: the samples, and the predicted x_0 at the places asked for."""
         scheduler: Any = self.scheduler  # any of diffusers'
         if not isinstance(scheduler, DDPMScheduler):
-            scheduler.set_timesteps(num_steps)  # forgets the batch before: other schedulers keep state
+            self._choose_steps(num_steps)  # forgets the batch before: other schedulers keep state
         x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._weight.dtype)
         return self._run(denoise, x * scheduler.init_noise_sigma, generator, places, callback)
 
@@ -332,13 +388,13 @@ class DDPMPipeline(PredictingPipeline):
                 x = _called(callback, self, step, t, x)
         # A clipped x̂_0, or float16 that is cut at its largest number, would hide an infinite answer
         if bad := [step for step, good in enumerate(torch.stack(finite).tolist()) if not good]:
-            raise ValueError(
+            raise Diverged(
                 f"the images are not finite: the network's answer at step {scheduler.timesteps[bad[0]]:g} "
                 f"(call {bad[0] + 1} of {len(finite)}) is not; bad weights, a dtype of "
                 "too small a range, or a sampler that diverged"
             )
         if not x.isfinite().all():
-            raise ValueError("the images are not finite: a bad scheduler config, or a callback's sample")
+            raise Diverged("the images are not finite: a bad scheduler config, or a callback's sample")
         return x, predicted
 
     def _pred_original(self, result: Any, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -392,13 +448,17 @@ class DDPMPipeline(PredictingPipeline):
         scheduler: Any = self.scheduler
         check_sampler(scheduler, self.prediction_type)
         check_process(scheduler, self.trained_scheduler)
+        give_errors(self)
         return len(self.trained_scheduler)
+
+    def _choose_steps(self, num_steps: int) -> None:
+        choose_steps(self.scheduler, num_steps, self.trained_scheduler)
 
     def _set_steps(self, num_steps: int, channels: int) -> None:
         """Set the sampler to K steps, and refuse those that it can't do."""
         scheduler: Any = self.scheduler
         try:
-            scheduler.set_timesteps(num_steps)
+            self._choose_steps(num_steps)
         except (ValueError, IndexError) as error:
             sampler = type(scheduler).__name__
             raise ValueError(f"{sampler} can't do {num_steps} steps: {one_line(error)}") from error
@@ -406,7 +466,7 @@ class DDPMPipeline(PredictingPipeline):
             return
         check_steps(scheduler, self.trained_scheduler)
         try_step(scheduler, channels)
-        scheduler.set_timesteps(num_steps)  # forgets the step
+        self._choose_steps(num_steps)  # forgets the step
         remark = start_remark(scheduler, self.trained_scheduler)
         if remark is not None and remark not in self._said:
             self._said.add(remark)
@@ -455,24 +515,3 @@ def _is_count(value: Any) -> bool:
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _to_unit(x: Tensor) -> Tensor:
-    """[−1, 1] → [0, 1] on the CPU, float32."""
-    return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-def _as_pil(images: Any) -> list[Any]:
-    """The images of an output, of any type, as PIL images; of more than 4 channels the first one."""
-    if isinstance(images, list):
-        return images
-    x = images.float() if isinstance(images, Tensor) else torch.as_tensor(images).permute(0, 3, 1, 2)
-    return [to_pil(image) for image in to_uint8(2 * x - 1)]
-
-
-def _as_type(chunks: list[Tensor], output_type: str) -> Any:
-    images = torch.cat(chunks)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).numpy()
-    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)

@@ -59,7 +59,8 @@ class PortablePipeline(diffusers.DDPMPipeline):
 
     @id2label.setter
     def id2label(self, names: Mapping[int, str] | None) -> None:
-        if names is not None and (classes := num_classes(self.unet)) is None:
+        classes = num_classes(self.unet)
+        if names is not None and classes is None:
             raise ValueError("id2label names classes, but the network knows none; allowed: None")
         self._id2label = None if names is None else check_labels(names, classes)
 

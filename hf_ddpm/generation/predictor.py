@@ -64,6 +64,11 @@ class PredictingPipeline(PortablePipeline):
         return self._trained[1]
 
     @property
+    def original_scheduler(self) -> Any:
+        """The scheduler that the pipeline was made or loaded with."""
+        return self._made_with
+
+    @property
     def prediction_type(self) -> Any:
         """What the network predicts, by the config that it came with."""
         return self._made_with.config.get("prediction_type")
@@ -209,6 +214,14 @@ class PredictingPipeline(PortablePipeline):
             )
         height, width = np.broadcast_to(config.sample_size, 2).tolist()
         return config.in_channels, height, width
+
+    @property
+    def shape_or_none(self) -> tuple[int, int, int] | None:
+        """`image_shape`; None where it is not known."""
+        try:
+            return self.image_shape
+        except ValueError:
+            return None
 
     @property
     def device(self) -> torch.device:

@@ -12,25 +12,28 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from PIL import Image
 
+from hf_ddpm.folders.errors import errors_digest
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import GRID, INDEX, RECORD, SAMPLE, sample_name
 from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import class_grid, image_grid, is_whole, read_note, save_image
+from hf_ddpm.generation.measured import check_ending, ending_decoder, measured_errors
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
-from hf_ddpm.generation.samplers import check_spacing, respace, sampler_class, swap_scheduler, whole_config
+from hf_ddpm.generation.samplers import respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import num_classes, weights_digest
 from hf_ddpm.runtime.disk import delete_partials
 from hf_ddpm.runtime.processes import on_main_process, process_state
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
-from hf_ddpm.variances import FIXED, LEARNED
+from hf_ddpm.spacing import check_spacing
+from hf_ddpm.variances import FIXED, LEARNED, MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ def sample(
     class_labels: int | str | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    ending: Literal["mean", "mode", "draw"] = "mean",
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
 
@@ -65,16 +69,19 @@ def sample(
         out: the folder; made if it is not there.
         steps: sampling steps, by default all T.
         scheduler: a key of `SCHEDULERS`; by default the model's own.
-        variance_type: "fixed_small" or "fixed_large", for the sampler "ddpm"; by default the model's own.
+        variance_type: "fixed_small" or "fixed_large", for the sampler "ddpm", or "optimal" or "by-value" of a
+            model that `hf-ddpm plan` has measured; by default the model's own.
         seed: of all noise, ≥ 0.
         batch_size: images at once in each process.
         overwrite: whether samples that the folder holds may be replaced.
-        timestep_spacing: how so many steps out of T are chosen, "leading", "trailing" or "linspace"; by
-            default as the sampler does.
+        timestep_spacing: how so many steps out of T are chosen, one of `schedules.SPACINGS`; by default as
+            the sampler does.
         class_labels: of a class-conditional model: a class by its number or name, for all images, or "none",
             as by default, or "all": image i is of class i mod C, and the grid has a row for each class.
         guidance_scale: w, see `DDPMPipeline.__call__`.
         guidance_interval: the steps (lo, hi) that are guided; None for all.
+        ending: an image is the x_0 that the last step predicts ("mean"), or, of a model that `hf-ddpm plan`
+            has measured, the likeliest grey levels given that ("mode") or a draw of them ("draw").
 
     Returns:
         The grid's path.
@@ -88,8 +95,10 @@ def sample(
     for name, value, least in least_values:
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
-    if variance_type not in (None, *FIXED):
-        raise ValueError(f"variance_type is {variance_type!r}; allowed: {', '.join(FIXED)}")
+    if variance_type not in (None, *FIXED, *MEASURED):
+        allowed = ", ".join((*FIXED, *MEASURED))
+        raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}")
+    check_ending(ending)
     if scheduler is not None:
         sampler_class(scheduler)  # an unknown one is refused before a model is loaded
     if timestep_spacing is not None:
@@ -99,7 +108,7 @@ def sample(
     state, folder = process_state(), Path(out).expanduser()
     with output_folder(folder, "out", lambda folder: _check_folder(folder, overwrite), state) as lock:
         pipeline = _load(model, scheduler, variance_type, steps, timestep_spacing)
-        drawn = _drawn(pipeline, class_labels, guidance_scale, guidance_interval)
+        drawn = _drawn(pipeline, ending, class_labels, guidance_scale, guidance_interval)
         if state.device is None or state.device.type == "cpu":
             at_once = min(batch_size, num_images)
             shape, times = pipeline.image_shape, drawn.evaluations
@@ -164,24 +173,24 @@ def _load(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The classes that are drawn.
+    """What is drawn.
 
     Attributes:
-        labels: of images 0, 1, ..., beginning anew after the last; None for a model without classes.
-        given: what of it the pipeline is told, by keyword.
+        given: what the pipeline is told, by keyword, whichever images are drawn.
+        labels: of images 0, 1, ..., beginning anew after the last; None where no class is given.
         evaluations: how often the network gets each image at once.
         titles: of the rows of the grid, one for each of `labels`; () for a grid without classes.
     """
 
-    labels: tuple[int | None, ...] | None
     given: Mapping[str, Any]
+    labels: tuple[int | None, ...] | None = None
     evaluations: int = 1
     titles: tuple[str, ...] = ()
 
     def keywords(self, indices: range) -> dict[str, Any]:
         """The keywords of the pipeline for these images."""
         if self.labels is None:
-            return {}
+            return dict(self.given)
         return {"class_labels": [self.labels[i % len(self.labels)] for i in indices], **self.given}
 
     def names(self, indices: range) -> list[str] | None:
@@ -189,26 +198,29 @@ class _Drawn:
         return [self.titles[i % len(self.titles)] for i in indices] if self.titles else None
 
 
-def _drawn(pipeline: DDPMPipeline, class_labels: Any, scale: Any, interval: Any) -> _Drawn:
+def _drawn(pipeline: DDPMPipeline, ending: str, class_labels: Any, scale: Any, interval: Any) -> _Drawn:
     """What is drawn, once it is known to make sense.
 
     Raises:
-        ValueError: no such class, guidance without one, or "all" is also the name of a class.
+        ValueError: an ending without measured errors, no such class, guidance without one, or "all" is also
+            the name of a class.
     """
+    ending_decoder(pipeline, ending)
     names, classes = pipeline.id2label or {}, num_classes(pipeline.unet)
     every = class_labels == EVERY and bool(classes)
     if every and EVERY in names.values():
         raise ValueError(f"class {EVERY!r} may be the one of that name or every class; allowed: its number")
-    given = {"guidance_scale": scale, "guidance_interval": interval}
-    found = pipeline.check_classes(1, 0 if every else class_labels, **given)
+    found = pipeline.check_classes(1, 0 if every else class_labels, scale, interval)
+    given: dict[str, Any] = {"ending": ending}
     if found.labels is None:
-        return _Drawn(None, {})
+        return _Drawn(given)
+    given |= {"guidance_scale": found.scale, "guidance_interval": found.interval}
     if every:
         assert classes is not None
         titles = tuple(names.get(y, str(y)) for y in range(classes))
-        return _Drawn(tuple(range(classes)), given, found.evaluations, titles)
+        return _Drawn(given, tuple(range(classes)), found.evaluations, titles)
     label = found.labels[0].item()
-    return _Drawn((None if label == classes else int(label),), given, found.evaluations)
+    return _Drawn(given, (None if label == classes else int(label),), found.evaluations)
 
 
 def _key(pipeline: DDPMPipeline, seed: int, steps: int | None, drawn: _Drawn) -> str:
@@ -224,7 +236,10 @@ def _key(pipeline: DDPMPipeline, seed: int, steps: int | None, drawn: _Drawn) ->
         "versions": [torch.__version__, diffusers.__version__],
     }
     if drawn.labels is not None:
-        facts["classes"] = [drawn.labels, *drawn.given.values()]
+        facts["classes"] = [drawn.labels, drawn.given["guidance_scale"], drawn.given["guidance_interval"]]
+    ending = drawn.given["ending"]
+    if ending != "mean" or facts["variance_type"] in MEASURED:
+        facts["measured"] = [ending, errors_digest(measured_errors(pipeline, f"ending is {ending!r}"))]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -5,7 +5,7 @@
 `chains` says what chains of fewer steps cost, and which are best.
 """
 
-from hf_ddpm.likelihood.bound import DECODERS, BoundTerm, bound_term, prior_kl
+from hf_ddpm.likelihood.bound import BoundTerm, bound_term, prior_kl
 from hf_ddpm.likelihood.estimator import (
     Estimate,
     decoder_evals,
@@ -25,7 +25,6 @@ from hf_ddpm.likelihood.full import (
 )
 
 __all__ = [
-    "DECODERS",
     "Bound",
     "BoundTerm",
     "Estimate",

@@ -12,19 +12,18 @@ are drawn, nor how terms are summed and averaged (estimator.py, full.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ddpm.checks import check_images, described
-from hf_ddpm.gaussian import check_levels, log_decoder, normal_kl
+from hf_ddpm.decoders import AnyDecoder, check_decoder, decoder_log_likelihood
+from hf_ddpm.gaussian import check_levels, normal_kl
 from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import count, summary, with_error
 from hf_ddpm.variances import AnyVariance, check_scored, log_variance_at, outputs
-
-DECODERS = ("exact", "tanh")  # of L_0; "tanh" is the published code's formula, not its numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +84,7 @@ def bound_term(
     variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
-    decoder: Literal["exact", "tanh"] = "exact",
+    decoder: AnyDecoder = "exact",
     model_output: Tensor | None = None,
 ) -> BoundTerm:
     """L_{t−1} of the paper (t ≥ 1 here), or L_0 (t = 0), of x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε; eq. 5.
@@ -101,7 +100,8 @@ def bound_term(
             log σ_t², shape (T,), or a `VarianceByValue`.
         prediction_type: what the first C channels mean, one of `PREDICTION_TYPES`.
         clip_x0: clip x̂_0 to [−1, 1], as the published evaluation does.
-        decoder: "exact" or "tanh", the published formula: see `discretized_gaussian_log_likelihood`.
+        decoder: "exact" or "tanh", the published formula: see `discretized_gaussian_log_likelihood`; or a
+            `LevelsDecoder`, to which σ_t of t = 0 is nothing.
         model_output: a prediction already made at this x_t; gradients flow to it.
 
     Returns:
@@ -130,7 +130,7 @@ def known_term(
     variance_type: AnyVariance,
     prediction_type: str,
     clip_x0: bool,
-    decoder: Literal["exact", "tanh"],
+    decoder: AnyDecoder,
     model_output: Tensor | None = None,
 ) -> BoundTerm:
     """`bound_term` of images that are known to be on the grid; nothing is read back from a device."""
@@ -156,7 +156,7 @@ def term_nats(
     mean_x0: Tensor,
     log_variance: Tensor | float,
     t: Tensor | int,
-    decoder: Literal["exact", "tanh"] = "exact",
+    decoder: AnyDecoder = "exact",
 ) -> Tensor:
     """The KL where t ≥ 1, −log of the decoder where t = 0, of p_θ with that x̂_0 and log σ_t².
 
@@ -169,7 +169,7 @@ def term_nats(
         mean_x0: x̂_0, float64, shape of x_0.
         log_variance: log σ_t², as `predicted` gives it.
         t: zero-based index into the chain, shape (B,) int64, or one int for all.
-        decoder: "exact" or "tanh".
+        decoder: as in `bound_term`.
 
     Returns:
         nats summed over dimensions, float64, (B,).
@@ -188,7 +188,7 @@ def term_nats(
         mean, own = mean_x0, log_variance
         if both:
             mean, own = torch.where(at_0, mean, x_0), torch.where(at_0, own, 0)
-        decoded = -log_decoder(x_0, mean, own, decoder).flatten(1).sum(1)
+        decoded = -decoder_log_likelihood(decoder, x_0, mean, own).flatten(1).sum(1)
         nats = torch.where(at_0.flatten(), decoded, nats) if both else decoded
     return nats
 
@@ -283,8 +283,7 @@ def checked_options(
     Raises:
         ValueError: an unknown name, or a table of another shape.
     """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder is {described(decoder)}; allowed: {', '.join(DECODERS)}")
+    check_decoder(decoder)
     parametrization(prediction_type)
     check_scored(process, variance_type)
     if not isinstance(clip_x0, bool):

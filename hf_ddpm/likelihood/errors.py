@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.checks import as_numbers, check_count, described
+from hf_ddpm.decoders import LEVELS, LevelsDecoder, smoothed_levels
 from hf_ddpm.gaussian import check_levels, log_decoder
 from hf_ddpm.likelihood.bound import check_batch
 from hf_ddpm.likelihood.chains import (
@@ -40,13 +41,11 @@ from hf_ddpm.likelihood.chains import (
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import fields_line
-from hf_ddpm.variances import FIXED, VALUE_BINS, VarianceByValue, value_bins
+from hf_ddpm.variances import FIXED, MEASURED, VALUE_BINS, VarianceByValue, value_bins
 
-MEASURED = ("optimal", "by-value")  # the variances that a table of errors gives
 # The log σ at which L_0 is measured: half of a level's width is 1/255, and a third of that e^−6.6, so that
 # below −8 a smaller σ gains nothing; 1 is half of the range of the images
 LOG_SIGMAS = tuple(np.linspace(-8, 0, 33).tolist())
-LEVELS = 256
 PRIOR_PIXELS = 10.0  # like all others, added to each bin of values for its variance
 DECODER_EVALS = 200  # the fewest evaluations at t = 0
 LARGEST_GAP = 1.0  # in nats of SNR between two steps, for the share of evaluations that the later one gets
@@ -282,6 +281,22 @@ class Errors:
         later = process.posterior_variance[1:, None].log() + torch.log1p(gap * mse[1:])
         table = torch.cat([2 * start.log()[None], later])
         return VarianceByValue(table) if by_value else table[:, 0]
+
+    def decoder(self, process: DiffusionProcess, name: str = "levels") -> LevelsDecoder:
+        """The decoder L_0 of a chain, as `bound_term` and the functions beside it take it.
+
+        Args:
+            process: the whole chain or one of fewer steps, `self.process.respaced(...)`.
+            name: "levels".
+
+        Raises:
+            ValueError: another name, or a chain of another process.
+        """
+        if name != "levels":
+            raise ValueError(f"decoder is {described(name)}; allowed: levels")
+        first = self._index(process)[0]
+        scale = 0.5 * (self.x0_mse[first] / self.x0_mse[0].clamp(min=1e-300)).log()
+        return LevelsDecoder(smoothed_levels(self.levels), math.log(self.decoder_sigma) + scale)
 
     def costs(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         """What every step costs under a variance, for `chains.best_chains` and `chains.chain_nats`.

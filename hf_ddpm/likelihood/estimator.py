@@ -12,13 +12,13 @@ and the proposal that needs no pilot, are ours.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ddpm.checks import as_numbers, check_count, check_seed
+from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.gaussian import bits_per_dim, check_levels
 from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
 from hf_ddpm.process import DiffusionProcess
@@ -126,7 +126,7 @@ def estimate_bound(
     variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
-    decoder: Literal["exact", "tanh"] = "exact",
+    decoder: AnyDecoder = "exact",
 ) -> Estimate:
     """The bound of each image, unbiased, from a few network evaluations.
 
@@ -258,7 +258,7 @@ def pilot_proposal(
     variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
-    decoder: Literal["exact", "tanh"] = "exact",
+    decoder: AnyDecoder = "exact",
 ) -> Tensor:
     """A proposal for `estimate_bound` from a few images: p_t ∝ √E L_t², with a share of uniform.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.checks import check_count, check_seed, described
+from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.gaussian import bits_per_dim, check_levels, normal_kl
 from hf_ddpm.likelihood.bound import check_process, check_some, checked_options, known_term, prior_kl
 from hf_ddpm.likelihood.estimator import Estimate, mean_and_stderr, randn_like
@@ -108,7 +109,7 @@ def evaluate_bound(
     variance_type: AnyVariance = "fixed_large",
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
-    decoder: Literal["exact", "tanh"] = "exact",
+    decoder: AnyDecoder = "exact",
     noise_fn: Callable[[int], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from hf_ddpm.gaussian import log_decoder
 from hf_ddpm.likelihood import bound_term, estimate_bound, evaluate_bound
-from hf_ddpm.likelihood.chains import quadratic_steps
 from hf_ddpm.likelihood.errors import LOG_SIGMAS, Errors, error_sums, steps_to_measure
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr
+from hf_ddpm.schedules import make_betas, quadratic_steps, rescale_zero_terminal_snr
 from hf_ddpm.variances import VALUE_BINS, VarianceByValue, value_bins
 from tests.bound_oracles import LN2, answers, draw, gaussian_denoiser, levels
 from tests.oracles import chain, law, near
