@@ -26,9 +26,9 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --holdout --image-column --image-size --channels --background --fit
-    --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout
-    --num-train-timesteps
+    --config --dataset --split --holdout --image-column --label-column --label-dropout --image-size --channels
+    --background --fit --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers
+    --model --dropout --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps
