@@ -206,7 +206,7 @@ def test_a_folder_without_names(pipeline, tmp_path, caplog):
     loaded = quiet(DDPMPipeline.from_pretrained(tmp_path / "model"))
     assert loaded.id2label is None and "row 3 of its classes is taken for no class" in caplog.text
     np.testing.assert_array_equal(drawn(loaded, 2, class_labels=1), drawn(pipeline, 2, class_labels="bag"))
-    with pytest.raises(ValueError, match="class is 'bag'; allowed: 0 to 2, none$"):
+    with pytest.raises(ValueError, match=r"class is 'bag'; allowed: 0 to 2, none$"):
         loaded(class_labels="bag")
 
 
