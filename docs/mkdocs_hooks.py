@@ -46,7 +46,8 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
         "pipeline",
         "The pipeline",
         {
-            "generation.pipeline": ["DDPMPipeline", "DDPMPipelineOutput"],
+            "generation.pipeline": ["DDPMPipeline"],
+            "generation.outputs": ["DDPMPipelineOutput"],
             "generation.predictor": ["PredictingPipeline"],
             "generation.portable": ["PortablePipeline"],
             "generation.sample": ["sample"],

@@ -150,6 +150,11 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         help="an image is the x_0 that the last step predicts (mean), or, of a model that hf-ddpm plan has "
         "measured, the likeliest grey levels given that (mode) or a draw of them (draw) [mean]",
     )
+    _add_class_flags(
+        parser,
+        "class of all images, by name or number; 'none', as by default, or 'all': every "
+        "class in turn, and a grid with a row for each",
+    )
     parser.add_argument(
         "--quality",
         metavar="NAME",
@@ -172,6 +177,26 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     from hf_ddpm.generation.sample import sample
 
     sample(**vars(args))
+
+
+def _add_class_flags(parser: Parser, which: str) -> None:
+    """Add the flags of a class and of guidance; `which` classes there may be is said in the help."""
+    parser.add_argument("--class", dest="class_labels", metavar="NAME", help=which)
+    parser.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=number,
+        default=1.0,
+        metavar="W",
+        help="guidance scale: 1 is the class as it was learnt, 0 no class, above 1 exaggerates it and takes "
+        "twice the time [1]",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=wholes,
+        metavar="LO,HI",
+        help="guide at steps LO <= t < HI of the training process alone [0,T]",
+    )
 
 
 def _samplers() -> Iterable[str]:
@@ -329,6 +354,76 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
+def inpaint_command(argv: Sequence[str], prog: str) -> None:
+    """Fill a part of an image anew, given the rest: a picture."""
+    parser = Parser(
+        prog,
+        "Draw the masked pixels of an image anew, given the others, which come back exactly (RePaint, "
+        "Lugmayr et al. 2022). The model needs no training for it. The network is called about K times N "
+        "times. Another seed gives another filling. It runs in one process.",
+        "example: %(prog)s runs/digits digits:test:17 mask.png --steps 250 --out filled.png",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
+    )
+    image = "image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels"
+    parser.add_argument("image", type=path, metavar="IMAGE", help=image)
+    parser.add_argument(
+        "mask",
+        type=path,
+        metavar="MASK",
+        help="image file of the same size: white where it is filled, black where it is kept, nothing between",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="PNG file to write")
+    parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
+    parser.add_argument(
+        "--resample",
+        type=at_most(1000),
+        default=10,
+        metavar="N",
+        help="how often each step is taken; more fit the filling better to its surroundings [10]",
+    )
+    _add_class_flags(parser, "class of the image, by name or number; 'none', as by default")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of all noise [0]")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the images in DATASET, by default the only one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    args = parser.parse(argv)
+
+    from hf_ddpm.pictures import draw_inpainting
+    from hf_ddpm.runtime.processes import process_state
+
+    if process_state().is_main_process:
+        print(f"picture: {draw_inpainting(**vars(args))}")
+
+
+def export_command(argv: Sequence[str], prog: str) -> None:
+    """Write one class of a model as a model that needs no class."""
+    parser = Parser(
+        prog,
+        "Write one class of a class-conditional model, or the model without a class, as an unconditional "
+        "model: a folder that plain diffusers samples. Its answers are those of the class, without guidance.",
+        "example: %(prog)s runs/clothes --class boot --out boots",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a class-conditional pipeline, or its Hub id"
+    )
+    parser.add_argument(
+        "--class",
+        dest="class_labels",
+        required=True,
+        metavar="NAME",
+        help="class by name or number, or 'none'",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new or empty folder")
+    args = parser.parse(argv)
+
+    from hf_ddpm.generation.export import export
+
+    print(f"model: {export(**vars(args))}")
+
+
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
     args = vars(_publish_parser(prog).parse(argv))
@@ -471,6 +566,8 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "plan": plan_command,
     "sweep": sweep_command,
     "interpolate": interpolate_command,
+    "inpaint": inpaint_command,
+    "export": export_command,
     "compress": compress_command,
     "decompress": decompress_command,
     "publish": publish_command,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hf_ddpm.checks import described
 
+MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
+
 
 class Denoiser(Protocol):
     """What sampling, training and the bound call: a network, a closed form or a model of your own."""
@@ -121,7 +123,7 @@ def _unwrapped(model: Any) -> tuple[Any, Mapping[str, Any] | None]:
     """A model without the wrappers of torch, such as DDP and torch.compile, and its config if it has one."""
     while isinstance(model, nn.Module) and type(model).__module__.partition(".")[0] == "torch":
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
+        if not isinstance(inner, nn.Module):  # of torch itself, or one whose class FSDP has changed
             break
         model = inner
     config = getattr(model, "config", None)

@@ -163,8 +163,10 @@ def check_interval(interval: Any, name: str = "interval", last: int | None = Non
     if interval is None:
         return None
     allowed = f"(lo, hi), two steps with 0 <= lo <= hi{'' if last is None else f' <= {last}'}"
-    if not isinstance(interval, tuple | list) or len(interval) != 2:
+    if not isinstance(interval, tuple | list):
         raise ValueError(f"{name} is {described(interval)}; allowed: {allowed}")
+    if len(interval) != 2:
+        raise ValueError(f"{name} has length {len(interval)}; allowed: {allowed}")
     for end in interval:
         if not isinstance(end, Real) or isinstance(end, bool):
             raise ValueError(f"{name} holds {described(end)}; allowed: {allowed}")

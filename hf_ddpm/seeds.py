@@ -36,6 +36,7 @@ class Use(IntEnum):
 
     # Training: keys of `numpy.random.default_rng`
     STEPS = 6  # then seed, block of positions
+    LABELS = 16  # whether a position's class is hidden; then seed, block of positions
     NOISE = 7  # the first noise of a position; 8, 9, … are further independent ones
 
     # Measuring and pictures: keys of `derive_seed`

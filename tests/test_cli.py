@@ -26,9 +26,9 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --holdout --image-column --image-size --channels --background --fit
-    --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout
-    --num-train-timesteps
+    --config --dataset --split --holdout --image-column --label-column --label-dropout --image-size --channels
+    --background --fit --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers
+    --model --dropout --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps
@@ -42,7 +42,7 @@ TRAIN_FLAGS = """
 EVALUATE_FLAGS = """
     --split --part --holdout --holdout-seed --num-images --image-column --channels --background --fit
     --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --chain --errors --first-variance --extractor --nearest-dataset
+    --clip-x0 --decoder --steps --chain --last-step --errors --first-variance --extractor --nearest-dataset
     --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
     --compare-with --out --overwrite --seed --batch-size
 """.split()
@@ -60,16 +60,21 @@ PUBLISH_FLAGS = """
     --custom-pipeline --commit-message
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
+INPAINT_FLAGS = """
+    --out --steps --resample --class --guidance --guidance-interval --seed --image-column --overwrite
+""".split()
+EXPORT_FLAGS = "--class --out".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --quality --seed --batch-size
-    --overwrite
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --class --guidance
+    --guidance-interval --quality --seed --batch-size --overwrite
 """.split()
 
 
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "inpaint", "export"]
+COMMANDS += ["compress", "decompress", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -146,6 +151,8 @@ def test_help_and_mistyped_words_load_no_torch():
     [
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
+        ("inpaint", INPAINT_FLAGS),
+        ("export", EXPORT_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
         ("plan", PLAN_FLAGS),
         ("sweep", SWEEP_FLAGS),
@@ -326,7 +333,7 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
         (
             ["xyz"],
             "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, sweep, "
-            "interpolate, publish",
+            "interpolate, inpaint, export, compress, decompress, publish",
         ),
     ],
     ids=str,

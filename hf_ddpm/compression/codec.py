@@ -45,6 +45,7 @@ from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.gaussian import check_levels
 from hf_ddpm.generation.given import as_images
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.likelihood.errors import COSTED
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.progress import Bar, progress
@@ -333,8 +334,10 @@ def _chosen_plan(pipeline: DDPMPipeline, steps: int) -> _Plan:
             raise ValueError(f"steps is {steps}; allowed: 2 to {min(total, MOST_CHAIN)} without {ERRORS}")
         kept = np.linspace(0, total - 1, steps).round().astype(int).tolist()
         return _plan(pipeline, kept, name, "exact")
-    kept = stored.errors.best_chains(MEASURED, steps).steps(steps)
-    return _plan(pipeline, kept, MEASURED, "exact")
+    decoders = ("exact",) if stored.errors.levels_nats is None else COSTED
+    chains = {name: stored.errors.best_chains(MEASURED, steps, name) for name in decoders}
+    best = min(chains, key=lambda name: float(chains[name].nats[steps - 1]))
+    return _plan(pipeline, chains[best].steps(steps), MEASURED, best)
 
 
 def _plan_of(pipeline: DDPMPipeline, header: Header) -> _Plan:
@@ -343,7 +346,7 @@ def _plan_of(pipeline: DDPMPipeline, header: Header) -> _Plan:
     Raises:
         ValueError: this model has no such chain.
     """
-    allowed = {MEASURED: ("exact",), **dict.fromkeys(("fixed_large", *LEARNED), ("exact",))}
+    allowed = {MEASURED: COSTED, **dict.fromkeys(("fixed_large", *LEARNED), ("exact",))}
     if header.decoder not in allowed.get(header.variance, ()):
         raise ValueError(
             f"the file says variance {shown(header.variance, 40)} and decoder {shown(header.decoder, 40)}, "
@@ -366,7 +369,7 @@ def _plan(pipeline: DDPMPipeline, steps: list[int], variance: str, decoder: str)
         process,
         stored.errors.variance(process, MEASURED),
         MEASURED,
-        "exact",
+        stored.errors.decoder(process, decoder) if decoder == "levels" else decoder,
         decoder,
         stored.of.clip_x0,
         errors_digest(stored),
@@ -376,8 +379,9 @@ def _plan(pipeline: DDPMPipeline, steps: list[int], variance: str, decoder: str)
 def errors_digest(stored: StoredErrors) -> str:
     """Sixteen hex digits of a table of errors."""
     found = hashlib.sha256(f"{stored.of.clip_x0}".encode())
-    for name in ("squared", "pixels", "decoder_nats", "levels"):
-        found.update(np.ascontiguousarray(getattr(stored.errors, name).numpy()).tobytes())
+    for name in ("squared", "pixels", "decoder_nats", "levels", "levels_nats"):
+        if (table := getattr(stored.errors, name)) is not None:
+            found.update(np.ascontiguousarray(table.numpy()).tobytes())
     return found.hexdigest()[:16]
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.checks import described
 from hf_ddpm.compression.coder import (
     LEVELS,
     TAIL,
@@ -45,18 +46,17 @@ from hf_ddpm.compression.coder import (
     Stack,
 )
 from hf_ddpm.decoders import AnyDecoder, LevelsDecoder
-from hf_ddpm.likelihood.bound import predicted
-from hf_ddpm.parametrization import parametrization
+from hf_ddpm.parametrization import parametrization, to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import (
-    FIXED,
     LEARNED,
     AnyVariance,
     VarianceByValue,
     check_scored,
     log_variance_table,
     value_bins,
+    variance,
 )
 
 BIN_WIDTH = 1.0  # r: of the latents' bins, in units of the smaller of the two standard deviations
@@ -129,6 +129,11 @@ class Chain:
         """C·H·W."""
         return math.prod(self.shape)
 
+    @property
+    def learns(self) -> bool:
+        """Whether the network learns the variances."""
+        return isinstance(self.variance, str) and self.variance in LEARNED
+
     # Tables, each (K,) or (K, G) for G groups of pixels, float64
 
     @cached_property
@@ -144,24 +149,24 @@ class Chain:
     @cached_property
     def std_p(self) -> np.ndarray:
         """σ_t of P(z_{t−1} | z_t), and the σ of the Gaussian decoder at t = 0, for each group, (K, G)."""
-        variance = self.variance
-        if isinstance(variance, str) and variance in LEARNED:
+        own = self.variance
+        if self.learns:
             steps = (MOST_LEARNED - LEAST_LEARNED) * LEARNED_STEPS
             log_variance = LEAST_LEARNED + torch.arange(steps + 1, dtype=torch.float64) / LEARNED_STEPS
             return (0.5 * log_variance).exp().expand(len(self), -1).numpy()
-        if isinstance(variance, VarianceByValue):
-            table = variance.log_variance
-        elif isinstance(variance, Tensor):
-            table = variance.double().cpu()[:, None]
+        if isinstance(own, VarianceByValue):
+            table = own.log_variance
+        elif isinstance(own, Tensor):
+            table = own.double().cpu()[:, None]
         else:
-            table = log_variance_table(self.process, variance)[:, None]
+            table = log_variance_table(self.process, own)[:, None]
         return (0.5 * table).exp().numpy()
 
     @cached_property
     def least_std_p(self) -> np.ndarray:
         """The least standard deviation of P(z_t | z_{t+1}), 1 at t = K − 1, (K,)."""
         least = self.std_p.min(1)
-        if isinstance(self.variance, str) and self.variance in LEARNED:
+        if self.learns:
             least = (0.5 * self.process.log_fixed_small).exp().numpy()
         return np.append(least[1:], 1.0)
 
@@ -242,22 +247,27 @@ class Chain:
         steps = self.process.timesteps[t].expand(len(x_t)).clone()
         given = () if labels is None else (torch.from_numpy(labels),)
         output = self.model(x_t.to(self.dtype), steps, *given)
-        learned = isinstance(self.variance, str) and self.variance in LEARNED
-        name: Any = self.variance if learned else FIXED[0]
-        if not learned:
-            output = output[:, : self.shape[0]]
-        mean_x0, log_variance = predicted(self.process, output.double(), x_t, t, self.prediction_type, name)
+        channels = self.shape[0]
+        if not isinstance(output, Tensor) or output.shape not in (
+            x_t.shape,
+            (len(x_t), 2 * channels, *self.shape[1:]),
+        ):
+            raise WrongAnswer(f"the network answered {described(output)}; allowed: the shape of its images")
+        output = output.double()
+        mean_x0 = to_x0(self.process, self.prediction_type, output[:, :channels], x_t, t)
         if self.clip_x0:
             mean_x0 = mean_x0.clamp(-1, 1)
         if not mean_x0.isfinite().all():
             step = int(self.process.timesteps[t])
             raise WrongAnswer(f"the network's answer at step {step} is not finite; allowed: finite numbers")
         groups = torch.zeros_like(mean_x0, dtype=torch.int64)
-        if learned:
-            place = ((torch.as_tensor(log_variance) - LEAST_LEARNED) * LEARNED_STEPS).round()
+        if self.learns:
+            kind: Any = variance(self.variance)  # type: ignore[arg-type]
+            log_variance = kind.from_output(self.process, output[:, channels:], t)
+            place = ((log_variance - LEAST_LEARNED) * LEARNED_STEPS).round()
             if not place.isfinite().all():
                 raise WrongAnswer("a variance of the network is not finite; allowed: finite numbers")
-            groups = place.clamp(0, self.std_p.shape[1] - 1).long().expand_as(mean_x0)
+            groups = place.clamp(0, self.std_p.shape[1] - 1).long()
         elif self.std_p.shape[1] > 1:
             groups = value_bins(mean_x0)
         return mean_x0.numpy(), groups.numpy()

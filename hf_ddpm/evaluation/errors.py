@@ -308,11 +308,15 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     kinds = (*FIXED, *MEASURED)
     counts = [count for count in COUNTS if count < total]
     predicted: dict[int, dict[str, float]] = {count: {} for count in (*counts, total)}
-    for kind in kinds:
-        costs = errors.costs(kind)  # which take a while for thousands of steps
-        nats = best_chains(*costs, max([1, *counts])).nats
+    ends: dict[int, int] = dict.fromkeys(predicted, 0)
+    for kind in (*kinds, "levels"):
+        # The costs take a while for thousands of steps
+        costs = errors.costs("by-value", "levels") if kind == "levels" else errors.costs(kind)
+        best = best_chains(*costs, max([1, *counts]))
         for count in counts:
-            predicted[count][kind] = nats[count - 1].item() / math.log(2)
+            predicted[count][kind] = best.nats[count - 1].item() / math.log(2)
+            if kind == "levels":
+                ends[count] = best.steps(count)[0]
         predicted[total][kind] = chain_nats(range(total), *costs) / math.log(2)
     whole = predicted[total]
     part = {"train": " (those to train on)", "held-out": " (held-out images)"}.get(found.of.part, "")
@@ -320,9 +324,16 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     lines = [
         f"predicted bits/dim of new images like {images}, for the best steps:",
         "",
-        f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds),
-        *(f"{n:>8}" + "".join(f"{row[kind]:>13.3f}" for kind in kinds) for n, row in predicted.items()),
+        f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'levels':>10}{'from':>6}",
+        *(
+            f"{n:>8}"
+            + "".join(f"{row[kind]:>13.3f}" for kind in kinds)
+            + f"{row['levels']:>10.3f}{ends[n]:>6}"
+            for n, row in predicted.items()
+        ),
         "",
+        "levels: variance by-value and --decoder levels, which knows how often each grey level occurs; its",
+        "chain ends at the step of the last column. Papers report the decoder of the other columns",
         f"measured with {found.of.evaluations} evaluations, predicted x_0 "
         + ("clipped" if found.of.clip_x0 else "not clipped"),
     ]
@@ -385,12 +396,12 @@ def _there(measurement: Measurement) -> StoredErrors | None:
         return None
     try:
         found = read_errors(out, model.process, model.prediction_type, measurement.of.weights)
-        if found.of == measurement.of:
+        if found.of == measurement.of and found.errors.levels_nats is not None:
             return found
         other = ", ".join(
             key for key, value in vars(measurement.of).items() if getattr(found.of, key) != value
         )
-        words = f"with another {other}"
+        words = f"with another {other}" if other else "of an earlier version"
     except ValueError:
         words = "that is damaged, or of another model"
     if not config.overwrite:

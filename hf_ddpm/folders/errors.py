@@ -125,7 +125,8 @@ def errors_digest(errors: Errors) -> str:
     """Sixteen hex digits of what was measured."""
     found = hashlib.sha256()
     for name in _shapes(len(errors.process)):
-        found.update(getattr(errors, name).numpy().tobytes())
+        table = getattr(errors, name)
+        found.update(b"" if table is None else table.numpy().tobytes())
     return found.hexdigest()[:16]
 
 

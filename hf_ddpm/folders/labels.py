@@ -12,16 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.data.labels import LABEL_RULE, is_label
+from hf_ddpm.denoiser import MAX_CLASSES
 from hf_ddpm.folders.layout import LABELS
-from hf_ddpm.models import MAX_CLASSES
 from hf_ddpm.runtime.disk import whole_file
-from hf_ddpm.runtime.messages import CONTROL, did_you_mean, shorten
+from hf_ddpm.runtime.messages import did_you_mean, shorten
 from hf_ddpm.runtime.untrusted import read_json, shown
 
 KEY = "id2label"
-LONGEST_LABEL = 120  # characters of a class's name
 NO_CLASS = "none"  # what a person writes for the last row of the embedding
-_ALLOWED = f"text of 1 to {LONGEST_LABEL} characters that can be printed in a line"
 
 
 def write_labels(folder: Path, id2label: Mapping[int, str]) -> None:
@@ -88,21 +87,11 @@ def check_labels(id2label: Any, num_classes: int | None = None) -> dict[int, str
             raise ValueError(f"{KEY} has no class {y}; allowed: the numbers 0 to {count - 1}, each once")
         name = id2label[y]
         if not is_label(name):
-            raise ValueError(f"{KEY}: the name of class {y} is {shown(name)}; allowed: {_ALLOWED}")
+            raise ValueError(f"{KEY}: the name of class {y} is {shown(name)}; allowed: {LABEL_RULE}")
         if name in seen:
             raise ValueError(f"{KEY}: classes {seen[name]} and {y} are both named {shown(name)}")
         seen[name] = y
     return {y: name for name, y in seen.items()}
-
-
-def is_label(name: Any) -> bool:
-    """Whether something can be the name of a class: text of a line, without spaces around it."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= LONGEST_LABEL
-        and name == name.strip()
-        and not CONTROL.search(name)
-    )
 
 
 def label_id(given: int | str, num_classes: int, id2label: Mapping[int, str] | None = None) -> int:

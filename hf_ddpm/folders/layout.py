@@ -74,7 +74,7 @@ LOCK, SNAPSHOTS = ".lock", ".push"
 STEP = re.compile(r"step-(\d{8,})")  # what `step_name` makes
 STEPS = "step-*"  # the pattern by which a folder lists them
 RUN = frozenset(
-    {INDEX, SCHEDULER, UNET, RECORD, TRAINED_ON, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
+    {INDEX, LABELS, SCHEDULER, UNET, RECORD, TRAINED_ON, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
 )  # what a training writes
 
 # An evaluation's folder

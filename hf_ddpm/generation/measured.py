@@ -87,14 +87,18 @@ def ending_decoder(pipeline: Any, ending: str) -> LevelsDecoder | None:
         ending: one of `ENDINGS`.
 
     Raises:
-        ValueError: as in `check_ending` and `measured_errors`.
+        ValueError: as in `check_ending` and `measured_errors`, or the last step is too noisy for any law of
+            the grey levels, as that of "trailing" is.
     """
     check_ending(ending)
     if ending == "mean":
         return None
     errors = measured_errors(pipeline, f"ending is {ending!r}")
     last = int(torch.as_tensor(pipeline.scheduler.timesteps).min().round())
-    return errors.decoder(pipeline.process.respaced([last]))
+    try:
+        return errors.decoder(pipeline.process.respaced([last]))
+    except ValueError as error:  # such as a last step that is too noisy
+        raise ValueError(f"ending is {ending!r}, but {error}") from None
 
 
 def ended(

@@ -106,6 +106,9 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     for key in changes:
         if key not in keys:
             raise ValueError(f"{key} is no config key of {kind.__name__}{did_you_mean(key, keys)}")
+    if "timestep_spacing" in changes:
+        check_spacing(changes["timestep_spacing"])
+        check_takes_spacing(kind, changes["timestep_spacing"])
     trained = getattr(pipeline, "trained_scheduler", None) or training_scheduler(pipeline.scheduler)
     try:
         check_sampler(pipeline.scheduler, trained.config["prediction_type"])

@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ddpm.models.autoencoders import ConvAutoencoder, DenseAutoencoder
 
@@ -18,8 +18,6 @@ NETWORKS: dict[str, type[ModelMixin]] = {
     "DenseAutoencoder": DenseAutoencoder,
     "ConvAutoencoder": ConvAutoencoder,
 }
-
-MAX_CLASSES = 100_000  # of a network and of the names beside it; the most that is known are 21,843
 
 
 def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
@@ -39,6 +37,25 @@ def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
     if NETWORKS.setdefault(network.__name__, network) is not network:
         raise ValueError(f"network {network.__name__!r} is known already; allowed: another name")
     return network
+
+
+def add_classes(network: ModelMixin, num_classes: int) -> ModelMixin:
+    """The same network with classes, all of which it answers as it did: the rows of its new table are zero.
+
+    Args:
+        network: one of `NETWORKS` without classes.
+        num_classes: C; the table has C + 1 rows, and the last is "no class".
+
+    Raises:
+        ValueError: its class has no table of classes.
+    """
+    made: Any = type(network).from_config({**network.config, "num_class_embeds": num_classes + 1})  # type: ignore[attr-defined]
+    table = getattr(made, "class_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(f"{type(network).__name__} has no classes; allowed: a UNet2DModel or an autoencoder")
+    nn.init.zeros_(table.weight)
+    made.load_state_dict(network.state_dict() | {"class_embedding.weight": table.weight})
+    return made.to(network.dtype).train(network.training)
 
 
 def is_built_in(network: type) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from hf_ddpm.models.networks import MAX_CLASSES, NETWORKS
+from hf_ddpm.denoiser import MAX_CLASSES
+from hf_ddpm.models.networks import NETWORKS
 from hf_ddpm.spelling import did_you_mean, suggest_keywords
 
 

@@ -29,6 +29,7 @@ from hf_ddpm.folders.layout import (
     ERRORS,
     EVALUATION,
     INDEX,
+    LABELS,
     LOG,
     NETWORK_FILE,
     NOTES,
@@ -241,6 +242,8 @@ def collect(
     except ValueError as error:
         raise ValueError(f"model {shown!r} can't be published: {error}") from error
     files: dict[str, Path | bytes] = {**_pipeline_files(folder, shown), **weights}
+    if (folder / LABELS).is_file():
+        files[LABELS] = folder / LABELS
 
     # What was said and measured of it, in files of their own
     if config:
@@ -309,7 +312,7 @@ def needed_files(run: Path) -> list[Path]:
     Raises:
         ValueError: one of them is a link out of the folder.
     """
-    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, ERRORS, CARD, LOG)
+    names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, ERRORS, LABELS, CARD, LOG)
     names += (SWEEP, SWEEP_PLOT, *TOLD, *DRAWN, *PLOTS)
     found = [run / name for name in names if (run / name).is_file()]
     found += [grid] if (grid := newest_grid(run)) else []

@@ -12,7 +12,8 @@ from hf_ddpm.compression.coder import Exhausted, Stack
 from hf_ddpm.compression.scheme import Chain, WrongAnswer
 from hf_ddpm.decoders import LevelsDecoder, smoothed_levels
 from hf_ddpm.exact import ExactDenoiser
-from hf_ddpm.likelihood import evaluate_bound
+from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
+from hf_ddpm.likelihood import evaluate_bound, mean_and_stderr
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.variances import VALUE_BINS, VarianceByValue
 from tests.toy import mixture_denoiser, mixture_images
@@ -38,9 +39,9 @@ def twice(x_t, t):
     return torch.cat([squashed(x_t, t), 0.8 * torch.sin(3 * x_t)], 1)
 
 
-def by_value(process, scale=0.5):
-    """Variances that differ between values, which no network was asked for."""
-    rows = process.log_fixed_large[:, None] + scale * torch.linspace(-1, 1, VALUE_BINS, dtype=torch.float64)
+def by_value(process):
+    """Variances that differ between values."""
+    rows = process.log_fixed_large[:, None] + 0.5 * torch.linspace(-1, 1, VALUE_BINS, dtype=torch.float64)
     return VarianceByValue(rows)
 
 
@@ -122,71 +123,94 @@ def test_labels_reach_the_network_both_ways():
 # Bits
 
 
-def path_bits(chain, images, seed):
-    """−log2 of the densities of the path that the coder takes, from their definitions, and its own bits."""
-    one, pops, z = stack(100_000, seed), [], []
-    draw = Stack.draw
+def path_bits(chain, images, seed, masses):
+    """−log2 of the path that the coder takes, from the chain's definitions, and the coder's own bits.
 
-    def watched(self, law):
-        pops.append(draw(self, law))
-        return pops[-1]
+    Of the latents, these are the masses of their bins, or the densities that a bound has.
+    """
+    one, drawn = stack(100_000, seed), []
+    draw = one.draw
+    one.draw = lambda law: drawn.append(draw(law)) or drawn[-1]
+    before = len(one)
+    chain.encode(one, images)
+    bits = 32 * (len(one) - before)
+    z = [torch.from_numpy((k * d).reshape(images.shape)) for k, d in zip(drawn, chain.delta, strict=True)]
+    x_0, process = torch.from_numpy(images / 127.5 - 1), chain.process
 
-    Stack.draw = watched
-    try:
-        before = len(one)
-        chain.encode(one, images)
-    finally:
-        Stack.draw = draw
-    z = [torch.from_numpy((k * d).reshape(images.shape)) for k, d in zip(pops, chain.delta, strict=True)]
-    x_0, process, total = torch.from_numpy(images / 127.5 - 1), chain.process, 0.0
-    log_normal = lambda x, mean, std: torch.distributions.Normal(mean, std).log_prob(x).sum()  # noqa: E731
-    before_z = [x_0, *z[:-1]]
-    for t in range(len(process)):
-        total += log_normal(z[t], process.sqrt_alphas[t] * before_z[t], process.betas[t].sqrt())
-    total -= log_normal(z[-1], torch.tensor(0.0), torch.tensor(1.0))
+    def log_p(t, mean, std):
+        """Of z_t, under a Gaussian."""
+        if not masses:
+            return torch.distributions.Normal(mean, std).log_prob(z[t]).sum()
+        half = chain.delta[t] / 2
+        low, high = ((abs(z[t] - mean) + side * half) / std for side in (-1, 1))
+        return (torch.special.ndtr(-low) - torch.special.ndtr(-high)).log().sum()
+
+    total = -log_p(-1, torch.tensor(0.0), torch.tensor(1.0))
+    for t, z_before in enumerate([x_0, *z[:-1]]):
+        total += log_p(t, process.sqrt_alphas[t] * z_before, process.betas[t].sqrt())
     for t in range(1, len(process)):
         mean_x0, groups = chain.answer(z[t].numpy(), t)
         c0, ct = process.posterior_mean_coef_x0[t], process.posterior_mean_coef_xt[t]
-        std = torch.from_numpy(chain.std_p[t][groups])
-        total -= log_normal(z[t - 1], c0 * torch.from_numpy(mean_x0) + ct * z[t], std)
-    mean_x0, groups = chain.answer(z[0].numpy(), 0)
+        mean = c0 * torch.from_numpy(mean_x0) + ct * z[t]
+        total -= log_p(t - 1, mean, torch.from_numpy(chain.std_p[t][groups]))
+    mean_x0, groups = (torch.from_numpy(found) for found in chain.answer(z[0].numpy(), 0))
     if isinstance(chain.decoder, LevelsDecoder):
-        total -= chain.decoder.log_likelihood(x_0, torch.from_numpy(mean_x0)).sum()
+        total -= chain.decoder.log_likelihood(x_0, mean_x0).sum()
     else:
-        mean, std = torch.from_numpy(mean_x0), torch.from_numpy(chain.std_p[0][groups])
-        high = torch.where(x_0 == 1, torch.inf, (x_0 - mean + 1 / 255) / std)
-        low = torch.where(x_0 == -1, -torch.inf, (x_0 - mean - 1 / 255) / std)
-        total -= (torch.special.ndtr(high) - torch.special.ndtr(low)).log().sum()
-    return float(total) / math.log(2), 32 * (len(one) - before)
+        log_variance = 2 * torch.from_numpy(chain.std_p[0])[groups].log()
+        total -= discretized_gaussian_log_likelihood(x_0, mean_x0, log_variance).sum()
+    return float(total) / math.log(2), bits
 
 
+def toy_chain(steps, **options):
+    """A chain of the toy, with the variances that its errors ask for, and images in grey levels."""
+    process = WHOLE.respaced(steps)
+    x_0 = mixture_images(300)
+    terms = evaluate_bound(process, mixture_denoiser(), x_0[:100], prediction_type="sample")
+    gap = process.snr[:-1] - process.snr[1:]
+    log_variance = torch.full((len(process),), -6.4, dtype=torch.float64)
+    later = process.posterior_variance[1:].log() + torch.log1p(gap * terms.x0_mse.mean(0)[1:])
+    log_variance[1:] = later
+    chain = Chain(process, mixture_denoiser(), (1, 8, 8), "sample", log_variance, **options)
+    return chain, x_0, ((x_0 + 1) * 127.5).round().numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize("masses, bin_width", [(True, 1.0), (False, 0.125)], ids=["masses", "densities"])
 @pytest.mark.parametrize("decoder", ["exact", "levels"])
-@pytest.mark.parametrize("steps", [5, 20, 50])
-def test_net_bits_are_those_of_the_path(steps, decoder):
-    process = WHOLE.respaced(np.linspace(2, 900, steps).astype(int).tolist())
-    x_0 = mixture_images(64)
-    images = ((x_0 + 1) * 127.5).round().numpy().astype(np.uint8)
+@pytest.mark.parametrize("steps", [5, 50, 100])
+def test_net_bits_are_those_of_the_path(steps, decoder, masses, bin_width):
     if decoder == "levels":
-        counts = torch.from_numpy(np.bincount(images.ravel(), minlength=256))[None]
-        decoder = LevelsDecoder(smoothed_levels(counts), torch.tensor(-3.2))
-    log_variance = process.log_fixed_large.clone()
-    log_variance[0] = -6.4
-    chain = Chain(process, mixture_denoiser(), (1, 8, 8), "sample", log_variance, decoder)
-    ideal, bits = path_bits(chain, images, steps)
-    assert abs(bits - ideal) / images.size < 0.005 + 64 / images.size
+        decoder = LevelsDecoder(torch.zeros(1, 256), torch.tensor(-3.2))
+    spaced = np.linspace(2, 900, steps).astype(int).tolist()
+    chain, _, images = toy_chain(spaced, decoder=decoder, bin_width=bin_width)
+    ideal, bits = path_bits(chain, images[:64], steps, masses)
+    assert abs(bits - ideal) / images[:64].size < 0.005 + 64 / images[:64].size
 
 
-def test_the_average_is_the_bound():
-    """Of images, and of a denoiser that knows them all: L_0 and the rate are those of `evaluate_bound`."""
-    process = WHOLE.respaced([0, 10, 40, 90, 170, 300, 500, 700, 900])
-    x_0 = mixture_images(200, seed=3)
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_average_is_the_bound(steps):
+    chain, x_0, images = toy_chain(np.linspace(1, 900, steps).astype(int).tolist())
+    _, bits = path_bits(chain, images, 0, True)
+    how = {"variance_type": chain.variance, "prediction_type": "sample"}
+    bound = evaluate_bound(chain.process, chain.model, x_0, **how).total_bpd
+    mean, stderr = mean_and_stderr(bound)
+    assert abs(bits / images.size - mean) < 3 * stderr
+    assert stderr < 0.1 * mean  # so that it can fail
+
+
+def test_a_denoiser_that_knows_the_images_needs_their_names_alone():
+    """7 bits tell 128 images apart, and the rest is what the Gaussian decoder leaves of each pixel."""
+    x_0 = mixture_images(128, seed=1)
+    process = WHOLE.respaced([0, 3, 10, 40, 90, 170, 300, 500, 700, 900])
+    chain = Chain(process, ExactDenoiser(WHOLE, x_0), (1, 8, 8), "sample", "fixed_small")
     images = ((x_0 + 1) * 127.5).round().numpy().astype(np.uint8)
-    model = ExactDenoiser(WHOLE, mixture_images(300, seed=1))
-    chain = Chain(process, model, (1, 8, 8), "sample", "fixed_large")
-    _, bits = path_bits(chain, images, 0)
-    bound = evaluate_bound(process, model, x_0, variance_type="fixed_large", prediction_type="sample")
-    bpd = np.asarray(bound.per_image_bpd) if hasattr(bound, "per_image_bpd") else bound.bpd
-    assert abs(bits / images.size - np.mean(bpd)) < 5 * bound.stderr / 2 + 0.01
+    _, bits = path_bits(chain, images, 0, True)
+    bound = evaluate_bound(
+        process, chain.model, x_0, variance_type="fixed_small", prediction_type="sample"
+    ).total_bpd
+    mean, stderr = mean_and_stderr(bound)
+    assert abs(bits / images.size - mean) < 3 * stderr + 0.02
+    assert 7 / 64 < bits / images.size < 2
 
 
 # Refusals
@@ -212,7 +236,7 @@ def test_answers_that_are_not_finite_are_refused(value, clip):
 
 def test_an_answer_that_is_far_too_large_is_refused():
     chain = Chain(WHOLE.respaced([0, 500]), lambda x, t: x * 1e20, (1, 4, 4), "sample", clip_x0=False)
-    with pytest.raises(ValueError, match="allowed|far too large"):
+    with pytest.raises(ValueError, match=r"allowed|far too large"):
         chain.encode(stack(1000), levels((4, 1, 4, 4)))
 
 

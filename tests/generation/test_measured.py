@@ -103,6 +103,12 @@ def test_errors_that_were_assigned_outlive_other_samplers():
     np.testing.assert_array_equal(again, images)
 
 
+def test_a_folder_that_lacks_what_its_variance_needs_is_said(tmp_path, caplog):
+    pipeline = DDPMPipeline(tiny(), short(variance_type="optimal"))
+    pipeline.save_pretrained(tmp_path)
+    assert "but no measured errors are saved: hf-ddpm plan measures them" in caplog.text
+
+
 def test_plain_diffusers_refuses_the_folder(planned, no_hub):
     assert json.loads((planned / "model_index.json").read_text())["scheduler"] == ["hf_ddpm", "DDPMScheduler"]
     with pytest.raises((ValueError, AttributeError, OSError)):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ddpm.models import MAX_CLASSES, PRESETS, create_model, num_classes
+from hf_ddpm.denoiser import MAX_CLASSES
+from hf_ddpm.models import PRESETS, create_model, num_classes
 
 QUICK = [name for name, config in PRESETS.items() if config["sample_size"] <= 32 and name != "cifar10"]
 

@@ -26,6 +26,8 @@ SHORT = {
     "evaluate": "--num-images 4 --num-evals-per-image 2",
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
+    "export": "",
+    "inpaint": "--steps 4 --resample 2",
     "plan": "",
     "sweep": "--num-samples 10 --steps 2,3",
 }
@@ -37,6 +39,8 @@ CALLS = {
     "sample": "hf_ddpm.generation.sample.sample",
     "evaluate": "hf_ddpm.evaluation.evaluate.evaluate",
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
+    "inpaint": "hf_ddpm.pictures.draw_inpainting",
+    "export": "hf_ddpm.generation.export.export",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
     "sweep": "hf_ddpm.evaluation.sweep.sweep",
