@@ -39,7 +39,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
         "The process",
         {"process": ["DiffusionProcess"], "schedules": ["make_betas", "spaced_timesteps"]},
     ),
-    ("gaussian", "Gaussians and the decoder", {"gaussian": []}),
+    ("gaussian", "Gaussians and the decoder", {"gaussian": [], "decoders": []}),
     ("scheduler", "The scheduler", {"scheduler": ["DDPMScheduler"]}),
     ("likelihood", "The bound", {"likelihood": []}),
     (
