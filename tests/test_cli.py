@@ -67,8 +67,8 @@ EXPORT_FLAGS = "--class --out".split()
 COMPRESS_FLAGS = "--out --steps --batch --dtype --verify --overwrite".split()
 DECOMPRESS_FLAGS = "--out --force".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --class --guidance
-    --guidance-interval --quality --seed --batch-size --overwrite
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --class
+    --guidance --guidance-interval --quality --seed --batch-size --overwrite
 """.split()
 
 
