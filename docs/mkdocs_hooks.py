@@ -37,7 +37,11 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     (
         "process",
         "The process",
-        {"process": ["DiffusionProcess"], "schedules": ["make_betas", "spaced_timesteps"]},
+        {
+            "process": ["DiffusionProcess"],
+            "schedules": ["make_betas", "spaced_timesteps"],
+            "spacing": ["sampling_steps", "start_step"],
+        },
     ),
     ("gaussian", "Gaussians and the decoder", {"gaussian": [], "decoders": []}),
     ("scheduler", "The scheduler", {"scheduler": ["DDPMScheduler"]}),
