@@ -17,6 +17,7 @@ from hf_ddpm import __version__
 from hf_ddpm.config import LARGEST_BATCH, TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
+from hf_ddpm.evaluation.sweep_config import SweepConfig
 from hf_ddpm.folders.layout import RECORD
 from hf_ddpm.runtime.arguments import (
     Parser,
@@ -33,6 +34,8 @@ from hf_ddpm.runtime.arguments import (
 from hf_ddpm.runtime.ends import orderly_end
 from hf_ddpm.runtime.messages import nearest, redact, shown
 from hf_ddpm.runtime.streams import guard_streams
+
+MOST_TOGETHER = 4096  # images, as compression.container has it, which a test compares
 
 
 @orderly_end("hf-ddpm")
@@ -132,13 +135,31 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     parser.late_help[scheduler] = lambda: f"sampler, by default the model's ({', '.join(_samplers())})"
     variance = parser.add_argument("--variance-type", metavar="NAME")
     parser.late_help[variance] = lambda: (
-        f"reverse variance of the sampler ddpm ({', '.join(_fixed_variances())})"
+        f"reverse variance of the sampler ddpm ({', '.join(_variances())}); the last two of a model that "
+        "hf-ddpm plan has measured"
+    )
+    spacing = parser.add_argument("--timestep-spacing", metavar="NAME")
+    parser.late_help[spacing] = lambda: (
+        "how the K steps are spaced among the T, by default as the sampler does "
+        f"({', '.join(_spacings())}); the last two for ddpm, dpm-solver++ and euler"
     )
     parser.add_argument(
-        "--timestep-spacing",
+        "--ending",
+        default="mean",
         metavar="NAME",
-        help="how the K steps are spaced among the T, by default as the sampler does (linspace, leading, "
-        "trailing)",
+        help="an image is the x_0 that the last step predicts (mean), or, of a model that hf-ddpm plan has "
+        "measured, the likeliest grey levels given that (mode) or a draw of them (draw) [mean]",
+    )
+    _add_class_flags(
+        parser,
+        "class of all images, by name or number; 'none', as by default, or 'all': every "
+        "class in turn, and a grid with a row for each",
+    )
+    parser.add_argument(
+        "--quality",
+        metavar="NAME",
+        help="sampler and steps that `hf-ddpm sweep` found for MODEL (fast: the fewest evaluations within "
+        "the error of the best; best)",
     )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
@@ -158,16 +179,42 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
     sample(**vars(args))
 
 
+def _add_class_flags(parser: Parser, which: str) -> None:
+    """Add the flags of a class and of guidance; `which` classes there may be is said in the help."""
+    parser.add_argument("--class", dest="class_labels", metavar="NAME", help=which)
+    parser.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=number,
+        default=1.0,
+        metavar="W",
+        help="guidance scale: 1 is the class as it was learnt, 0 no class, above 1 exaggerates it and takes "
+        "twice the time [1]",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=wholes,
+        metavar="LO,HI",
+        help="guide at steps LO <= t < HI of the training process alone [0,T]",
+    )
+
+
 def _samplers() -> Iterable[str]:
     from hf_ddpm.generation.samplers import SCHEDULERS
 
     return SCHEDULERS
 
 
-def _fixed_variances() -> Iterable[str]:
-    from hf_ddpm.variances import FIXED
+def _variances() -> Iterable[str]:
+    from hf_ddpm.variances import FIXED, MEASURED
 
-    return FIXED
+    return (*FIXED, *MEASURED)
+
+
+def _spacings() -> Iterable[str]:
+    from hf_ddpm.schedules import SPACINGS
+
+    return SPACINGS
 
 
 def evaluate_command(argv: Sequence[str], prog: str) -> None:
@@ -216,6 +263,32 @@ def plan_command(argv: Sequence[str], prog: str) -> None:
     if process_state().is_main_process:
         print(describe_plan(config, found))
         print(f"table: {Path(config.out or config.model).expanduser() / ERRORS}")
+
+
+def sweep_command(argv: Sequence[str], prog: str) -> None:
+    """Compare samplers and numbers of steps: which one to take."""
+    parser = Parser(
+        prog,
+        "Which sampler, how many steps? Draw equally many images with each sampler in each number of steps, "
+        "compare them with real images by a feature network (Fréchet distance with its standard error), and "
+        "say which to take: the fewest network evaluations within the error of the best. What was found is "
+        "left beside the model as sweep.json and sweep.png, and `hf-ddpm sample --quality fast` takes it. If "
+        "it was killed, the same command continues it, and with more steps or samplers only the new ones are "
+        "drawn; start it with `accelerate launch` to use several processes.",
+        "example: %(prog)s runs/photos --extractor facebook/dinov2-small --steps 10,20,50",
+    )
+    default = "the run's own: the images that it held out, else its test split"
+    config = SweepConfig(**_measurement(parser, SweepConfig, default, argv))
+
+    from hf_ddpm.evaluation.sweep import sweep
+    from hf_ddpm.folders.layout import SWEEP, SWEEP_PLOT
+    from hf_ddpm.folders.sweep import describe_sweep
+    from hf_ddpm.runtime.processes import process_state
+
+    found = sweep(config, redact(shlex.join([*prog.split(), *argv])))
+    if process_state().is_main_process:
+        print(describe_sweep(found))
+        print(f"written: {Path(config.out or config.model).expanduser() / SWEEP}, {SWEEP_PLOT}")
 
 
 def _measurement(parser: Parser, config: type, default: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -281,6 +354,76 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
+def inpaint_command(argv: Sequence[str], prog: str) -> None:
+    """Fill a part of an image anew, given the rest: a picture."""
+    parser = Parser(
+        prog,
+        "Draw the masked pixels of an image anew, given the others, which come back exactly (RePaint, "
+        "Lugmayr et al. 2022). The model needs no training for it. The network is called about K times N "
+        "times. Another seed gives another filling. It runs in one process.",
+        "example: %(prog)s runs/digits digits:test:17 mask.png --steps 250 --out filled.png",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
+    )
+    image = "image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels"
+    parser.add_argument("image", type=path, metavar="IMAGE", help=image)
+    parser.add_argument(
+        "mask",
+        type=path,
+        metavar="MASK",
+        help="image file of the same size: white where it is filled, black where it is kept, nothing between",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="PNG file to write")
+    parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
+    parser.add_argument(
+        "--resample",
+        type=at_most(1000),
+        default=10,
+        metavar="N",
+        help="how often each step is taken; more fit the filling better to its surroundings [10]",
+    )
+    _add_class_flags(parser, "class of the image, by name or number; 'none', as by default")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of all noise [0]")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the images in DATASET, by default the only one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    args = parser.parse(argv)
+
+    from hf_ddpm.pictures import draw_inpainting
+    from hf_ddpm.runtime.processes import process_state
+
+    if process_state().is_main_process:
+        print(f"picture: {draw_inpainting(**vars(args))}")
+
+
+def export_command(argv: Sequence[str], prog: str) -> None:
+    """Write one class of a model as a model that needs no class."""
+    parser = Parser(
+        prog,
+        "Write one class of a class-conditional model, or the model without a class, as an unconditional "
+        "model: a folder that plain diffusers samples. Its answers are those of the class, without guidance.",
+        "example: %(prog)s runs/clothes --class boot --out boots",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a class-conditional pipeline, or its Hub id"
+    )
+    parser.add_argument(
+        "--class",
+        dest="class_labels",
+        required=True,
+        metavar="NAME",
+        help="class by name or number, or 'none'",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new or empty folder")
+    args = parser.parse(argv)
+
+    from hf_ddpm.generation.export import export
+
+    print(f"model: {export(**vars(args))}")
+
+
 def publish_command(argv: Sequence[str], prog: str) -> None:
     """Send a model to the Hugging Face Hub, with a card."""
     args = vars(_publish_parser(prog).parse(argv))
@@ -340,12 +483,93 @@ def _publish_parser(prog: str) -> Parser:
     return parser
 
 
+def compress_command(argv: Sequence[str], prog: str) -> None:
+    """Compress images without loss, with a model."""
+    parser = Parser(
+        prog,
+        "Compress images without loss into a file of about as many bits as the model's bound says. The file "
+        "can be decompressed with the same model alone, and, in float32, on the same machine alone. The "
+        "network is asked K times for each image. Measure the model with `hf-ddpm plan` first, which makes "
+        "files much smaller. It needs the package constriction: pip install 'hf_ddpm[codec]'.",
+        "example: %(prog)s runs/digits digits:test --out digits.hfdc --verify",
+        usage="%(prog)s MODEL IMAGES [IMAGES ...] --out FILE [options]",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id")
+    parser.add_argument(
+        "images",
+        type=path,
+        nargs="+",
+        metavar="IMAGES",
+        help="a folder, image files, or DATASET:SPLIT[:ROWS] such as digits:test:0-99, all of the model's "
+        "size and channels",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--steps", type=count, default=50, metavar="K", help="steps of the chain [50]")
+    parser.add_argument(
+        "--batch", type=at_most(MOST_TOGETHER), default=8, metavar="N", help="images at once [8]"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="precision of the network: float32 is faster, and decompresses on the same machine alone "
+        "[float64]",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="decompress the file afterwards, and compare every pixel"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    args = parser.parse(argv)
+
+    from hf_ddpm.compression.command import compress_files
+
+    for line in compress_files(**vars(args)):
+        print(line, flush=True)
+
+
+def decompress_command(argv: Sequence[str], prog: str) -> None:
+    """Bring compressed images back, to the last bit."""
+    parser = Parser(
+        prog,
+        "Bring the images of `hf-ddpm compress` back, with the model that they were compressed with: pixels, "
+        "order, names and labels. Before anything is decoded, the file's checksum, the model and the "
+        "network's answers on this machine are compared with what the file says.",
+        "example: %(prog)s runs/digits digits.hfdc --out digits/",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the pipeline, or its Hub id")
+    parser.add_argument("file", type=path, metavar="FILE", help="file of hf-ddpm compress")
+    parser.add_argument(
+        "--out",
+        type=path,
+        required=True,
+        metavar="DIR|FILE.parquet",
+        help="new or empty folder for PNG files, or a new parquet file",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="try it although the network answers otherwise on this machine; wrong pixels are refused all "
+        "the same",
+    )
+    args = parser.parse(argv)
+
+    from hf_ddpm.compression.command import decompress_file
+
+    for line in decompress_file(**vars(args)):
+        print(line, flush=True)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
     "plan": plan_command,
+    "sweep": sweep_command,
     "interpolate": interpolate_command,
+    "inpaint": inpaint_command,
+    "export": export_command,
+    "compress": compress_command,
+    "decompress": decompress_command,
     "publish": publish_command,
 }
 

@@ -134,6 +134,18 @@ class TrainConfig:
         check=check_holdout,
     )
     image_column: str | None = option(None, "column of the images, by default the only one")
+    label_column: str | None = option(
+        None,
+        "column of the images' classes, for a class-conditional network; of a folder of image files a column "
+        "of its metadata, or 'label', the names of the folders; by default no classes",
+    )
+    label_dropout: float = option(
+        0.1,
+        "probability with which an image's class is hidden, which trains the network without a class too, "
+        "for guidance; of use with --label-column",
+        least=0.0,
+        below=1.0,
+    )
     image_size: str | None = option(
         None, "'28' or '28x32' (height x width), by default the images' own", joined="x"
     )
@@ -307,6 +319,11 @@ class TrainConfig:
             )
         make_objective(self.objective, self.prediction_type, self.variance_type)  # raises if they don't fit
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.label_column is None and self.label_dropout != defaults["label_dropout"]:
+            raise ValueError(
+                f"label_dropout is {self.label_dropout}, but has no use without label_column; allowed: "
+                f"{defaults['label_dropout']} (the default)"
+            )
         for name, (key, choice) in NEEDS.items():
             if getattr(self, name) != defaults[name] and getattr(self, key) != choice:
                 raise ValueError(

@@ -5,6 +5,7 @@ Everything that the stock scheduler gets right, it gets the same way, from the s
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -18,15 +19,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm import parametrization, variances
+from hf_ddpm import parametrization, spacing, variances
 from hf_ddpm.checks import as_numbers, described
 from hf_ddpm.gaussian import discretized_gaussian_log_likelihood
+from hf_ddpm.likelihood.errors import Errors
 from hf_ddpm.parametrization import PredictionType, from_x0_eps, to_x0
-from hf_ddpm.process import PRIOR_WARNING, DiffusionProcess
-from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr, spaced_timesteps
+from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr
+from hf_ddpm.seeds import check_generators
+from hf_ddpm.spacing import sampling_steps, start_warning
 from hf_ddpm.spelling import suggest_keywords
 from hf_ddpm.tables import add_scaled, narrow, wide
-from hf_ddpm.variances import log_variance_at, outputs, variance
+from hf_ddpm.variances import MEASURED, AnyVariance, log_variance_at, outputs, variance
 from hf_ddpm.visited import Visited, chosen_steps, is_number, is_whole, place_of, visit, whole_number
 
 logger = logging.getLogger(__name__)
@@ -61,8 +65,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         trained_betas (`list[float]` or array, *optional*): the T betas themselves, used exactly; the other
             beta arguments then do nothing.
         variance_type (`str`, defaults to `"fixed_small"`): σ_t² = β̃_t ("fixed_small"), β_t ("fixed_large"),
-            either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²)
-            or "learned_range" (they interpolate, Nichol & Dhariwal 2021).
+            either with the suffix "_log" (the same), "learned" (the network's second C channels are log σ²),
+            "learned_range" (they interpolate, Nichol & Dhariwal 2021), or "optimal" or "by-value", which are
+            made of the attribute `errors` for whatever steps are visited.
         clip_sample (`bool`, defaults to `True`): clip the predicted x_0 to ±`clip_sample_range`.
         prediction_type (`str`, defaults to `"epsilon"`): "epsilon", "sample", "v_prediction", or "mean" or
             "score", which diffusers has no words for.
@@ -70,7 +75,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         dynamic_thresholding_ratio (`float`, defaults to 0.995): its quantile.
         clip_sample_range (`float`, defaults to 1.0): where `clip_sample` clips.
         sample_max_value (`float`, defaults to 1.0): the upper limit of dynamic thresholding.
-        timestep_spacing (`str`, defaults to `"leading"`): "leading", "trailing" or "linspace".
+        timestep_spacing (`str`, defaults to `"leading"`): "leading", "trailing" or "linspace", or "quadratic"
+            or "align-your-steps" (Sabour et al. 2024), which diffusers doesn't have.
         steps_offset (`int`, defaults to 0): added to every step of "leading".
         rescale_betas_zero_snr (`bool`, defaults to `False`): end at ᾱ = 0 (Lin et al. 2023); "epsilon" and
             "score" can't start there.
@@ -92,7 +98,9 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
         sample_max_value: float = 1.0,
-        timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading",
+        timestep_spacing: Literal[
+            "linspace", "leading", "trailing", "quadratic", "align-your-steps"
+        ] = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
@@ -125,6 +133,8 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._visited: Visited | None = None
+        self._errors: Errors | None = None
+        self._measured: tuple[DiffusionProcess, str, AnyVariance] | None = None
         self._said: set[str] = set()
 
     @classmethod
@@ -176,6 +186,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         if type(self) is DDPMScheduler:
             portable = parametrization.in_diffusers(self.config.get("prediction_type"))
             portable = portable and variances.in_diffusers(self.config.get("variance_type"))
+            portable = portable and spacing.in_diffusers(self.config.get("timestep_spacing"))
             self.__module__ = diffusers.DDPMScheduler.__module__ if portable else PACKAGE
 
     @property
@@ -186,6 +197,29 @@ class DDPMScheduler(diffusers.DDPMScheduler):
     @variance_type.setter
     def variance_type(self, value: str) -> None:
         self.register_to_config(variance_type=value)
+
+    @property
+    def errors(self) -> Errors | None:
+        """The network's measured errors, which the variances "optimal" and "by-value" are made of; else None.
+
+        They are no part of the config. `DDPMPipeline` gives them to its scheduler where `hf-ddpm plan` has
+        left them in the model's folder; elsewhere they are assigned, `scheduler.errors =
+        pipeline.errors.errors`.
+
+        Raises:
+            ValueError: something else is assigned, or errors of another process.
+        """
+        return self._errors
+
+    @errors.setter
+    def errors(self, errors: Errors | None) -> None:
+        if errors is not None:
+            if not isinstance(errors, Errors):
+                raise ValueError(
+                    f"errors is {described(errors)}; allowed: an Errors, such as pipeline.errors.errors"
+                )
+            errors.variance(self.process, MEASURED[0])  # of another process it has none
+        self._errors, self._measured = errors, None
 
     @cached_property
     def process(self) -> DiffusionProcess:
@@ -226,18 +260,21 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
         Args:
             num_inference_steps (`int`, *optional*): K, 1 ≤ K ≤ T. The steps are diffusers', but in one case:
-                where its "leading" grid i·⌊T/K⌋ stops so far below T that x_t still knows over 0.01 bits/dim
-                of its image, and ⌊i·T/K⌋ doesn't, ours is the latter.
+                where its grid begins so far below T that x_t still knows over 0.01 bits/dim of its image, as
+                "leading" does with very few steps and with more than T/2, ours begins higher: see
+                `spacing.sampling_steps`.
             device (`str` or `torch.device`, *optional*): where `self.timesteps` goes.
             timesteps (`list[int]`, *optional*): the steps themselves, descending; then no
                 `num_inference_steps`.
 
         Raises:
-            ValueError: both or neither are given, or a step or a number of steps that the process does not
-                have.
+            ValueError: both or neither are given, a step or a number of steps that the process does not
+                have, or a variance type that needs `errors` without them.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass exactly one of num_inference_steps and timesteps")
+        if self.variance_type in MEASURED:
+            self._known_errors()
         if timesteps is not None:
             steps = chosen_steps(timesteps)
         else:
@@ -252,18 +289,12 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
     def _spaced(self, num_inference_steps: int | None) -> Tensor:
         spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
-        grids = [
-            spaced_timesteps(spacing, num_inference_steps, len(self.process), offset, even)
-            for even in (False, True)
-        ]
-        for steps in grids:
-            if start_warning(self.process, int(steps[0])) is None:
-                return steps
-        line = start_warning(self.process, int(grids[0][0]))
+        steps = sampling_steps(self.process, spacing, num_inference_steps, offset)
+        line = start_warning(self.process, int(steps[0]))
         if line is not None and line not in self._said:
             self._said.add(line)
             logger.warning(line)
-        return grids[0]
+        return steps
 
     def step(
         self,
@@ -310,7 +341,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         x_prev = chain.q_posterior_mean(x_0, x_t, t)
         if len(chain) > 1 and not self._is_last(t):
             noise = _draw_like(output, generator)
-            x_prev = add_scaled(x_prev, self._sigma(chain, t, x_t, predicted_variance), wide(noise))
+            x_prev = add_scaled(x_prev, self._sigma(chain, t, x_0, predicted_variance), wide(noise))
         x_prev, x_0 = narrow(x_prev, sample.dtype), narrow(x_0, sample.dtype)
         return (
             DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
@@ -378,33 +409,56 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         return x_0.clamp(-limit, limit)
 
     def _sigma(
-        self, chain: DiffusionProcess, t: int | Tensor, like: Tensor, predicted_variance: Tensor | None
+        self, chain: DiffusionProcess, t: int | Tensor, x_0: Tensor, predicted_variance: Tensor | None
     ) -> Tensor | float:
-        """σ_t, ready to multiply noise shaped `like`; 0 at the last step."""
+        """σ_t, ready to multiply noise of the shape of the predicted x_0; 0 at the last step."""
         kind = variance(self.variance_type)
         if kind.sigma is not None:
-            return chain.computed_at(t, like, kind.sigma)[0]
-        sigma = torch.exp(0.5 * self._log_variance(chain, t, predicted_variance))
+            return chain.computed_at(t, x_0, kind.sigma)[0]
+        found = self._log_variance(chain, t, x_0, predicted_variance)
+        if not isinstance(found, Tensor):
+            return math.exp(0.5 * found)
+        sigma = torch.exp(0.5 * found)
         if not isinstance(t, Tensor):
             return sigma
         # Not a product: the network's answer at its last step may be infinite, and is not asked for
-        return torch.where((t > 0).view(-1, *[1] * (like.ndim - 1)), sigma, 0.0)
+        return torch.where((t > 0).view(-1, *[1] * (x_0.ndim - 1)), sigma, 0.0)
 
     def _log_variance(
-        self, process: DiffusionProcess, t: int | Tensor, predicted_variance: Tensor | None
-    ) -> Tensor:
-        """The log-variance log σ_t² of a learned variance type.
+        self,
+        process: DiffusionProcess,
+        t: int | Tensor,
+        x_0: Tensor,
+        predicted_variance: Tensor | None,
+        variance_type: str | None = None,
+    ) -> Tensor | float:
+        """The log-variance log σ_t² of any variance type; `x_0` is the predicted one.
 
         Raises:
-            ValueError: `predicted_variance` is missing.
+            ValueError: it is learned and `predicted_variance` is missing, or measured and `errors` are.
         """
-        if predicted_variance is None:
+        name = variance_type or self.variance_type
+        kind = variance(name)
+        if kind.from_output is not None and predicted_variance is None:
+            raise ValueError(f"variance_type {name!r} needs predicted_variance: its sigma is the network's")
+        numbers = self._measured_variance(process, name) if kind.measured else name
+        return log_variance_at(process, numbers, predicted_variance, t, x_0, x_0)
+
+    def _known_errors(self) -> Errors:
+        if self._errors is None:
             raise ValueError(
-                f"variance_type {self.variance_type!r} needs predicted_variance: its sigma is the network's"
+                f"variance_type {self.variance_type!r} needs the network's measured errors; allowed: after "
+                "hf-ddpm plan MODEL, a DDPMPipeline of that model, or scheduler.errors = "
+                "pipeline.errors.errors of one"
             )
-        found = log_variance_at(process, self.variance_type, predicted_variance, t, predicted_variance)
-        assert isinstance(found, Tensor)
-        return found
+        return self._errors
+
+    def _measured_variance(self, process: DiffusionProcess, kind: str) -> AnyVariance:
+        """The variance of each step of a chain, of the measured errors; made once for each chain."""
+        errors, known = self._known_errors(), self._measured
+        if known is None or known[0] is not process or known[1] != kind:
+            known = self._measured = process, kind, errors.variance(process, kind)
+        return known[2]
 
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
@@ -414,10 +468,11 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         kind = variance(name)
         if kind.sigma is not None:
             return torch.as_tensor(self.chain.computed_at(index, self.betas, kind.sigma)[0]).float() ** 2
-        if predicted_variance is None:
-            raise ValueError(f"variance_type {name!r} needs predicted_variance: its sigma is the network's")
-        found = log_variance_at(self.chain, name, predicted_variance, index, predicted_variance)
-        return torch.as_tensor(found).exp()
+        if name == "by-value":
+            raise ValueError(f"variance_type {name!r} has a variance for each predicted value; allowed: step")
+        like = self.betas if predicted_variance is None else predicted_variance
+        found = torch.as_tensor(self._log_variance(self.chain, index, like, predicted_variance, name)).exp()
+        return torch.where(torch.as_tensor(index) > 0, found, 0.0) if kind.measured else found
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, Ho et al. 2020, eq. 4.
@@ -453,59 +508,14 @@ class DDPMScheduler(diffusers.DDPMScheduler):
 
         Returns:
             nats summed over dimensions, float64, (B,). σ_0² is β̃_2 of the full process for the fixed
-            variance types, whatever `set_timesteps` chose.
+            variance types, whatever `set_timesteps` chose, and that of `errors` for the measured ones.
 
         Raises:
-            ValueError: `predicted_variance` is missing for a learned variance type.
+            ValueError: `predicted_variance` is missing for a learned variance type, or `errors` for a
+                measured one.
         """
-        kind = variance(self.variance_type)
-        if kind.log_variance is not None:
-            log_variance = kind.log_variance(self.process)[0]
-        else:
-            log_variance = self._log_variance(self.process, 0, predicted_variance)
+        log_variance = self._log_variance(self.process, 0, pred_original_sample, predicted_variance)
         return discretized_gaussian_log_likelihood(x_0, pred_original_sample, log_variance).flatten(1).sum(1)
-
-
-def start_warning(process: DiffusionProcess, step: int) -> str | None:
-    """What to say of sampling that starts from N(0, I) at a step where x_t is not yet noise; else None."""
-    known = process.respaced([step]).prior_bpd_at_edges
-    if known <= PRIOR_WARNING:
-        return None
-    remedy = "a schedule that ends nearer to pure noise"
-    if step < len(process) - 1:
-        remedy = f"more steps, timestep_spacing='trailing', or {remedy}"
-    return (
-        f"sampling starts from N(0, I) at step {step}, where x_t still knows {known:.3g} bits/dim of its "
-        f"image: use {remedy}"
-    )
-
-
-def check_generators(generator: Any, samples: int, device: torch.device | None = None) -> None:
-    """Refuse what can't draw the noise of a batch.
-
-    Args:
-        generator: a generator, or a list with one for each sample.
-        samples: B.
-        device: where the samples are; None where that is not known yet.
-
-    Raises:
-        ValueError: neither of the two, another number of them, or generators of a device that can't draw for
-            the samples' one: allowed are that one and the CPU.
-    """
-    if isinstance(generator, torch.Generator) and generator.device == device:  # as at most steps
-        return
-    found = generator if isinstance(generator, list) else [generator]
-    for one in found:
-        if not isinstance(one, torch.Generator):
-            what = "an element of generator" if found is generator else "generator"
-            raise ValueError(f"{what} is {described(one)}; allowed: a torch.Generator, or a list of them")
-    if found is generator and len(found) != samples:
-        raise ValueError(f"{len(found)} generators for a batch of {samples}; allowed: one, or one per image")
-    kinds = sorted({one.device.type for one in found})
-    if len(kinds) > 1 or (device is not None and kinds and kinds[0] not in ("cpu", device.type)):
-        raise ValueError(
-            f"generator is on {' and '.join(kinds)}; allowed: all on the CPU, or all on the samples' device"
-        )
 
 
 def _derived_betas_are_outdated(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:

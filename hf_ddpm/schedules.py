@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.checks import described
+from hf_ddpm.checks import check_count, described
 from hf_ddpm.shown import fields_line
 from hf_ddpm.spelling import did_you_mean
 
-SPACINGS = ("linspace", "leading", "trailing")  # of the steps that a shorter chain visits
+DIFFUSERS_SPACINGS = ("linspace", "leading", "trailing")  # of the steps that a shorter chain visits
+SPACINGS = (*DIFFUSERS_SPACINGS, "quadratic", "align-your-steps")  # spacing.py has the last two
 MAX_BETA = 0.999  # where ᾱ(u) falls too fast, Nichol & Dhariwal 2021, section 3.2
 
 
@@ -105,13 +106,37 @@ def spaced_timesteps(
         steps = (np.round(np.arange(total, 0, -total / n))[:n] - 1)[::-1]
     else:
         raise ValueError(
-            f"timestep_spacing is {described(spacing)}; allowed: {', '.join(map(repr, SPACINGS))}"
+            f"timestep_spacing is {described(spacing)}; allowed: {', '.join(map(repr, DIFFUSERS_SPACINGS))}"
         )
     if steps[0] < 0 or steps[-1] >= total:
         raise ValueError(
             f"steps_offset {offset} moves {n} steps to {steps[0]:g}..{steps[-1]:g}; allowed: 0..{total - 1}"
         )
     return torch.from_numpy(steps.astype(np.int64)[::-1].copy())
+
+
+def quadratic_steps(total: int, count: int) -> list[int]:
+    """K steps of 0..T−1 that lie quadratically, from 0 up to T−1: dense where there is little noise.
+
+    Where two steps would be the same, the later one gives way upwards. Song et al. 2021 (DDIM), appendix D.2,
+    take such steps, but for the constant and the rounding.
+
+    Args:
+        total: T.
+        count: K.
+
+    Returns:
+        The steps, ascending.
+
+    Raises:
+        ValueError: T is not a whole number of at least 1, or `count` not one of 1..T.
+    """
+    check_count("total", total)
+    check_count("count", count)
+    if count > total:
+        raise ValueError(f"count is {count}; allowed: at most {total}")
+    places = np.linspace(0, np.sqrt(total - 1), count) ** 2 if count > 1 else np.array([total - 1.0])
+    return np.maximum(np.floor(places + 0.5).astype(int), np.arange(count)).tolist()
 
 
 def _linear(num_steps: int, beta_start: float, beta_end: float) -> Tensor:

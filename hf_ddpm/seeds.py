@@ -16,6 +16,7 @@ different images get equal noise. Seeds that can't collide would move every numb
 
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Use(IntEnum):
 
     # Training: keys of `numpy.random.default_rng`
     STEPS = 6  # then seed, block of positions
+    LABELS = 16  # whether a position's class is hidden; then seed, block of positions
     NOISE = 7  # the first noise of a position; 8, 9, … are further independent ones
 
     # Measuring and pictures: keys of `derive_seed`
@@ -107,3 +109,31 @@ def _device_of(generator: torch.Generator | None, like: Tensor) -> torch.device:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator is {described(generator)}; allowed: a torch.Generator")
     return like.device if generator is None else generator.device
+
+
+def check_generators(generator: Any, samples: int, device: torch.device | None = None) -> None:
+    """Refuse what can't draw the noise of a batch.
+
+    Args:
+        generator: a generator, or a list with one for each sample.
+        samples: B.
+        device: where the samples are; None where that is not known yet.
+
+    Raises:
+        ValueError: neither of the two, another number of them, or generators of a device that can't draw for
+            the samples' one: allowed are that one and the CPU.
+    """
+    if isinstance(generator, torch.Generator) and generator.device == device:  # as at most steps
+        return
+    found = generator if isinstance(generator, list) else [generator]
+    for one in found:
+        if not isinstance(one, torch.Generator):
+            what = "an element of generator" if found is generator else "generator"
+            raise ValueError(f"{what} is {described(one)}; allowed: a torch.Generator, or a list of them")
+    if found is generator and len(found) != samples:
+        raise ValueError(f"{len(found)} generators for a batch of {samples}; allowed: one, or one per image")
+    kinds = sorted({one.device.type for one in found})
+    if len(kinds) > 1 or (device is not None and kinds and kinds[0] not in ("cpu", device.type)):
+        raise ValueError(
+            f"generator is on {' and '.join(kinds)}; allowed: all on the CPU, or all on the samples' device"
+        )

@@ -41,7 +41,9 @@ class Tables:
         self._check_index(t, like)
         if not isinstance(t, Tensor):
             return [self._floats(z)[t] if isinstance(z, str) else z[t].item() for z in tables]
-        found = (self._table(z, like.device) if isinstance(z, str) else z.to(like.device) for z in tables)
+        found = (
+            self._table(z, like.device) if isinstance(z, str) else _moved(z, like.device) for z in tables
+        )
         return _gathered(found, t, like)
 
     def at_groups(self, t: Tensor | int, groups: Tensor, table: Tensor) -> Tensor:

@@ -5,11 +5,14 @@
     fixed_large, fixed_large_log     log β_t, with β̃_2 for β_1
     learned                          v, the network's second C channels
     learned_range                    f log β_t + (1 − f) log β̃_t,  f = (v + 1)/2, with β̃_2 for β̃_1
+    optimal                          log β̃_t (1 + Δ m_t), m_t the measured error of x̂_0, Δ = SNR_prev − SNR_t
+    by-value                         the same, m_t that of the pixels whose x̂_0 is about the same
 
 Here β̃_1 and β_1 belong to the first step and β̃_2 to the second, as the paper counts.
 
 In place of a name, a bound takes numbers: a table of log σ_t², shape (T,), or a `VarianceByValue`, which has
-them for each value of the predicted x_0. `likelihood.errors` makes both from a network's measured errors.
+them for each value of the predicted x_0. `likelihood.errors` makes both from a network's measured errors:
+"optimal" and "by-value" are names only where such errors are at hand.
 
 To add a variance type, add its row to `VARIANCES`. With `trained=True`, runs of `train` may choose it.
 
@@ -51,7 +54,7 @@ def learned_range_log_variance(process: DiffusionProcess, v: Tensor, t: Tensor |
 
 @dataclass(frozen=True)
 class Variance:
-    """A variance type. It is fixed and has tables, or it is learned and read from the network's output.
+    """A variance type. It is fixed and has tables, learned and read from the network's output, or measured.
 
     Attributes:
         log_variance: of a fixed one, a function of the process that gives log σ_t², (T,) float64, with a
@@ -60,6 +63,7 @@ class Variance:
             (T,) float64, 0 at t = 0; else None.
         from_output: of a learned one, a function (process, v, t) that gives log σ_t² from the second C
             channels of the output, v of shape (B, C, H, W), in float32 or wider; else None.
+        measured: whether it is made of the network's measured errors, `likelihood.Errors.variance`.
         trained: whether runs of `train` may choose it.
         in_diffusers: whether diffusers' own `DDPMScheduler` runs it rightly.
         same_as: the type that this name of diffusers' is another word for, else None.
@@ -68,6 +72,7 @@ class Variance:
     log_variance: Callable[[DiffusionProcess], Tensor] | None = None
     sigma: Callable[[DiffusionProcess], Tensor] | None = None
     from_output: Callable[[DiffusionProcess, Tensor, Tensor | int], Tensor] | None = None
+    measured: bool = False
     trained: bool = True
     in_diffusers: bool = True
     same_as: str | None = None
@@ -152,10 +157,14 @@ VARIANCES: dict[str, Variance] = {
     # The stock scheduler takes it for a variance, which may be negative.
     "learned": Variance(from_output=lambda process, v, t: wide(v), trained=False, in_diffusers=False),
     "learned_range": Variance(from_output=learned_range_log_variance),
+    # The stock scheduler knows neither, and samples as with "fixed_small".
+    "optimal": Variance(measured=True, trained=False, in_diffusers=False),
+    "by-value": Variance(measured=True, trained=False, in_diffusers=False),
 }
-# The same without diffusers' second names: fixed, learned, and what a run of `train` may choose.
-FIXED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 1 and kind.same_as is None)
+# The same without diffusers' second names: fixed, learned, measured, and what a run of `train` may choose.
+FIXED = tuple(name for name, kind in VARIANCES.items() if kind.sigma is not None and kind.same_as is None)
 LEARNED = tuple(name for name, kind in VARIANCES.items() if kind.outputs == 2 and kind.same_as is None)
+MEASURED = tuple(name for name, kind in VARIANCES.items() if kind.measured)
 TRAINED = tuple(name for name, kind in VARIANCES.items() if kind.trained)
 
 

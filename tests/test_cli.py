@@ -26,9 +26,9 @@ from tests.launching import ROOT, environment
 
 # Other people's scripts hold these: a flag may be added, here too, but none may go.
 TRAIN_FLAGS = """
-    --config --dataset --split --holdout --image-column --image-size --channels --background --fit
-    --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers --model --dropout
-    --num-train-timesteps
+    --config --dataset --split --holdout --image-column --label-column --label-dropout --image-size --channels
+    --background --fit --to-8-bit --horizontal-flip --shuffle-memory --skip-corrupt --num-workers
+    --model --dropout --num-train-timesteps
     --beta-schedule --beta-start --beta-end --rescale-betas-zero-snr --prediction-type
     --variance-type --clip-sample --objective --t-sampler --snr-gamma --hybrid-weight
     --max-steps --batch-size --gradient-accumulation-steps
@@ -50,20 +50,31 @@ PLAN_FLAGS = """
     --split --part --holdout --holdout-seed --evals --image-column --channels --background --fit --to-8-bit
     --skip-corrupt --clip-x0 --out --overwrite --seed --batch-size
 """.split()
+SWEEP_FLAGS = """
+    --split --part --holdout --holdout-seed --steps --schedulers --extractor --num-samples --num-reference
+    --image-column --channels --background --fit --to-8-bit --skip-corrupt --out --overwrite --seed
+    --batch-size
+""".split()
 PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
     --custom-pipeline --commit-message
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
+INPAINT_FLAGS = """
+    --out --steps --resample --class --guidance --guidance-interval --seed --image-column --overwrite
+""".split()
+EXPORT_FLAGS = "--class --out".split()
 SAMPLE_FLAGS = """
-    --num-images --out --steps --scheduler --variance-type --timestep-spacing --seed --batch-size --overwrite
+    --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --class --guidance
+    --guidance-interval --quality --seed --batch-size --overwrite
 """.split()
 
 
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "interpolate", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "inpaint", "export"]
+COMMANDS += ["compress", "decompress", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -122,6 +133,8 @@ def test_help_and_mistyped_words_load_no_torch():
         "evaluate",
         "plan",
         "plan x --evals 3",
+        "sweep x --steps 5",
+        "sweep x --extractor y --steps 0",
         "interpolate x a b --out c --seed -1",
         "publish",
         "publish a b --privat",
@@ -138,8 +151,11 @@ def test_help_and_mistyped_words_load_no_torch():
     [
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
+        ("inpaint", INPAINT_FLAGS),
+        ("export", EXPORT_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
         ("plan", PLAN_FLAGS),
+        ("sweep", SWEEP_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
@@ -316,8 +332,8 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
         (["--verison"], "hf-ddpm: error: unknown command '--verison'; did you mean '--version'?"),
         (
             ["xyz"],
-            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, interpolate, "
-            "publish",
+            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, sweep, "
+            "interpolate, inpaint, export, compress, decompress, publish",
         ),
     ],
     ids=str,

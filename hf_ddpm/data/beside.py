@@ -63,10 +63,9 @@ def read_metadata(root: str, file: str) -> list[Named]:
         ValueError: it can't be read, or has no column of names.
     """
     path = os.path.join(root, file)
-    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
     found, columns = [], False
     try:
-        for where, row in read[posixpath.splitext(file)[1].lower()](path):
+        for where, row in _READERS[posixpath.splitext(file)[1].lower()](path, None):
             for key, value in row.items():
                 if isinstance(key, str) and (key == _ENDING or key.endswith(f"_{_ENDING}")):
                     columns = True
@@ -82,19 +81,51 @@ def read_metadata(root: str, file: str) -> list[Named]:
     return found
 
 
+def read_column(root: str, files: Sequence[str], column: str) -> dict[str, Any] | None:
+    """What a column of the metadata says of each image that a line names, by the image's path.
+
+    Args:
+        root: the folder.
+        files: its metadata files, relative to the folder.
+        column: such as a label.
+
+    Returns:
+        By paths relative to the folder; None if no file has the column.
+
+    Raises:
+        ValueError: a file can't be read, or lines say different things of one image.
+    """
+    found: dict[str, Any] = {}
+    there = False
+    for file in files:
+        path = os.path.join(root, file)
+        try:
+            for where, row in _READERS[posixpath.splitext(file)[1].lower()](path, column):
+                there |= column in row
+                names = [value for key, value in row.items() if str(key).endswith(_ENDING)]
+                for name in (_inside(file, name) for name in names if isinstance(name, str)):
+                    value = row.get(column)
+                    if found.setdefault(name, value) != value:
+                        raise ValueError(f"{where} says something else of {shown(name)} than a line before")
+        # As in `read_metadata`
+        except Exception as error:
+            raise ValueError(f"can't read {shown(path)}: {one_line(error, 120)}") from error
+    return found if there else None
+
+
 def _inside(file: str, name: str) -> str:
     """The path relative to the folder of an image that a metadata file names, or nothing."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(file), name.replace("\\", "/")))
     return "" if not name or path.startswith(("../", "/")) or path in (".", "..") else path
 
 
-def _csv_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: str, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(read_regular(path, _MOST_METADATA).decode("utf-8-sig"), newline=""))
     for row in reader:
         yield f"line {reader.line_num}", row
 
 
-def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: str, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(read_regular(path, _MOST_METADATA).split(b"\n"), 1):
         if line.strip():
             row = json.loads(line)
@@ -103,18 +134,22 @@ def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"line {number}", row
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: str, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
-        columns = [name for name in parquet.schema_arrow.names if re.search(rf"(^|_){_ENDING}s?$", name)]
+        names = parquet.schema_arrow.names
+        columns = [name for name in names if name == column or re.search(rf"(^|_){_ENDING}s?$", name)]
         number = 0
         for group in range(parquet.num_row_groups):
-            for column in columns:
-                rows_per_read(parquet, file, group, column, 1)
+            for name in columns:
+                rows_per_read(parquet, file, group, name, 1)
             for batch in parquet.iter_batches(64, [group], columns, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"row {number}", row
                     number += 1
+
+
+_READERS = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
 
 
 def split_by_card(root: str, files: Sequence[str]) -> dict[str, list[str]]:

@@ -134,6 +134,8 @@ def compare_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> str 
         return "how the rows lie in its files"
     if was.get("chosen") != now.get("chosen"):
         return "which of the rows are read"
+    if was.get("labels") != now.get("labels"):
+        return "the labels of its images"
     return None if list(was["order"]) == list(now["order"]) else "the order, as it was read from elsewhere"
 
 

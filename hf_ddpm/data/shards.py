@@ -287,6 +287,17 @@ class Shards:
             self._checked[shard, group] = rows
         return self._checked[shard, group]
 
+    def feature_of(self, shard: int) -> Any:
+        """The column's feature by the schema of one parquet file, which may be another than the source's.
+
+        Raises:
+            ValueError: the file can't be read, or has no such column.
+        """
+        with self._named_errors(shard), self._open_parquet(shard) as (parquet, _):
+            if self._column not in parquet.schema_arrow.names:
+                raise ValueError(f"{shown(self.names[shard])} has no column {shown(self._column)!r}")
+            return datasets.Features.from_arrow_schema(parquet.schema_arrow)[self._column]
+
     @contextmanager
     def _open_parquet(self, shard: int) -> Iterator[tuple[pq.ParquetFile, Any]]:
         name = self.names[shard]

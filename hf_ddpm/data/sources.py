@@ -80,6 +80,8 @@ class Source:
         notes: what else a person should know of the choice of rows, in sentences.
         lost: lines of metadata files that name an image which is not there, in words.
         columns: for image files with several columns of images, the files of each.
+        metadata: metadata files beside image files, relative to `root`.
+        by_folder: whether the split is that of a folder that is named as one.
     """
 
     name: str
@@ -93,6 +95,8 @@ class Source:
     notes: Sequence[str] = ()
     lost: Sequence[str] = ()
     columns: Mapping[str, list[str]] = field(default_factory=dict)
+    metadata: Sequence[str] = ()
+    by_folder: bool = False
 
     __repr__ = fields_line
 
@@ -191,6 +195,7 @@ def _open_folder(name: str, root: str, split: str) -> Source:
     else:
         splits, beside = split_by_folder(files)
         listing.leave_out(BESIDE, *beside)
+    by_folder = bool(splits) and not named
     splits = splits or (split_by_name(files) if parquet else {})
     notes = [] if splits else unused_splits(files)
     splits = splits or {"train": files}
@@ -199,6 +204,7 @@ def _open_folder(name: str, root: str, split: str) -> Source:
     if parquet:
         return _parquet_source(name, split, paths, root, listing.left_out, notes)
     source = Source(name, split, "images", paths, _IMAGE, None, root, listing.left_out, notes)
+    source = replace(source, metadata=listing.metadata, by_folder=by_folder)
     return _with_metadata(source, listing, splits[split]) if listing.metadata else source
 
 

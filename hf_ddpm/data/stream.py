@@ -33,6 +33,7 @@ from torch import Tensor
 from hf_ddpm.data.encoded import MAX_PIXELS
 from hf_ddpm.data.fingerprint import digest_of, take_fingerprint
 from hf_ddpm.data.holdout import Choice, Part, Rows, name_of_split
+from hf_ddpm.data.labels import Labels, read_labels
 from hf_ddpm.data.order import Order
 from hf_ddpm.data.ordered import OrderedRows, Wanted, make_order
 from hf_ddpm.data.pixels import CORRUPT, FITS, WHITE, Decoder, StorageError, array_storage, fit_pixels
@@ -59,6 +60,8 @@ def load_stream(
     channels: int | None = None,
     *,
     column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
     fit: str = "exact",
     background: str = WHITE,
     to_8_bit: bool = False,
@@ -81,6 +84,11 @@ def load_stream(
             data's arrays. None takes the first image's, grey or RGB.
         column: image column; None finds the only one of encoded images or uint8 arrays (H, W) or (H, W, C).
             Encoded are PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF and PPM, of at most 89,478,485 pixels.
+        label_column: column of the images' classes, all of which are read here: a ClassLabel, text or whole
+            numbers. For image files it is a column of the metadata beside them, or "label", the names of the
+            folders that the files lie in. None reads no labels.
+        label_names: names of the classes by their numbers, as another split has them; a row of any other
+            class is refused. None takes those of these rows, see labels.py.
         fit: how an image gets `image_size`. "exact": it must have it already. "resize": bicubic.
             "resize_crop": bicubic until it covers H x W, then the centre is cut out. "center_crop" and
             "random_crop": cut out, not scaled.
@@ -131,8 +139,13 @@ def load_stream(
     found, column = open_source(source, name_of_split(choice.split)).select_column(column)
     tell(found, skip_corrupt)
     decoder.storage = array_storage(found.features[column])
+    shards = Shards(found, column, None if choice.whole else choice)
+    if label_column is None and label_names is not None:
+        raise ValueError("there are label_names without a label_column; allowed: both, or neither")
+    labels = None if label_column is None else read_labels(shards, label_column, label_names)
     stream = ImageStream(
-        _shards=Shards(found, column, None if choice.whole else choice),
+        _shards=shards,
+        _labels=labels,
         _decoder=decoder,
         _size=size,
         _fit=fit,
@@ -160,6 +173,21 @@ class Slots(NamedTuple):
     __repr__ = fields_line
 
 
+class LabelledSlots(NamedTuple):
+    """`Slots` of a stream that reads labels.
+
+    Attributes:
+        images: uint8 (B, C, H, W), zeros in a hole.
+        present: bool (B,), False in a hole.
+        labels: the class of each image, int64 (B,); C, "no class", in an empty slot.
+    """
+
+    images: Tensor
+    present: Tensor
+    labels: Tensor
+    __repr__ = fields_line
+
+
 @final
 @dataclass(eq=False)
 class ImageStream:
@@ -173,6 +201,7 @@ class ImageStream:
 
     shape: tuple[int, int, int] = field(init=False)
     _shards: Shards = field(repr=False)
+    _labels: Labels | None = field(repr=False)
     _decoder: Decoder = field(repr=False)
     _size: tuple[int, int] | None
     _fit: str
@@ -232,7 +261,8 @@ class ImageStream:
         Raises:
             ValueError: a shard that can't be read.
         """
-        return take_fingerprint(self._shards, self._order)
+        labels = {} if self._labels is None else {"labels": self._labels.digest}
+        return take_fingerprint(self._shards, self._order) | labels
 
     def facts(self, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Which images these are, without the name of any: what a run leaves, and an evaluation compares.
@@ -276,6 +306,26 @@ class ImageStream:
         epoch, place = divmod(position, self.num_rows())
         windows = self._order.lanes > 1
         return self._order.row(epoch, place) if windows else int(self._order.rows(epoch, place, place + 1)[0])
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the images' classes, by their numbers; None where no labels are read."""
+        return None if self._labels is None else self._labels.names
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """The class of each image in the source's order, int64 (N,); None where no labels are read."""
+        return None if self._labels is None else self._labels.ids[self.chosen.all]
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """How many of the images each class has; None where no labels are read."""
+        return None if self._labels is None else self._labels.counts(self.chosen.all)
+
+    @functools.cached_property
+    def _before(self) -> np.ndarray:
+        """How many of the images lie in the shards before each one."""
+        return np.cumsum([0, *self._shards.counts])
 
     @property
     def chosen(self) -> Rows:
@@ -354,7 +404,7 @@ class ImageStream:
         first = epoch * self.num_rows()
         with OrderedRows(self._shards, self._order) as rows:
             for position in range(first + start, first + self.num_rows()):
-                image = self._image(rows, position)
+                _, image = self._image(rows, position)
                 if image is not None:
                     yield torch.from_numpy(image.copy())
 
@@ -406,7 +456,7 @@ class ImageStream:
         batch, in_vain = [], 0
         with OrderedRows(self._shards, self._order) as rows:
             for position in itertools.count(start) if epochs is None else range(start, epochs * total):
-                image = self._image(rows, position)
+                _, image = self._image(rows, position)
                 in_vain = in_vain + 1 if image is None else 0
                 if in_vain == total:
                     raise ValueError(f"no usable image in {self._shards}")
@@ -423,7 +473,9 @@ class ImageStream:
         out = np.empty((len(images), *self.shape), np.uint8)
         return torch.from_numpy(np.stack(images, out=out))
 
-    def slots(self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None) -> Iterator[Slots]:
+    def slots(
+        self, slots: Iterable[Sequence[int]], wanted: Wanted | None = None
+    ) -> Iterator[Slots | LabelledSlots]:
         """The images at given positions: what one of several processes trains on.
 
         Args:
@@ -433,7 +485,9 @@ class ImageStream:
                 in memory, so that processes which share out the positions share out a window too.
 
         Returns:
-            Iterator of `Slots`, one per item. With `skip_corrupt` an image that can't be read is a hole.
+            Iterator of `Slots`, one for each item, or of `LabelledSlots` where labels are read. With
+            `skip_corrupt`
+            an image that can't be read is a hole.
 
         Raises:
             ValueError: a position below -1, or an image that can't be read.
@@ -442,24 +496,30 @@ class ImageStream:
             for item in slots:
                 images = np.zeros((len(item), *self.shape), np.uint8)
                 present = np.zeros(len(item), np.bool_)
+                labels = np.full(len(item), len(self.class_names or ()))
                 for i, position in enumerate(map(int, item)):
-                    image = self._image(rows, position) if _checked("position", position, -1) >= 0 else None
+                    if _checked("position", position, -1) < 0:
+                        continue
+                    row, image = self._image(rows, position)
+                    if self.labels is not None:
+                        labels[i] = self.labels[self._before[row.shard] + row.number]
                     if image is not None:
                         images[i], present[i] = image, True
-                yield Slots(torch.from_numpy(images), torch.from_numpy(present))
+                found = Slots(torch.from_numpy(images), torch.from_numpy(present))
+                yield found if self.labels is None else LabelledSlots(*found, torch.from_numpy(labels))
 
-    def _image(self, rows: OrderedRows, position: int) -> np.ndarray | None:
-        """The image (C, H, W) at a position of the run, None if it is to be passed over."""
+    def _image(self, rows: OrderedRows, position: int) -> tuple[Row, np.ndarray | None]:
+        """The row at a position of the run, and its image (C, H, W), None if that is to be passed over."""
         epoch, place = divmod(position, self.num_rows())
         row = rows.row(epoch, place)
         try:
-            return self._pixels(row, epoch, place)
+            return row, self._pixels(row, epoch, place)
         except ValueError as error:
             if not self._may_skip(error):
                 hint = "; add skip_corrupt=True to pass over it" * str(error).startswith(CORRUPT)
                 raise ValueError(f"{self._shards.name(row)}: {error}{hint}") from error
             self._pass_over(row, error)
-            return None
+            return row, None
 
     def _may_skip(self, error: ValueError) -> bool:
         return self._skip_corrupt and not isinstance(error, StorageError)

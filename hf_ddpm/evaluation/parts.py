@@ -49,14 +49,17 @@ class Parts:
         config: the evaluation. All of its options but `NOT_IN_KEY` are in the key.
         facts: plain values of everything else that the parts' content depends on, such as digests of the
             model's weights and of the images.
+
+    Attributes:
+        folder: of the parts.
     """
 
     def __init__(self, folder: Path, config: EvaluationConfig, facts: Mapping[str, Any]):
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_KEY}
         text = json.dumps({"options": options, "facts": dict(facts)}, sort_keys=True, default=str)
         self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._folder = folder / f"{PARTS}{self._key}"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder / f"{PARTS}{self._key}"
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, number: int) -> bool:
         """Whether a part is there and whole; one that is damaged is named in a warning."""
@@ -68,6 +71,10 @@ class Parts:
             logger.warning("%s; this part of the work is done anew", error)
             return False
         return True
+
+    def absent(self, count: int) -> list[int]:
+        """Those of the parts 0..count−1 that are this process's to make and are not there."""
+        return [number for number in self._mine(count) if not self._path(number).exists()]
 
     def complete(self, count: int, work: Work) -> dict[str, Tensor]:
         """Make the parts 0..count−1 that are missing, shared among the processes, and load all of them.
@@ -86,8 +93,7 @@ class Parts:
         """
         state = process_state()
         state.wait_for_everyone()
-        mine = range(state.process_index, count, state.num_processes)
-        missing = [number for number in mine if number not in self]
+        missing = [number for number in self._mine(count) if number not in self]
         with closing(work(missing)) as made:
             for number, tensors in zip(missing, made, strict=True):
                 self.save(number, tensors)
@@ -118,6 +124,10 @@ class Parts:
         for parts in folder.glob(f"{PARTS}*"):
             shutil.rmtree(parts, ignore_errors=True)
 
+    def _mine(self, count: int) -> range:
+        state = process_state()
+        return range(state.process_index, count, state.num_processes)
+
     def _load(self, number: int) -> dict[str, Tensor]:
         """A part that is whole; ValueError for any other, with its path."""
         tensors, place = load_tensors(self._path(number))
@@ -130,4 +140,4 @@ class Parts:
         return {"part": f"{number} of {self._key}"}
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:05d}.safetensors"
+        return self.folder / f"{number:05d}.safetensors"

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from hf_ddpm.data.pixels import to_float, to_uint8
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.evaluation.scored_model import ScoredModel
+from hf_ddpm.folders.sweep import Sweep, choose
 from hf_ddpm.generation.grids import figure_png, plot_reconstructions, save_figure, to_pil
 from hf_ddpm.likelihood import RateDistortion, image_noise
 from hf_ddpm.parametrization import to_x0
@@ -75,6 +77,41 @@ def _draw_rate(axes: Axes, curve: RateDistortion) -> None:
     )
     axes.set_title("Progressive code: from pure noise (left) to x at t = 0 (right)")
     axes.grid(alpha=0.3)
+
+
+def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> Path:
+    """The distance of every sampler over its network evaluations, both logarithmic; returns the path.
+
+    Args:
+        sweep: what was measured.
+        path: the file, as in `save_figure`.
+    """
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for i, sampler in enumerate(dict.fromkeys(cell.sampler for cell in sweep.cells)):
+        cells = [cell for cell in sweep.cells if cell.sampler == sampler]
+        evaluations = [cell.evaluations for cell in cells]
+        values = [cell.distance.value for cell in cells]
+        errors = [cell.distance.stderr for cell in cells]
+        style: Any = {"marker": "osD^vPX<>"[i % 9], "color": f"C{i % 10}", "capsize": 3, "markersize": 5}
+        axes.errorbar(evaluations, values, errors, label=sampler, **style)
+    fast, _ = choose(sweep.cells)
+    chosen: Any = {"s": 220, "facecolors": "none", "edgecolors": "black", "label": f"take {fast.name}"}
+    axes.scatter([fast.evaluations], [fast.distance.value], **chosen)
+    floor = sweep.floor
+    axes.axhline(floor.value, color="grey", linestyle="--", label="as many real images")
+    axes.axhspan(floor.value - floor.stderr, floor.value + floor.stderr, color="grey", alpha=0.2, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations for an image", ylabel=sweep.label)
+    ticks = sorted({cell.evaluations for cell in sweep.cells})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    marks = [m * 10.0**k for k in range(-6, 9) for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_title(f"{sweep.of.num_samples:,} samples of each, ± standard error")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, path)
 
 
 @torch.no_grad()

@@ -86,20 +86,22 @@ class SampleQuality:
 
     Attributes:
         extractor: the feature network.
+        reference_rows: rows of the real images that samples are compared with, ascending.
+        floor_rows: rows of the floor's images, ascending.
     """
 
     def __init__(self, config: EvaluationConfig, stream: ImageStream):
         assert config.extractor is not None
         self._config, self._stream, self._state = config, stream, process_state()
-        self._reference_rows, self._floor_rows = choose_real(config, stream.num_rows())
+        self.reference_rows, self.floor_rows = choose_real(config, stream.num_rows())
         self.extractor = load_extractor(config.extractor, self._state.device or "cpu")
         # Images that don't fit the network show here
-        self.extractor(next(stream.select(self._floor_rows[:1])).unsqueeze(0))
+        self.extractor(next(stream.select(self.floor_rows[:1])).unsqueeze(0))
         self._file = None if config.reference is None else Path(config.reference).expanduser()
         self._reference = None
         if self._file is not None:
-            chosen = fingerprint(digest_rows(stream, self._reference_rows))
-            counted = {"num_images": len(self._reference_rows), "images": chosen}
+            chosen = fingerprint(digest_rows(stream, self.reference_rows))
+            counted = {"num_images": len(self.reference_rows), "images": chosen}
             self._facts = describe_source(config, stream) | counted
             if self._file.exists():
                 self._reference = load_reference(self._file, self.extractor.name, self._facts)
@@ -113,14 +115,22 @@ class SampleQuality:
             features: the tensors of the samples' `Features`.
         """
         samples, seed = Features(self.extractor.name, **features), self._config.seed
-        reference = self._reference or self._real(self._reference_rows)
-        if self._file is not None and self._reference is None and self._state.is_main_process:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            save_reference(self._file, reference, self._facts)
-        floor = self._real(self._floor_rows)
+        reference, floor = self.reference(), self.floor()
         return QualityFound(
             samples=sample_metrics(samples, reference, seed), floor=sample_metrics(floor, reference, seed)
         )
+
+    def reference(self) -> Features:
+        """Features of the real images that samples are compared with, written if a file is named."""
+        reference = self._reference or self._real(self.reference_rows)
+        if self._file is not None and self._reference is None and self._state.is_main_process:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            save_reference(self._file, reference, self._facts)
+        return reference
+
+    def floor(self) -> Features:
+        """Features of other real images."""
+        return self._real(self.floor_rows)
 
     def _real(self, rows: np.ndarray) -> Features:
         """Features of real images."""

@@ -23,14 +23,15 @@ from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
 from hf_ddpm.generation.samplers import training_scheduler
-from hf_ddpm.likelihood.chains import quadratic_steps
 from hf_ddpm.likelihood.errors import MEASURED
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.untrusted import read_json
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.schedules import quadratic_steps
 from hf_ddpm.shown import fields_line
+from hf_ddpm.spacing import sampling_steps
 from hf_ddpm.variances import FIXED, LEARNED, AnyVariance, plain_name
 
 # A scheduler's settings that an error names when they differ from those of the training record
@@ -168,10 +169,8 @@ def load_scored_model(
             f"variance_type is {variance_type!r}, but the network learns its own ({own}); allowed: none, "
             f"{', '.join(MEASURED)}"
         )
-    if own not in (*FIXED, *LEARNED):
-        raise ValueError(
-            f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join((*FIXED, *LEARNED))}"
-        )
+    if own not in (known := (*FIXED, *LEARNED, *MEASURED)):
+        raise ValueError(f"the scheduler of {model!r} has variance_type {own!r}; allowed: {', '.join(known)}")
     process, scored = scheduler.process, variance_type or own
     stored = None
     if scored in MEASURED or chain == "chosen" or decoder not in NAMED:
@@ -244,8 +243,8 @@ def _kept_steps(
             if last_step is None:
                 raise
             raise ValueError(f"last_step is {last_step} for {steps} steps: {error}") from None
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps.tolist()
+    spacing, offset = scheduler.config["timestep_spacing"], scheduler.config["steps_offset"]
+    return sampling_steps(scheduler.process, spacing, steps, offset).tolist()
 
 
 def _read_record(model: str, scheduler: DDPMScheduler) -> TrainConfig | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
@@ -104,16 +105,29 @@ def process_digest(process: DiffusionProcess) -> str:
     return hashlib.sha256(f"{numbers};{process.timesteps.tolist()}".encode()).hexdigest()[:16]
 
 
-def network_digest(network: Any) -> str:
+def network_digest(network: Any, dtype: torch.dtype | None = None) -> str:
     """Sixteen hex digits of a network's config and weights, as they are in float32.
 
     DDP and torch.compile are taken off, as neither changes what the network answers.
+
+    Args:
+        network: the network.
+        dtype: to which the weights are rounded first; by default they are not.
     """
     if isinstance(network, nn.Module):
         network = extract_model_from_parallel(network, keep_torch_compile=False)
     weights: Mapping[str, Tensor] = network.state_dict() if isinstance(network, nn.Module) else {}
-    floats = {name: z.float() if z.is_floating_point() else z for name, z in weights.items()}
+    floats = {name: z.to(dtype).float() if z.is_floating_point() else z for name, z in weights.items()}
     return weights_digest(getattr(network, "config", {}), floats)
+
+
+def errors_digest(errors: Errors) -> str:
+    """Sixteen hex digits of what was measured."""
+    found = hashlib.sha256()
+    for name in _shapes(len(errors.process)):
+        table = getattr(errors, name)
+        found.update(b"" if table is None else table.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def write_errors(folder: Path, stored: StoredErrors) -> None:

@@ -8,7 +8,9 @@ from hf_ddpm.runtime.memory import check_memory
 IN_FLOAT32 = 4  # bytes of a number
 
 
-def check_batch(option: str, number: int, network: object, shape: tuple[int, int, int]) -> None:
+def check_batch(
+    option: str, number: int, network: object, shape: tuple[int, int, int], evaluations: int = 1
+) -> None:
     """Refuse a number of images at once that take a network more memory than there is.
 
     What an image takes is that of one call without gradients, which a training only adds to.
@@ -18,6 +20,7 @@ def check_batch(option: str, number: int, network: object, shape: tuple[int, int
         number: how many images are given to the network at once.
         network: any; of one that can't be run without memory, only the images are counted.
         shape: of an image, (C, H, W).
+        evaluations: how often the network gets each image at once.
 
     Raises:
         ValueError: the message names the option and its limit here.
@@ -30,4 +33,4 @@ def check_batch(option: str, number: int, network: object, shape: tuple[int, int
         # A network of anybody's own may raise anything here
         except Exception:
             pass
-    check_memory(option, number, each, f"image {channels}x{height}x{width}")
+    check_memory(option, number, each * evaluations, f"image {channels}x{height}x{width}")

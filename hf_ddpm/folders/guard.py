@@ -6,6 +6,7 @@ names, shapes and kinds of numbers, and is run there on one image, which tells h
 This module reads JSON files and the headers of safetensors files. It loads no weights.
 """
 
+import functools
 import re
 import weakref
 from collections.abc import Mapping
@@ -287,7 +288,7 @@ def activations(network: nn.Module, shape: tuple[int, int, int], **given: Any) -
     x_t = torch.empty(1, *shape, device="meta")
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.no_grad(), _Flash(), _Memory() as memory:
-        as_denoiser(lambda x, t: network(x, t, **given))(x_t, t)
+        as_denoiser(functools.partial(network, **given) if given else network)(x_t, t)
     return memory.peak
 
 

@@ -15,14 +15,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 
+from hf_ddpm import spacing
 from hf_ddpm.folders.guard import check_network, check_scheduler, weights_files
 from hf_ddpm.folders.layout import (
     CONFIG,
     ERRORS,
     INDEX,
+    LABELS,
     SCHEDULER,
     SCHEDULER_CONFIG,
     SCHEDULER_FILE,
+    SWEEP,
     TENSORS,
     UNET,
     WEIGHTS_INDEX,
@@ -59,9 +62,12 @@ def entries(network: Any, scheduler: Any) -> dict[str, list[str]]:
     plain = not learns or (splits and word in LEARNED and in_diffusers(word))
     plain = plain and _is_diffusers(kind.__module__)
     module = scheduler.__module__  # which our scheduler sets by its config: DDPMScheduler.register_to_config
+    if _is_diffusers(module):
+        spaced = spacing.in_diffusers(scheduler.config.get("timestep_spacing"))
+        module = "diffusers" if spaced else PACKAGE
     return {
         UNET: ["diffusers" if plain else PACKAGE, kind.__name__],
-        SCHEDULER: ["diffusers" if _is_diffusers(module) else module, type(scheduler).__name__],
+        SCHEDULER: [module, type(scheduler).__name__],
     }
 
 
@@ -117,7 +123,7 @@ def _known(part: str, entry: Any) -> list[str] | None:
         return [__name__, kind] if known else None
     if library == PACKAGE and kind == DDPMScheduler.__name__:
         return [DDPMScheduler.__module__, kind]
-    return [library, kind] if library == "diffusers" and _is_scheduler(kind) else None
+    return ["diffusers", kind] if library in ("diffusers", PACKAGE) and _is_scheduler(kind) else None
 
 
 def _is_scheduler(kind: str) -> bool:
@@ -202,6 +208,8 @@ def fetch(repo_id: str, variant: str | None = None, **options: Any) -> Path:
     patterns = [
         INDEX,
         ERRORS,
+        LABELS,
+        SWEEP,
         SCHEDULER_CONFIG,
         SCHEDULER_FILE,
         *names,

@@ -11,6 +11,7 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
         diffusion_pytorch_model.safetensors               the weights, averaged with the first decay
         diffusion_pytorch_model.ema_0_999.safetensors     with another decay: a variant in diffusers' words
       errors.safetensors                the errors of its predictions (errors.py describes it)
+      labels.json                       the names of its classes (labels.py describes it)
       README.md                         the model's card
       notes.md  commands.sh             what a person says of the model: for the card
       samples.png  progressive.png  interpolation.png     pictures for the card
@@ -29,7 +30,9 @@ A run's folder is its model's folder, as diffusers reads it, and by default its 
       evaluation.json                   what was measured (numbers.py describes it)
       evaluation.safetensors            the same for each image
       bits-per-step.png  rate-distortion.png  reconstructions.png  nearest.png
-      .parts-<key>/00000.safetensors    work that a killed evaluation finds again
+      sweep.json                        samplers and numbers of steps, compared (sweep.py describes it)
+      sweep.png                         a picture of that
+      .parts-<key>/00000.safetensors    work that a killed evaluation or sweep finds again
 
 `hf-ddpm sample` fills a folder with 00000.png, 00001.png, ... and grid.png. A folder in model_cards/ holds
 card.json beside the files that a card is made of.
@@ -50,6 +53,7 @@ WEIGHTS = "diffusion_pytorch_model"  # how the name of every file of weights beg
 WEIGHTS_INDEX = f"{WEIGHTS}{TENSORS}.index.json"  # which shard holds which weight
 
 ERRORS = "errors.safetensors"
+LABELS = "labels.json"
 
 # What a card is made of
 CARD, CARD_FACTS = "README.md", "card.json"
@@ -70,7 +74,7 @@ LOCK, SNAPSHOTS = ".lock", ".push"
 STEP = re.compile(r"step-(\d{8,})")  # what `step_name` makes
 STEPS = "step-*"  # the pattern by which a folder lists them
 RUN = frozenset(
-    {INDEX, SCHEDULER, UNET, RECORD, TRAINED_ON, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
+    {INDEX, LABELS, SCHEDULER, UNET, RECORD, TRAINED_ON, LOG, ODD_LINES, CURVE, GRIDS, HELDOUT, CHECKPOINTS}
 )  # what a training writes
 
 # An evaluation's folder
@@ -83,6 +87,7 @@ PLOTS = {
 }
 NEAREST = "nearest.png"
 MEASURED = frozenset({EVALUATION, EVALUATION_TENSORS, *PLOTS, NEAREST})  # what an evaluation writes
+SWEEP, SWEEP_PLOT = "sweep.json", "sweep.png"
 PARTS = ".parts-"  # how the names of the folders of parts begin
 
 # A folder of samples

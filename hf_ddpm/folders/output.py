@@ -21,6 +21,8 @@ from hf_ddpm.folders.layout import (
     RECORD,
     RUN,
     STEPS,
+    SWEEP,
+    SWEEP_PLOT,
 )
 from hf_ddpm.runtime.lock import FolderLock
 from hf_ddpm.runtime.processes import on_main_process
@@ -114,8 +116,14 @@ def check_errors_folder(folder: Path, overwrite: bool) -> None:
     _check_measured(folder, {ERRORS}, overwrite)
 
 
+def check_sweep_folder(folder: Path, overwrite: bool) -> None:
+    """The same for a sweep of samplers and steps."""
+    _check_measured(folder, {SWEEP, SWEEP_PLOT}, overwrite)
+
+
 def _check_measured(folder: Path, names: Collection[str], overwrite: bool) -> None:
-    own = _is_model(folder) or _is_evaluation(folder / EVALUATION) or _is_errors(folder / ERRORS)
+    own = _is_model(folder) or _is_report(folder / EVALUATION, "bits_per_dim")
+    own = own or _is_report(folder / SWEEP, "cells") or _is_errors(folder / ERRORS)
     check_strangers(folder, "out", names, own or any(folder.glob(f"{PARTS}*")), overwrite)
 
 
@@ -162,10 +170,10 @@ def _is_model(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / RECORD).is_file()
 
 
-def _is_evaluation(file: Path) -> bool:
-    """Whether a file is the report of an evaluation."""
+def _is_report(file: Path, key: str) -> bool:
+    """Whether a file is a report that has a section of this name."""
     with suppress(ValueError):
-        return "bits_per_dim" in read_json(file)
+        return key in read_json(file)
     return False
 
 

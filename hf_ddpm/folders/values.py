@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hf_ddpm.runtime.untrusted import shown
+from hf_ddpm.schedules import SPACINGS
 
 MAX_STEPS = 1_000_000  # of a process; no other whole number or list in a scheduler's config is larger
 LONGEST = 60  # characters of a word
@@ -91,7 +92,7 @@ SCHEDULER_RULES: dict[str, Rule] = {
     "dynamic_thresholding_ratio": _range(0, 1),
     "clip_sample_range": POSITIVE,
     "sample_max_value": POSITIVE,
-    "timestep_spacing": _one_of("leading", "trailing", "linspace"),
+    "timestep_spacing": _one_of(*SPACINGS),
     "steps_offset": _range(0, MAX_STEPS),
     "solver_order": _range(1, 3),
     "original_inference_steps": _range(1, MAX_STEPS),

@@ -19,11 +19,13 @@ from hf_ddpm.checks import check_count, described
 from hf_ddpm.data.pixels import to_uint8
 from hf_ddpm.generation.given import as_pictures
 from hf_ddpm.runtime.disk import whole_file
+from hf_ddpm.runtime.messages import shorten
 
 TARGET = 96  # pixels that an image's longer side should have at least in a grid
 GAP = 4  # pixels between images
 MARGIN = 6  # pixels around a label
 LINE = 20  # pixels that a label's line needs
+LONGEST_NAME = 24  # characters of a class's name beside its row
 LARGEST = 1024  # pixels of an image's longer side that it is enlarged to for that
 NOTE = "hf_ddpm"  # key of the note in a PNG file
 # Kinds of file that a picture is written as, by the end of its name; PIL writes the first, matplotlib both
@@ -221,6 +223,23 @@ def labelled_grid(
         middle = top + GAP // 2 + height * i + height // 2
         sheet.paste(label, (left - MARGIN - label.width, middle - label.height // 2))
     return sheet
+
+
+def class_grid(images: Any, classes: Sequence[str]) -> Image.Image:
+    """Images in rows, one for each class, with its name beside it.
+
+    Args:
+        images: as in `image_grid`.
+        classes: the name of each image's class; the rows have the order in which the classes come first.
+    """
+    pictures = _pictures(images)
+    rows: dict[str, list[Image.Image]] = {}
+    for picture, name in zip(pictures, classes, strict=True):
+        rows.setdefault(name, []).append(picture)
+    columns = max(len(row) for row in rows.values())
+    empty = Image.new("RGBA", pictures[0].size)
+    filled = [row + [empty] * (columns - len(row)) for row in rows.values()]
+    return labelled_grid(filled, [""] * columns, [shorten(name, LONGEST_NAME) for name in rows])
 
 
 def _enough(width: int, height: int) -> int:

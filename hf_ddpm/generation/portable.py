@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +16,22 @@ import diffusers
 from safetensors import SafetensorError
 from torch import nn
 
+from hf_ddpm.denoiser import num_classes
 from hf_ddpm.folders.errors import StoredErrors, write_errors
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
-from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, UNET
+from hf_ddpm.folders.labels import check_labels, read_labels, write_labels
+from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, SWEEP, UNET
+from hf_ddpm.folders.sweep import Sweep
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
+from hf_ddpm.variances import MEASURED
 
 logger = logging.getLogger(__name__)
 # Names of the parts passed to the `from_pretrained` that is running: it calls `load_config` without them
@@ -45,6 +50,22 @@ class PortablePipeline(diffusers.DDPMPipeline):
     """
 
     _folder: Path | None = None  # that it was loaded from
+    _id2label: dict[int, str] | None = None
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The names of a class-conditional network's classes by their numbers; None if they have none.
+
+        It is read from `labels.json` in the pipeline's folder, saved there, and can be assigned.
+        """
+        return self._id2label
+
+    @id2label.setter
+    def id2label(self, names: Mapping[int, str] | None) -> None:
+        classes = num_classes(self.unet)
+        if names is not None and classes is None:
+            raise ValueError("id2label names classes, but the network knows none; allowed: None")
+        self._id2label = None if names is None else check_labels(names, classes)
 
     def to_json_string(self) -> str:
         """Content of `model_index.json`."""
@@ -94,6 +115,9 @@ class PortablePipeline(diffusers.DDPMPipeline):
             raise ValueError(f"folder {str(save_directory)!r} can't be written: {error.strerror}") from error
         super().save_pretrained(save_directory, safe_serialization=True, **saving)
         self._save_errors(Path(save_directory))
+        if self.id2label is not None:
+            write_labels(Path(save_directory), self.id2label)
+        self._save_sweep(Path(save_directory))
         if push_to_hub:
             _publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -107,6 +131,26 @@ class PortablePipeline(diffusers.DDPMPipeline):
         try:
             if (found := self.errors) is not None:
                 write_errors(folder, found)
+            elif isinstance(self.scheduler, DDPMScheduler) and self.scheduler.variance_type in MEASURED:
+                logger.warning(
+                    "the scheduler has variance_type %r, but no measured errors are saved: hf-ddpm plan "
+                    "measures them",
+                    self.scheduler.variance_type,
+                )
+        except ValueError as error:
+            logger.warning("%s; it is left out", one_line(error))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """What `hf-ddpm sweep` measured; predictor.py reads it."""
+        return None
+
+    def _save_sweep(self, folder: Path) -> None:
+        """Write the sweep too, if it is of the network as it is now."""
+        try:
+            if (found := self.sweep) is not None:
+                with whole_file(folder / SWEEP) as file:
+                    file.write_text(found.text(), encoding="utf-8")
         except ValueError as error:
             logger.warning("%s; it is left out", one_line(error))
 
@@ -204,6 +248,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
                     PASSED.reset(reset)
             if UNET not in passed:
                 refuse_not_finite(pipeline.unet)
+                pipeline.id2label = read_labels(folder, num_classes(pipeline.unet))
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub and not fetched else ""
             line = _not_loaded(name, tried + _reason(error, token))

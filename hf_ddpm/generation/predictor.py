@@ -13,10 +13,12 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from hf_ddpm.checks import as_numbers, described
-from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
 from hf_ddpm.folders.layout import ERRORS
+from hf_ddpm.folders.sweep import Sweep
+from hf_ddpm.generation.classes import Classes, check_classes
 from hf_ddpm.generation.portable import PortablePipeline
+from hf_ddpm.generation.quality import sweep_beside
 from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models.autoencoders import Autoencoder
 from hf_ddpm.parametrization import to_score, to_x0
@@ -64,6 +66,11 @@ class PredictingPipeline(PortablePipeline):
         return self._trained[1]
 
     @property
+    def original_scheduler(self) -> Any:
+        """The scheduler that the pipeline was made or loaded with."""
+        return self._made_with
+
+    @property
     def prediction_type(self) -> Any:
         """What the network predicts, by the config that it came with."""
         return self._made_with.config.get("prediction_type")
@@ -91,14 +98,28 @@ class PredictingPipeline(PortablePipeline):
             return None
         return read_errors(self._folder, self.process, self.prediction_type, network_digest(self.unet))
 
+    @property
+    def sweep(self) -> Sweep | None:
+        """What `hf-ddpm sweep` found of samplers and numbers of steps; None if the model's folder has none.
+
+        Raises:
+            ValueError: the file is damaged, or of another network, process or scheduler than this.
+        """
+        return sweep_beside(self)
+
     @torch.no_grad()
-    def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def predict_x0(
+        self, x_t: Tensor, t: int | Tensor, class_labels: Any = None, guidance_scale: float = 1.0
+    ) -> Tensor:
         """The network's estimate of E[x_0 | x_t], for any prediction type.
 
         Args:
             x_t (`torch.Tensor`): noisy images, (B, C, H, W), on the network's device.
             t (`int` or `torch.Tensor`): zero-based step of each image in the training process, shape (B,)
                 int64, or one for all.
+            class_labels (*optional*): of a class-conditional network: the class, as when images are drawn, by
+                default none.
+            guidance_scale (`float`, defaults to 1.0): w, as when images are drawn.
 
         Returns:
             x̂_0, not clipped, shape and dtype of x_t; of a network that learns variances, its first C
@@ -106,12 +127,15 @@ class PredictingPipeline(PortablePipeline):
 
         Raises:
             ValueError: a step that the process does not have (a tensor on an accelerator is trusted), x_t or
-                t of another shape, "epsilon" or "score" at ᾱ_t = 0.
+                t of another shape, "epsilon" or "score" at ᾱ_t = 0, or such classes.
         """
-        return to_x0(self.process, self.prediction_type, self._answer(x_t, t), x_t, t)
+        answer = self._answer(x_t, t, class_labels, guidance_scale)
+        return to_x0(self.process, self.prediction_type, answer, x_t, t)
 
     @torch.no_grad()
-    def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def score(
+        self, x_t: Tensor, t: int | Tensor, class_labels: Any = None, guidance_scale: float = 1.0
+    ) -> Tensor:
         """The network's estimate of the marginal score ∇ log q(x_t), for any prediction type.
 
             E[√ᾱ_t x_0 | x_t] = x_t + (1 − ᾱ_t) ∇ log q(x_t)        (Tweedie)
@@ -123,9 +147,34 @@ class PredictingPipeline(PortablePipeline):
         Returns:
             The score, shape and dtype of x_t.
         """
-        return to_score(self.process, self.prediction_type, self._answer(x_t, t), x_t, t)
+        answer = self._answer(x_t, t, class_labels, guidance_scale)
+        return to_score(self.process, self.prediction_type, answer, x_t, t)
 
-    def _answer(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def check_classes(
+        self, num_images: int, class_labels: Any, guidance_scale: Any, guidance_interval: Any = None
+    ) -> Classes:
+        """The classes of a batch, once they are known to make sense.
+
+        Args:
+            num_images: of the batch.
+            class_labels: as in a call of the pipeline, and so the others.
+            guidance_scale: w.
+            guidance_interval: the steps that are guided.
+
+        Raises:
+            ValueError: they make none.
+        """
+        return check_classes(
+            self.unet,
+            self.id2label,
+            num_images,
+            len(self.trained_scheduler),
+            class_labels,
+            guidance_scale,
+            guidance_interval,
+        )
+
+    def _answer(self, x_t: Tensor, t: int | Tensor, class_labels: Any, guidance_scale: Any) -> Tensor:
         """The network's output at x_t, (B, C, H, W): of a network that learns variances, the first half."""
         check_images(x_t)
         self.check_shape(tuple(x_t.shape[1:]))
@@ -136,7 +185,8 @@ class PredictingPipeline(PortablePipeline):
                 f"t has shape {tuple(steps.shape)} for {len(x_t)} images; allowed: one step, or one per image"
             )
         x = x_t.to(self._weight.dtype) if isinstance(self.unet, nn.Module) else x_t
-        output = as_denoiser(self.unet)(x, steps.to(x_t.device).expand(len(x_t)))
+        denoise = self.check_classes(len(x_t), class_labels, guidance_scale).denoiser(self.unet)
+        output = denoise(x, steps.to(x_t.device).expand(len(x_t)))
         return output[:, : x_t.shape[1]]
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -175,6 +225,14 @@ class PredictingPipeline(PortablePipeline):
             )
         height, width = np.broadcast_to(config.sample_size, 2).tolist()
         return config.in_channels, height, width
+
+    @property
+    def shape_or_none(self) -> tuple[int, int, int] | None:
+        """`image_shape`; None where it is not known."""
+        try:
+            return self.image_shape
+        except ValueError:
+            return None
 
     @property
     def device(self) -> torch.device:

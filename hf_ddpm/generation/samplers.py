@@ -21,9 +21,12 @@ from hf_ddpm.checks import described
 from hf_ddpm.folders.values import NEEDED
 from hf_ddpm.parametrization import in_diffusers, parametrization, works_from_pure_noise
 from hf_ddpm.runtime.messages import did_you_mean, one_line
-from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler, start_warning
-from hf_ddpm.schedules import SPACINGS
+from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
+from hf_ddpm.schedules import DIFFUSERS_SPACINGS
+from hf_ddpm.spacing import check_spacing, sampling_steps, start_warning
+from hf_ddpm.spacing import in_diffusers as spacing_in_diffusers
 
+logger = logging.getLogger(__name__)
 SCHEDULERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
     "ddim": diffusers.DDIMScheduler,
@@ -57,6 +60,8 @@ SAMPLERS = (
     "TCD",
     "LCM",
 )
+# Those that visit the steps that they are told, and so can space them in ways that diffusers doesn't know.
+TAKES_STEPS = (DDPMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.EulerDiscreteScheduler)
 # Those that go on from a step by ⌊T/K⌋, whichever step their list has next.
 STRIDING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
 # ᾱ_t of two schedulers of one process differ by at most the first plus (t + 1) ᾱ_t times the second, as
@@ -66,6 +71,10 @@ ROUNDING = 2.0**-24
 LCM_WARNING = (
     "LCMScheduler draws with networks that were distilled for it; the images of any other come out too smooth"
 )
+
+
+class Diverged(ValueError):
+    """What a pipeline draws is not finite."""
 
 
 def sampler_class(name: str) -> type:
@@ -97,6 +106,9 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
     for key in changes:
         if key not in keys:
             raise ValueError(f"{key} is no config key of {kind.__name__}{did_you_mean(key, keys)}")
+    if "timestep_spacing" in changes:
+        check_spacing(changes["timestep_spacing"])
+        check_takes_spacing(kind, changes["timestep_spacing"])
     trained = getattr(pipeline, "trained_scheduler", None) or training_scheduler(pipeline.scheduler)
     try:
         check_sampler(pipeline.scheduler, trained.config["prediction_type"])
@@ -106,26 +118,20 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, **changes: Any) -> No
         config |= {key: trained.config[key] for key in NETWORK_KEYS}
     except ValueError:
         config = whole_config(trained)
-    # "trailing" is somebody's choice and stays; the other two are defaults, of which each sampler has its own
-    if config.get("timestep_spacing") != "trailing":
+    # Two are defaults, of which each sampler has its own; another spacing is somebody's choice and stays
+    spacing = config.get("timestep_spacing")
+    lost = "timestep_spacing" not in changes and not takes_spacing(kind, spacing)
+    if lost or spacing in ("leading", "linspace"):
         config.pop("timestep_spacing", None)
     if name == "pndm":
         config["set_alpha_to_one"] = True  # else it ends at the noise of step 0, not at x_0
     scheduler = kind.from_config(config, **changes)
+    if lost:
+        own = scheduler.config["timestep_spacing"]
+        logger.warning("%s can't space its steps by %r, and spaces them by %r", kind.__name__, spacing, own)
     check_sampler(scheduler, trained.config["prediction_type"])  # `changes` may have changed what it reads
     check_process(scheduler, trained)
-    pipeline.scheduler = scheduler
-
-
-def check_spacing(spacing: Any) -> None:
-    """Refuse what is no word for how the steps of a shorter chain are spaced.
-
-    Raises:
-        ValueError: it is not one of `SPACINGS` (the nearest is named).
-    """
-    if not isinstance(spacing, str) or spacing not in SPACINGS:
-        hint = did_you_mean(spacing, SPACINGS)
-        raise ValueError(f"timestep_spacing is {described(spacing)}{hint}; allowed: {', '.join(SPACINGS)}")
+    _replace(pipeline, scheduler)
 
 
 def respace(pipeline: DiffusionPipeline, spacing: str) -> None:
@@ -144,7 +150,61 @@ def respace(pipeline: DiffusionPipeline, spacing: str) -> None:
         raise ValueError(
             f"timestep_spacing is {spacing!r}, but {kind.__name__} has no such key; allowed: none"
         )
-    pipeline.scheduler = kind.from_config(whole_config(pipeline.scheduler), timestep_spacing=spacing)
+    check_takes_spacing(kind, spacing)
+    config = whole_config(pipeline.scheduler)
+    _replace(pipeline, kind.from_config(config, timestep_spacing=spacing))
+
+
+def check_takes_spacing(sampler: type, spacing: Any) -> None:
+    """Refuse a spacing that diffusers doesn't know for a sampler of its own that lists its steps itself.
+
+    Args:
+        sampler: its class.
+        spacing: of its steps.
+
+    Raises:
+        ValueError: the sampler can't be told its steps.
+    """
+    if not takes_spacing(sampler, spacing):
+        takers = (name for name, kind in SCHEDULERS.items() if issubclass(kind, TAKES_STEPS))
+        raise ValueError(
+            f"timestep_spacing is {spacing!r}, but {sampler.__name__} takes no steps that others chose; "
+            f"allowed: {', '.join(DIFFUSERS_SPACINGS)}, or a sampler of {', '.join(takers)}"
+        )
+
+
+def takes_spacing(sampler: type, spacing: Any) -> bool:
+    """Whether a sampler can visit steps of that spacing; True for what is no spacing at all."""
+    return spacing_in_diffusers(spacing) or issubclass(sampler, TAKES_STEPS)
+
+
+def choose_steps(scheduler: Any, num_inference_steps: int, trained: DDPMScheduler) -> None:
+    """Set a sampler to K steps, by its own spacing, which diffusers need not know.
+
+    Args:
+        scheduler: the sampler.
+        num_inference_steps: K.
+        trained: our scheduler of the same process.
+
+    Raises:
+        ValueError: the sampler can't take such steps, or so many.
+    """
+    spacing = scheduler.config.get("timestep_spacing")
+    if isinstance(scheduler, DDPMScheduler) or spacing_in_diffusers(spacing):
+        scheduler.set_timesteps(num_inference_steps)
+        return
+    check_takes_spacing(type(scheduler), spacing)
+    steps = sampling_steps(trained.process, spacing, num_inference_steps)
+    scheduler.set_timesteps(timesteps=steps.tolist())
+
+
+def _replace(pipeline: DiffusionPipeline, scheduler: Any) -> None:
+    """Put another sampler into the pipeline, with the measured errors that the one before was given."""
+    before = (pipeline.scheduler, getattr(pipeline, "trained_scheduler", None))
+    known = (found.errors for found in before if isinstance(found, DDPMScheduler))
+    if isinstance(scheduler, DDPMScheduler):
+        scheduler.errors = next((errors for errors in known if errors is not None), None)
+    pipeline.scheduler = scheduler
 
 
 def require_config(scheduler: Any) -> None:

@@ -173,19 +173,6 @@ def prior_nats(process: DiffusionProcess, second_moment: float) -> Tensor:
     return 0.5 * (abar * (second_moment - 1) - torch.log1p(-abar))
 
 
-def quadratic_steps(total: int, count: int) -> list[int]:
-    """K steps of 0..T−1 that lie quadratically, from 0 up to T−1: dense where there is little noise.
-
-    Where two steps would be the same, the later one gives way upwards.
-
-    Raises:
-        ValueError: `count` is not in 1..T.
-    """
-    _check_number(total, count)
-    places = np.linspace(0, np.sqrt(total - 1), count) ** 2 if count > 1 else np.array([total - 1.0])
-    return np.maximum(np.floor(places + 0.5).astype(int), np.arange(count)).tolist()
-
-
 @dataclass(frozen=True, eq=False)
 class BestChains:
     """The best chain of every number of steps up to K.
@@ -355,13 +342,6 @@ def _table(process: Any, name: str, values: Any) -> Tensor:
     if table.ndim not in (1, 2) or len(table) != len(process) or not (table.isfinite() & (table >= 0)).all():
         raise ValueError(f"{name} is {described(values)}; allowed: {allowed}")
     return table
-
-
-def _check_number(total: int, count: int) -> None:
-    check_count("total", total)
-    check_count("count", count)
-    if count > total:
-        raise ValueError(f"count is {count}; allowed: at most {total}")
 
 
 def _weights(position: Tensor, width: float) -> Tensor:

@@ -47,9 +47,8 @@ from hf_ddpm.likelihood.levels import LevelFit, LevelSums, decoder_steps, fit_le
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import fields_line
-from hf_ddpm.variances import FIXED, VALUE_BINS, VarianceByValue, value_bins
+from hf_ddpm.variances import FIXED, MEASURED, VALUE_BINS, VarianceByValue, value_bins
 
-MEASURED = ("optimal", "by-value")  # the variances that a table of errors gives
 COSTED = ("exact", "levels")  # the decoders of which it says what they cost
 PRIOR_PIXELS = 10.0  # like all others, added to each bin of values for its variance
 DECODER_EVALS = 200  # the fewest evaluations at t = 0

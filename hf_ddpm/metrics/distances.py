@@ -12,7 +12,8 @@ A number means nothing without its network. FID, KID and IS are Inception's; any
 name and a hash of its weights (of a DINOv2, Stein et al. 2023 call the first FD-DINOv2). The first and last
 are biased by the number of images: compare equal numbers, next to what real images reach among each other.
 
-This file knows no networks (extractors.py does), pipelines or streams. torchmetrics is imported when used.
+The standard error of a Fréchet distance is frechet.py's. This file knows no networks (extractors.py does),
+pipelines or streams. torchmetrics is imported when used.
 """
 
 import json
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from hf_ddpm.metrics.extractors import INCEPTION, Features, torchmetrics_module
+from hf_ddpm.metrics.frechet import frechet_label
 from hf_ddpm.runtime.disk import load_tensors, save_tensors
 from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
@@ -125,11 +127,12 @@ class SampleMetrics:
 
         Such a name is "FD (fashion-mnist@ab12cd34)".
         """
-        fd, kd, score = ("FID", "KID", "IS") if self.extractor == INCEPTION else ("FD", "KD", "CS")
-        values = {fd: self.frechet_distance, kd: self.kid_mean, f"{kd} std": self.kid_std}
+        kd, score = ("KID", "IS") if self.extractor == INCEPTION else ("KD", "CS")
+        values = {kd: self.kid_mean, f"{kd} std": self.kid_std}
         if self.inception_score is not None:
             values |= {score: self.inception_score[0], f"{score} std": self.inception_score[1]}
-        return {f"{name} ({self.extractor})": value for name, value in values.items()}
+        named = {f"{name} ({self.extractor})": value for name, value in values.items()}
+        return {frechet_label(self.extractor): self.frechet_distance} | named
 
 
 def sample_metrics(samples: Features, reference: Features, seed: int = 0) -> SampleMetrics:

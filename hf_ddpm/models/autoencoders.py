@@ -44,36 +44,53 @@ class Autoencoder(ModelMixin, ConfigMixin):
                 f"hidden layers are {widths!r} wide; allowed: one or more positive whole numbers"
             )
         self.image_shape: tuple[int, int, int] = (channels, *sides)
-        self._num_hidden = len(widths)
         self.time = _Time(widths, config.residual) if config.time_conditioned else None
+        rows = config.num_class_embeds
+        if rows is not None and not _is_count(rows):
+            raise ValueError(f"num_class_embeds is {rows!r}; allowed: None, or a positive whole number")
+        self._widths = widths
+        # As in diffusers' U-Net a class is added to the embedding of t; without one, to each hidden layer
+        size_of_row = EMBEDDING if config.time_conditioned else sum(widths)
+        self.class_embedding = None if rows is None else nn.Embedding(rows, size_of_row)
 
     def _layers(self, x_t: Tensor, shifts: Sequence[Tensor | None]) -> Tensor:
         """ε_r, shape (B, out_channels, H, W); `shifts[i]` (B, width) is added to the i-th hidden layer."""
         raise NotImplementedError
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
         """The answer to x_t, called and returned as by diffusers' `UNet2DModel`.
 
         Args:
             sample: x_t, shape (B, C, H, W) with C, H and W of the config.
             timestep: t of all, or of each example, shape (B,); not looked at unless `time_conditioned`.
+            class_labels: the class of each example, shape (B,), int64; needed by a network that has classes.
             return_dict: return an object with `.sample`, or a tuple of it.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: images of another shape; classes missing, or given to a network that has none.
         """
         if sample.ndim != 4 or sample.shape[1:] != self.image_shape:
             raise ValueError(
                 f"x_t has shape {tuple(sample.shape)}; allowed for this {type(self).__name__}: "
                 f"(B, {', '.join(map(str, self.image_shape))})"
             )
-        kept, shifts = sample, [None] * self._num_hidden  # one for each hidden layer
+        if (class_labels is None) != (self.class_embedding is None):
+            has = "has no classes" if self.class_embedding is None else "needs a class for each image"
+            raise ValueError(f"class_labels is {class_labels!r}, but this network {has}")
+        of_class = None if self.class_embedding is None else self.class_embedding(class_labels)
+        kept, shifts = sample, [None] * len(self._widths)  # one for each hidden layer
         if self.time is not None:
             steps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-            shifts, gain = self.time(steps, sample.dtype)
+            shifts, gain = self.time(steps, sample.dtype, of_class)
             kept = sample if gain is None else sample + gain * sample
+        elif of_class is not None:
+            shifts = of_class.split(self._widths, dim=1)
         answer = self._layers(sample, shifts)
         if self.config["residual"]:
             mean, *variance = answer.split(sample.shape[1], dim=1)  # a learned variance is no image
@@ -91,6 +108,8 @@ class DenseAutoencoder(Autoencoder):
         hidden_sizes: units of each hidden layer.
         residual: answer x_t + ε_r(x_t), not ε_r(x_t).
         time_conditioned: tell the network t.
+        num_class_embeds: rows of the table of classes, one for each and one for "no class"; None for a
+            network without classes.
     """
 
     @register_to_config
@@ -102,6 +121,7 @@ class DenseAutoencoder(Autoencoder):
         hidden_sizes: tuple[int, ...] = (HIDDEN,),
         residual: bool = True,
         time_conditioned: bool = False,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         widths = list(hidden_sizes)
@@ -132,6 +152,8 @@ class ConvAutoencoder(Autoencoder):
         hidden_size: units in the middle.
         residual: answer x_t + ε_r(x_t), not ε_r(x_t).
         time_conditioned: tell the network t.
+        num_class_embeds: rows of the table of classes, one for each and one for "no class"; None for a
+            network without classes.
     """
 
     @register_to_config
@@ -144,6 +166,7 @@ class ConvAutoencoder(Autoencoder):
         hidden_size: int = HIDDEN,
         residual: bool = True,
         time_conditioned: bool = False,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         channels = list(conv_channels)
@@ -176,7 +199,10 @@ class ConvAutoencoder(Autoencoder):
 
 
 class _Time(nn.Module):
-    """What t adds to each hidden layer, and by how much it scales x_t (not at all before training)."""
+    """What t, and a class beside it, adds to each hidden layer, and by how much they scale x_t.
+
+    Before training they don't scale it at all.
+    """
 
     def __init__(self, widths: list[int], residual: bool):
         super().__init__()
@@ -188,8 +214,11 @@ class _Time(nn.Module):
             nn.init.zeros_(self.gain.weight)
             nn.init.zeros_(self.gain.bias)
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-        embedded = functional.silu(self.embed(self.sines(t).to(dtype)))
+    def forward(
+        self, t: Tensor, dtype: torch.dtype, of_class: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        embedded = self.embed(self.sines(t).to(dtype))
+        embedded = functional.silu(embedded if of_class is None else embedded + of_class)
         gain = None if self.gain is None else self.gain(embedded).view(-1, 1, 1, 1)
         return [layer(embedded) for layer in self.shifts], gain
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ddpm.models.autoencoders import ConvAutoencoder, DenseAutoencoder
 
@@ -25,7 +25,7 @@ def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
 
     Args:
         network: a `ModelMixin` and `ConfigMixin`, which can be made on the "meta" device and is called as
-            (x_t, t).
+            (x_t, t), or as (x_t, t, class_labels) if its config has `num_class_embeds`.
 
     Raises:
         ValueError: it is no such class, or another one has its name.
@@ -37,6 +37,25 @@ def register_network(network: type[ModelMixin]) -> type[ModelMixin]:
     if NETWORKS.setdefault(network.__name__, network) is not network:
         raise ValueError(f"network {network.__name__!r} is known already; allowed: another name")
     return network
+
+
+def add_classes(network: ModelMixin, num_classes: int) -> ModelMixin:
+    """The same network with classes, all of which it answers as it did: the rows of its new table are zero.
+
+    Args:
+        network: one of `NETWORKS` without classes.
+        num_classes: C; the table has C + 1 rows, and the last is "no class".
+
+    Raises:
+        ValueError: its class has no table of classes.
+    """
+    made: Any = type(network).from_config({**network.config, "num_class_embeds": num_classes + 1})  # type: ignore[attr-defined]
+    table = getattr(made, "class_embedding", None)
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(f"{type(network).__name__} has no classes; allowed: a UNet2DModel or an autoencoder")
+    nn.init.zeros_(table.weight)
+    made.load_state_dict(network.state_dict() | {"class_embedding.weight": table.weight})
+    return made.to(network.dtype).train(network.training)
 
 
 def is_built_in(network: type) -> bool:
@@ -52,6 +71,8 @@ def weights_digest(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         weights: by name, as in its `state_dict`.
     """
     shown = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+    if shown.get("num_class_embeds") is None and "class_embed_type" not in shown:
+        shown.pop("num_class_embeds", None)  # autoencoders saved before they knew classes lack the key
     found = hashlib.sha256(str(shown).encode())
     for name, weight in sorted(weights.items()):
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

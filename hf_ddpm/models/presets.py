@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from diffusers.models.modeling_utils import ModelMixin
 
+from hf_ddpm.denoiser import MAX_CLASSES
 from hf_ddpm.models.networks import NETWORKS
 from hf_ddpm.spelling import did_you_mean, suggest_keywords
 
@@ -200,6 +201,7 @@ def create_model(
     channels: int | None = None,
     out_channels: int | None = None,
     dropout: float | None = None,
+    num_classes: int | None = None,
 ) -> ModelMixin:
     """A freshly initialised network of `NETWORKS`. Arguments left at None are as in the preset.
 
@@ -210,6 +212,9 @@ def create_model(
         channels: C of the images.
         out_channels: channels of the output, C (the default) or 2C for learned variances.
         dropout: probability in [0, 1); autoencoders have none.
+        num_classes: C' classes, for a network that is called as (x_t, t, class_labels), class_labels of
+            shape (B,), int64. It has C' + 1 rows of an embedding (`num_class_embeds` of its config): classes
+            are 0 to C' − 1, and C' is "no class", for which diffusers has no convention.
 
     Raises:
         ValueError: an argument is not as above; the message names it and what is allowed.
@@ -247,4 +252,10 @@ def create_model(
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; allowed: a probability in [0, 1)")
         config["dropout"] = float(dropout)
+    if num_classes is not None:
+        if not _is_positive_int(num_classes) or num_classes > MAX_CLASSES:
+            raise ValueError(
+                f"num_classes is {num_classes!r}; allowed: a whole number of 1 to {MAX_CLASSES} classes"
+            )
+        config["num_class_embeds"] = num_classes + 1
     return network(**config)

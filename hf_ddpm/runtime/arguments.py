@@ -29,8 +29,8 @@ from hf_ddpm.runtime.streams import TRACEBACK, guard_streams
 BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTDIR, errno.EISDIR)
 LONGEST_LIST = 100  # numbers of a flag
 
-# The names of the options that the command which runs has flags for
-_OPTIONS: set[str] = set()
+# The flags of the command that runs, by the names that the functions which it calls have for them
+_OPTIONS: dict[str, str] = {}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +74,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self._refuse(unknown[0], flags)
         _OPTIONS.clear()
-        _OPTIONS.update(flag[2:].replace("-", "_") for flag in flags if flag.startswith("--"))
+        for action in self._actions:
+            for flag in action.option_strings:
+                if flag.startswith("--"):
+                    _OPTIONS.update({action.dest: flag, flag[2:].replace("-", "_"): flag})
         try:
             check_environment()
         except ValueError as error:
@@ -155,7 +158,7 @@ def spelled(words: str) -> str:
 
     def typed(found: re.Match[str]) -> str:
         name = found.group()
-        return "--" + name.replace("_", "-") if name in _OPTIONS else name
+        return _OPTIONS.get(name, name)
 
     def possible(found: re.Match[str]) -> str:
         return found.group() if found[1] in _OPTIONS else ""

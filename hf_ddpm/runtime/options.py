@@ -39,8 +39,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             `examples` are values that `--help` lists although others are allowed. Both are a collection, or a
             function that returns one when it is first needed, so that it may import what defines them.
             `also` is another spelling of the flag.
-            `joined` is for text that lists numbers: the text that stands between them if a file or a call
-            gives numbers instead.
+            `joined` is for text that lists numbers or words: the text that stands between them if a file or a
+            call gives a list instead.
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
@@ -113,7 +113,9 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
         return None
     if "joined" in rules and not isinstance(value, str):
         parts = value if isinstance(value, (list, tuple)) else [value]
-        if parts and all(isinstance(n, (int, float)) and abs(n) < MOST for n in parts):
+        if parts and all(
+            isinstance(n, str) or (isinstance(n, (int, float)) and abs(n) < MOST) for n in parts
+        ):
             return rules["joined"].join(str(n) for n in parts)
     elif kind is bool and (isinstance(value, bool) or word in ("true", "false")):
         return value if isinstance(value, bool) else word == "true"
@@ -152,7 +154,7 @@ def _text(field: dataclasses.Field, text: str) -> str:
             f"{field.name} is {shown(text)}, with a token or password in it; allowed: none, as HF_TOKEN or "
             "`hf auth login` give it to the Hub's client"
         )
-    if text == field.default or "joined" in field.metadata:  # what reads a list of numbers refuses other text
+    if text == field.default or "joined" in field.metadata:  # what reads the list refuses other text
         return text
     if field.metadata.get("path"):
         try:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.data.advice import Needs, Reading, check_images
 from hf_ddpm.data.order import EMPTY
-from hf_ddpm.data.stream import ImageStream, load_stream
+from hf_ddpm.data.stream import ImageStream, LabelledSlots, load_stream
 from hf_ddpm.runtime.disk import WORKER
 from hf_ddpm.runtime.memory import check_memory
 from hf_ddpm.runtime.processes import held_back
@@ -137,12 +137,17 @@ def share_steps(config: TrainConfig, accelerator: Accelerator, state: Mapping[st
     return share
 
 
-def open_stream(config: TrainConfig, check: Callable[[ImageStream], object] | None = None) -> ImageStream:
+def open_stream(
+    config: TrainConfig,
+    check: Callable[[ImageStream], object] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ImageStream:
     """The run's images, in the order that all processes share.
 
     Args:
         config: the run.
         check: as in `load_stream`.
+        class_names: of the classes, where the run or its network has numbered them already.
 
     Raises:
         ValueError: a data set that can't be read, one in whose folder of images the run would write, images
@@ -154,6 +159,8 @@ def open_stream(config: TrainConfig, check: Callable[[ImageStream], object] | No
         config.size,
         config.channels,
         column=config.image_column,
+        label_column=config.label_column,
+        label_names=class_names,
         fit=config.fit,
         background=config.background,
         to_8_bit=config.to_8_bit,
@@ -242,12 +249,14 @@ class Batch(NamedTuple):
         images: uint8, (B, C, H, W), all zeros where there is none.
         present: whether a slot holds an image, (B,), bool, on the CPU.
         said: warnings of reading them, which are for `SkippedRows` to tell.
+        labels: the class of each, (B,), int64, as in `data.stream.LabelledSlots`; None without classes.
     """
 
     positions: list[int]
     images: Tensor
     present: Tensor
     said: Sequence[str] = ()
+    labels: Tensor | None = None
 
     __repr__ = fields_line
 
@@ -277,8 +286,9 @@ class _Batches(IterableDataset):
                     item = next(found, None)
                 if item is None:
                     return
-                positions, (images, present) = item
-                yield Batch(positions, images, present, said)
+                positions, slots = item
+                labels = slots.labels if isinstance(slots, LabelledSlots) else None
+                yield Batch(positions, slots.images, slots.present, said, labels)
         except ValueError as error:
             yield error
 

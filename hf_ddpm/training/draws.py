@@ -21,6 +21,17 @@ def draw_uniform(seed: int, positions: Sequence[int]) -> Tensor:
     return torch.tensor([_uniform(Use.STEPS, seed, p) for p in map(abs, positions)], dtype=torch.float64)
 
 
+def draw_hidden(seed: int, positions: Sequence[int], share: float) -> Tensor:
+    """Whether the class of each position's image is hidden from the network, (B,), bool, on the CPU.
+
+    Args:
+        seed: the run's.
+        positions: of the images in the run, (B,).
+        share: the probability of it, in [0, 1).
+    """
+    return torch.tensor([_uniform(Use.LABELS, seed, p) < share for p in map(abs, positions)])
+
+
 def draw_noise(
     seed: int, positions: Sequence[int], shape: Sequence[int], device: torch.device, number: int = 0
 ) -> Tensor:

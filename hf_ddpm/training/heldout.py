@@ -6,8 +6,9 @@ The draws depend on the seed and an image's row alone, so the change since the l
 difference, whose error is far below that of either estimate.
 """
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from hf_ddpm.data.holdout import BEFORE, name_of_split, rows_before
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.sources import same_place
 from hf_ddpm.data.stream import ImageStream, load_stream
-from hf_ddpm.denoiser import Counted, as_denoiser, scoring_device
+from hf_ddpm.denoiser import Counted, Denoiser, as_denoiser, scoring_device
 from hf_ddpm.folders.layout import HELDOUT, RECORD, STEP, TRAINED_ON, step_name
+from hf_ddpm.guidance import Conditioned
 from hf_ddpm.likelihood import default_proposal, estimate_bound, mean_and_stderr
 from hf_ddpm.models.presets import names_preset
 from hf_ddpm.process import DiffusionProcess
@@ -39,12 +41,15 @@ ENDING = ".safetensors"
 COLUMNS = ("rows", "digests", "bpd", "rate_bpd", "distortion_bpd")
 
 
-def open_heldout(config: TrainConfig, shape: tuple[int, int, int]) -> ImageStream:
+def open_heldout(
+    config: TrainConfig, shape: tuple[int, int, int], class_names: Sequence[str] | None = None
+) -> ImageStream:
     """The images that a run doesn't train on: of its holdout, or of the split that its config names.
 
     Args:
         config: the run; its images are fitted as the run's, but never mirrored or cropped at random.
         shape: (C, H, W) of the run's images.
+        class_names: of the run's classes.
 
     Raises:
         ValueError: no such split, or images of another shape.
@@ -58,6 +63,8 @@ def open_heldout(config: TrainConfig, shape: tuple[int, int, int]) -> ImageStrea
             shape[1:],
             config.channels,
             column=config.image_column,
+            label_column=config.label_column,
+            label_names=class_names,
             fit="center_crop" if config.fit == "random_crop" else config.fit,
             background=config.background,
             to_8_bit=config.to_8_bit,
@@ -131,7 +138,7 @@ class HeldOut:
     """
 
     def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, trained: ImageStream):
-        stream = open_heldout(config, trained.shape)
+        stream = open_heldout(config, trained.shape, trained.class_names)
         common = len(stream.chosen.both(trained.chosen)) if stream.split == trained.split else 0
         if common and accelerator.is_main_process:
             what = "is the split that the run trains on"
@@ -152,6 +159,7 @@ class HeldOut:
         selected = dict(zip(dict.fromkeys(mine), stream.select(sorted(set(mine))), strict=True))
         self._images = [selected[place] for place in mine]
         self._rows: list[int] = stream.chosen.of(mine).tolist()
+        self._labels = None if stream.labels is None else stream.labels[mine].tolist()
         self._folder, self._accelerator, self._config = folder / HELDOUT, accelerator, config
 
     def evaluate(
@@ -184,14 +192,15 @@ class HeldOut:
         with progress(
             "evaluate", evals * len(self._rows), "eval", accelerator.is_main_process, leave=False
         ) as bar:
-            counted = Counted(as_denoiser(model, accelerator.device), bar)
 
-            def denoiser(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            def checked(x_t: torch.Tensor, t: torch.Tensor, network: Denoiser) -> torch.Tensor:
                 check()
-                return counted(x_t, t)
+                return network(x_t, t)
 
-            for start in range(0, len(self._rows), self._config.batch_size):
-                piece = slice(start, start + self._config.batch_size)
+            for piece, label in self._pieces():
+                network = model if label is None else Conditioned(model, label)
+                counted = Counted(as_denoiser(network, accelerator.device), bar)
+                denoiser = functools.partial(checked, network=counted)
                 estimate = estimate_bound(
                     process,
                     denoiser,
@@ -227,6 +236,15 @@ class HeldOut:
         on_main_process(accelerator, lambda: self._write(step, now))
         # A single image has no standard error: NaN, which JSON doesn't have
         return {name: value for name, value in line.items() if value == value}
+
+    def _pieces(self) -> Iterator[tuple[slice, int | None]]:
+        """Which images are scored together, and their class: of a run with classes one by one.
+
+        So every process makes as many calls of the network, which FSDP needs.
+        """
+        size = self._config.batch_size if self._labels is None else 1
+        for start in range(0, len(self._rows), size):
+            yield slice(start, start + size), None if self._labels is None else self._labels[start]
 
     def _write(self, step: int, found: dict[str, torch.Tensor]) -> None:
         save_tensors(self._folder / f"{step_name(step)}{ENDING}", found)

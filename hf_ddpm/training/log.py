@@ -25,6 +25,7 @@ from hf_ddpm.folders.numbers import read_log
 from hf_ddpm.runtime.disk import named, to_disk, whole_file
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.runtime.progress import progress, short
+from hf_ddpm.training.classes import ClassLosses
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RunLog:
         per_epoch: images of the data set.
         state: what `state` gave at that step; empty for a new run.
         skipped: tells which images could not be read, by their rows; all processes call it together.
+        num_classes: C, of a run with classes.
 
     Raises:
         ValueError: `state` is none of a log's.
@@ -72,6 +74,7 @@ class RunLog:
         per_epoch: int,
         state: Mapping[str, Any],
         skipped: Callable[[], list[int]] = list,
+        num_classes: int | None = None,
     ):
         self.accelerator, self.config = accelerator, config
         self.loss = self.images_per_second = math.nan
@@ -85,6 +88,9 @@ class RunLog:
         # The sums of this step, and of this process's steps that were not read back from the device yet
         self._sums = torch.zeros(len(SUMS), QUARTILES, device=accelerator.device)
         self._steps: list[Tensor] = []
+        self._by_class = None
+        if num_classes is not None:
+            self._by_class = ClassLosses(num_classes, state.get("pending_classes", []), accelerator.device)
         # The sums over all processes of each step since the last log
         try:
             pending = torch.tensor(state.get("pending", []), dtype=torch.float64)
@@ -153,7 +159,9 @@ class RunLog:
             )
         return max((line["seconds"] for line in lines if "seconds" in line), default=0.0)
 
-    def add(self, loss: Tensor, weight: Tensor, cost: Tensor, quartiles: Tensor) -> None:
+    def add(
+        self, loss: Tensor, weight: Tensor, cost: Tensor, quartiles: Tensor, labels: Tensor | None = None
+    ) -> None:
         """Note a micro-step.
 
         Args:
@@ -161,17 +169,22 @@ class RunLog:
             weight: 1 / (T p_t) of each image, (B,); 1 for uniform t.
             cost: what a network that answers zero would lose at each image's t, (B,).
             quartiles: of each image's t, (B,), int64, 0 … 3; −1 for an empty slot.
+            labels: the class that the network was given for each image, (B,), int64; None without classes.
         """
         chosen = quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]
         columns = [z.detach().float() for z in (loss, torch.ones_like(weight), weight, weight * cost)]
         # `where`, as a product with `chosen` would make 0 · inf = NaN of an empty slot's loss
         self._sums += torch.stack([torch.where(chosen, z, 0.0) for z in columns]).sum(-1)
+        if self._by_class is not None and labels is not None:
+            self._by_class.add(loss, weight, labels, quartiles >= 0)
 
     def advance(self, step: int) -> None:
         """Note that an optimizer step is done, the run's `step`-th."""
         self._step = step
         self._steps.append(self._sums)
         self._sums = torch.zeros_like(self._sums)
+        if self._by_class is not None:
+            self._by_class.advance()
         self._bar.update()
 
     def log(self, lr: float, ema_decay: float) -> None:
@@ -199,6 +212,7 @@ class RunLog:
         for number, (sum_, total) in enumerate(zip(loss.tolist(), weight.tolist(), strict=True), 1):
             if total:
                 line[f"loss_quartile_{number}"] = sum_ / total
+        line |= {} if self._by_class is None else self._by_class.line()
         line |= {"lr": lr, "ema_decay": ema_decay}
         line["images_per_second"] = round(speed, 1)
         line["seconds"] = round(time.perf_counter() - self._began, 1)
@@ -222,7 +236,8 @@ class RunLog:
             to_disk(self._file)  # a checkpoint must not survive a power cut that its log doesn't
         log = {"lines": self._count, "sha256": self._sum.hexdigest()}
         rows = self._skipped_rows()
-        return {"pending": self._table.tolist(), "skipped": len(rows), "skipped_rows": rows, "log": log}
+        found = {"pending": self._table.tolist(), "skipped": len(rows), "skipped_rows": rows, "log": log}
+        return found if self._by_class is None else found | {"pending_classes": self._by_class.state()}
 
     def _add(self, line: Mapping[str, float]) -> str:
         """Count a line of the log; the sum of all lines so far, of all that doesn't tell the time."""
@@ -235,6 +250,8 @@ class RunLog:
         """Read the steps back from the device, sum them over all processes, and check the losses."""
         if not self._steps:
             return
+        if self._by_class is not None:
+            self._by_class.settle(self.accelerator.gather)
         mine = torch.stack(self._steps)
         gathered: Any = self.accelerator.gather(mine)
         new = gathered.cpu().double().view(-1, *mine.shape).sum(0)

@@ -28,7 +28,7 @@ from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.index import part_folder
 from hf_ddpm.folders.layout import CONFIG, UNET
 from hf_ddpm.generation.pipeline import DDPMPipeline
-from hf_ddpm.models import NETWORKS, PRESETS, create_model
+from hf_ddpm.models import NETWORKS, PRESETS, add_classes, create_model, num_classes
 from hf_ddpm.models.presets import AUTO, UNETS, choose_preset, names_preset, nearest_sizes, takes
 from hf_ddpm.runtime.messages import did_you_mean, shown
 from hf_ddpm.runtime.processes import process_state
@@ -118,6 +118,7 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
         ValueError: the name is of neither, or `dropout` is given for a network that has its own.
     """
     channels, height, width = stream.shape
+    classes = None if stream.class_names is None else len(stream.class_names)
     if names_preset(config.model):
         if config.model not in PRESETS:
             _refuse_name(config.model)
@@ -132,6 +133,7 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
             channels=channels,
             out_channels=answers,
             dropout=config.dropout,
+            num_classes=classes,
         )
     if config.dropout is not None:
         raise ValueError(
@@ -142,7 +144,26 @@ def make_model(config: TrainConfig, stream: ImageStream, scheduler: DDPMSchedule
         was, now = pipeline.scheduler.config[key], scheduler.config[key]
         if was != now:
             logger.warning("%s was trained with %s %r, this run has %r", config.model, key, was, now)
-    return pipeline.unet
+    unet: Any = pipeline.unet
+    if classes is None or num_classes(unet) is not None:
+        return unet
+    return add_classes(unet, classes)
+
+
+def check_classes(model: nn.Module, stream: ImageStream) -> None:
+    """Refuse a network that knows other classes than the images have.
+
+    Raises:
+        ValueError: it does; or it has classes and the images have none, or the other way round.
+    """
+    knows, names = num_classes(model), stream.class_names
+    if knows == (None if names is None else len(names)):
+        return
+    if names is None:
+        raise ValueError(f"the network has {knows} classes, and no label_column says the images'")
+    what = "no classes" if knows is None else f"{knows} classes"
+    own = " (a module of yours says it by an attribute num_classes)" * (knows is None)
+    raise ValueError(f"the network has {what}, but the images have {len(names)}{own}")
 
 
 def network_needs(config: TrainConfig, model: nn.Module | None = None) -> Needs:
@@ -190,8 +211,8 @@ def prepare_model(
         accelerator: the launch.
 
     Raises:
-        ValueError: the network is for images or outputs of another shape, or the config has an option that
-            the network or the launch can't serve.
+        ValueError: the network is for images, classes or outputs of another kind, or the config has an option
+            that the network or the launch can't serve.
     """
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(weight):
@@ -199,6 +220,7 @@ def prepare_model(
                 f"the network's {shown(name, 60)} has no shape yet, as of a lazy layer; allowed: a network "
                 "that was called once, model(x_t, t)"
             )
+    check_classes(model, stream)
     if config.channels_last and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("channels_last is True, which FSDP can't share out; allowed with it: false")
     if isinstance(model, tuple(NETWORKS.values())) and isinstance(model, ConfigMixin):

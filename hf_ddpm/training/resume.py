@@ -24,6 +24,7 @@ from hf_ddpm.models.presets import AUTO
 from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.batches import check_new_images, open_stream
 from hf_ddpm.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from hf_ddpm.training.classes import known_names
 from hf_ddpm.training.network import network_needs
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def open_data(
                 raise
 
     try:
-        stream = open_stream(config, check)
+        stream = open_stream(config, check, known_names(config, state))
         facts = stream.shape, stream.row_counts
     except ValueError as caught:
         error = caught

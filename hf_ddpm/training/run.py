@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.data.holdout import BEFORE
 from hf_ddpm.denoiser import as_denoiser
+from hf_ddpm.folders.labels import write_labels
 from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, TRAINED_ON, UNET, variant_name
 from hf_ddpm.folders.output import check_run_folder, output_folder
 from hf_ddpm.generation.pipeline import DDPMPipeline
@@ -41,6 +42,7 @@ from hf_ddpm.runtime.processes import on_main_process
 from hf_ddpm.training.averages import REST, average_of, prepare_average, rest_of
 from hf_ddpm.training.batches import SkippedRows, make_batches, share_steps
 from hf_ddpm.training.checkpoint import Checkpoint, save_checkpoint, set_newer_aside
+from hf_ddpm.training.classes import NAMES, LastImages, tell_classes
 from hf_ddpm.training.heldout import HeldOut, count_seen_before, trained_before
 from hf_ddpm.training.importance import LossSecondMoment, UniformSteps
 from hf_ddpm.training.launch import make_accelerator
@@ -114,6 +116,8 @@ class Run:
         process: q(x_t | x_0) and all that follows from it.
         shape: (C, H, W) of the images.
         rows: images of the data set.
+        class_names: of the images' classes, by their numbers; None for a run without classes.
+        last: the images of the last micro-step of a run with classes.
         objective: what is minimised.
         steps: how t is chosen.
         cost: what a network that answers zero would lose at each t, (T,), float32, on the device.
@@ -162,7 +166,11 @@ class Run:
         stream, self._data = open_data(config, self.state, accelerator, model)
         before = trained_before(config, self.folder, bool(self.state))
         self._trained_on = stream.facts(self._data) | ({BEFORE: before} if before else {})
-        self.shape, self.rows = stream.shape, stream.num_rows()
+        self.shape, self.rows, self.class_names = stream.shape, stream.num_rows(), stream.class_names
+        self.last: LastImages | None = None
+        if stream.class_counts is not None:
+            self._trained_on["class_counts"] = stream.class_counts
+            tell_classes(config, stream)
         if accelerator.is_main_process:
             logger.warning("%s", stream.survey(show=True, held_out=True))
             if config.holdout is not None:
@@ -276,6 +284,8 @@ class Run:
         world = self.accelerator.num_processes
         state = {"num_processes": world, "images_per_step": self.share.per_step, **noted}
         state |= {"data": self._data, "versions": versions(), "config": dataclasses.asdict(self.config)}
+        if self.class_names is not None:
+            state[NAMES] = list(self.class_names)
         if self._own_objective is not None:
             state["own_objective"] = self._own_objective
         return Checkpoint(self.step, gather_model(self.model), averages, optimizers, state)
@@ -371,6 +381,8 @@ class Run:
 
         def fill(place: Path) -> None:
             (place / TRAINED_ON).write_text(json.dumps(self._trained_on) + "\n", encoding="utf-8")
+            if self.class_names is not None:
+                write_labels(place, dict(enumerate(self.class_names)))
             if not isinstance(self.averaged, ModelMixin):
                 weights = {name: averages[name] for name in self.averages}
                 save_own_network(place, weights, type(self.model).__name__, self.shape, self.scheduler)

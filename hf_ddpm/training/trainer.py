@@ -39,7 +39,7 @@ from hf_ddpm.training.launch import start_pushing
 from hf_ddpm.training.log import RunLog
 from hf_ddpm.training.run import OwnObjective, Run, open_run
 from hf_ddpm.training.sharding import reshard
-from hf_ddpm.training.step import optimizer_step
+from hf_ddpm.training.step import class_gain, optimizer_step
 from hf_ddpm.training.words import go_on, next_steps
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ def train(
             run.rows,
             run.state,
             run.skipped.rows,
+            None if run.class_names is None else len(run.class_names),
         )
         stop = StopSignals(run.accelerator.num_processes)
         if came:
@@ -243,6 +244,9 @@ def _keep(run: Run, log: RunLog, stop: StopSignals, push: BackgroundPush | None)
         log.log(run.lr, decay_at(next(iter(config.ema_decays.values())), run.step - 1))
     with log.paused():
         shows = run.shows
+        if run.class_names is not None and (shows or run.step == config.max_steps):
+            log.note(class_gain(run))
+            reshard(run.averaged)
         pushes = config.push_to_hub is not None and run.due(config.push_every)
         if stopped or shows or pushes or run.due(config.checkpoint_every):
             run.save(log.state())

@@ -17,14 +17,13 @@ from hf_ddpm.likelihood.chains import (
     optimal_log_variances,
     pair_nats,
     prior_nats,
-    quadratic_steps,
     smoothed_groups,
     smoothed_mse,
     snr_gaps,
     step_nats,
 )
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.schedules import make_betas, rescale_zero_terminal_snr
+from hf_ddpm.schedules import make_betas, quadratic_steps, rescale_zero_terminal_snr
 from tests.bound_oracles import LN2, draw, levels, trapezoid
 from tests.oracles import chain, law, near
 
