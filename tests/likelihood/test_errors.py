@@ -243,7 +243,7 @@ def test_the_prediction_is_within_two_standard_errors_of_the_bound_on_held_out_i
         return ((drawn.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     errors = measured(process, model, images(2000, 1), 10_000, **how)
-    held_out, generator = images(150, 2), torch.Generator().manual_seed(3)
+    held_out, of_table = images(150, 2), 0.03  # what a table of 10,000 evaluations of 36 pixels errs itself
     for kind, name in itertools.product(("fixed_small", "fixed_large", "optimal", "by-value"), COSTED):
         best = errors.best_chains(kind, 25, name)
         chosen = process.respaced(process.timesteps[best.steps(25)])
@@ -255,12 +255,13 @@ def test_the_prediction_is_within_two_standard_errors_of_the_bound_on_held_out_i
         ):
             variance = kind if kind.startswith("fixed") else errors.variance(part, kind)
             decoder = name if name == "exact" else errors.decoder(part, name)
+            generator = torch.Generator().manual_seed(3)
             bound = evaluate_bound(
                 part, model, held_out, variance_type=variance, decoder=decoder, generator=generator, **how
             )
             excess = bound.total_bpd - errors.predicted_bpd(part, kind, name)
-            stderr = excess.std().item() / math.sqrt(150)
-            assert -2 * stderr < excess.mean().item() < 2 * stderr + optimism, (kind, name)
+            error = 2 * math.hypot(excess.std().item() / math.sqrt(150), of_table / 2)
+            assert -error < excess.mean().item() < error + optimism, (kind, name)
 
 
 @pytest.mark.parametrize(
