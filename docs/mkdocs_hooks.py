@@ -61,6 +61,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     ("objectives", "Objectives", {"objectives": [], "parametrization": []}),
     ("data", "Data", {"data.stream": [], "data.survey": ["Survey"], "data.pixels": ["to_float", "to_uint8"]}),
     ("evaluation", "Evaluation", {"evaluation.evaluate": ["evaluate"]}),
+    ("compression", "The codec", {"compression": []}),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
     ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),

@@ -59,6 +59,8 @@ PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
     --custom-pipeline --commit-message
 """.split()
+COMPRESS_FLAGS = "--out --steps --batch --dtype --verify --overwrite".split()
+DECOMPRESS_FLAGS = "--out --force".split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
 SAMPLE_FLAGS = """
     --num-images --out --steps --scheduler --variance-type --timestep-spacing --quality --seed --batch-size
@@ -69,7 +71,17 @@ SAMPLE_FLAGS = """
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "publish"]
+COMMANDS = [
+    "train",
+    "sample",
+    "evaluate",
+    "plan",
+    "sweep",
+    "interpolate",
+    "compress",
+    "decompress",
+    "publish",
+]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -150,6 +162,8 @@ def test_help_and_mistyped_words_load_no_torch():
         ("plan", PLAN_FLAGS),
         ("sweep", SWEEP_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),
+        ("compress", COMPRESS_FLAGS),
+        ("decompress", DECOMPRESS_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
     ids=COMMANDS,
@@ -326,7 +340,7 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
         (
             ["xyz"],
             "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, sweep, "
-            "interpolate, publish",
+            "interpolate, compress, decompress, publish",
         ),
     ],
     ids=str,

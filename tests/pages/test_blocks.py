@@ -27,6 +27,8 @@ SHORT = {
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
     "plan": "",
+    "compress": "--steps 2",
+    "decompress": "",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
 LARGE = ("cifar10", "256")  # networks that are replaced by the smallest one
@@ -38,6 +40,8 @@ CALLS = {
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
+    "compress": "hf_ddpm.compression.command.compress_files",
+    "decompress": "hf_ddpm.compression.command.decompress_file",
 }
 
 
