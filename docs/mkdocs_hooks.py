@@ -75,6 +75,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
             "folders.sweep": ["Sweep", "Cell", "choose"],
         },
     ),
+    ("compression", "The codec", {"compression": []}),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
     ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),

@@ -48,12 +48,14 @@ from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.guidance import Conditioned
 from hf_ddpm.likelihood.errors import COSTED
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.runtime.disk import named
 from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import LEARNED, AnyVariance, plain_name
 
 logger = logging.getLogger(__name__)
+STEPS = 50  # of a chain, where nobody says how many
 MEASURED = "by-value"  # the variance where errors were measured
 
 
@@ -97,7 +99,7 @@ def compress(
     images: Any,
     path: str | os.PathLike[str],
     *,
-    steps: int = 50,
+    steps: int | None = None,
     batch: int = 8,
     dtype: str = "float64",
     names: list[str] | None = None,
@@ -112,7 +114,8 @@ def compress(
         images: of the model's shape, in any form that `DDPMPipeline.bits_per_dim` takes: uint8, PIL images,
             or floating point on the levels u/127.5 − 1.
         path: the file to write.
-        steps: K of the chain, and so how often the network is asked for each image.
+        steps: K of the chain, and so how often the network is asked for each image; by default 50, or all T
+            where these are fewer.
         batch: images at once, at most 4096; who decompresses takes the same batches.
         dtype: "float64", or "float32", which is faster and decodes on the same machine alone.
         names: of the images, relative paths that end in .png.
@@ -128,7 +131,8 @@ def compress(
             not installed.
         OSError: the file can't be written.
     """
-    check_count("steps", steps)
+    if steps is not None:
+        check_count("steps", steps)
     check_count("batch", batch)
     _allow(batch <= MOST_BATCH, "batch", batch, f"at most {MOST_BATCH}")
     _allow(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
@@ -137,6 +141,7 @@ def compress(
     if place.exists() and not overwrite:
         raise ValueError(f"out {str(path)!r} is there already; allowed: another file, or overwrite")
     _check_pipeline(pipeline)
+    steps = min(STEPS, len(pipeline.process)) if steps is None else steps
     levels = _as_levels(images, pipeline.image_shape)
     side = Side(names, labels, classes)
     _check_side(side, len(levels))
@@ -148,6 +153,8 @@ def compress(
             codec.bar.n = min(start + MOST_IMAGES, len(levels))
         sizes = sorted({size for chunk in chunks for size in chunk.batches})
         header = codec.header(sizes)
+    with named(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
     side_bytes, total = write_content(place, header, side, chunks)
     return Sizes(
         images=len(levels),
@@ -215,7 +222,7 @@ def decompress(pipeline: DDPMPipeline, path: str | os.PathLike[str], *, force: b
         told = ("no labels", "labels")
         _same(name, "a network told", told[header.conditioned], told[ours.conditioned])
         if not force:
-            how = "; force tries it all the same"
+            how = "; add force=True to try it all the same"
             _same(name, "the coder tables", header.tables, ours.tables, how)
             _same(name, "the network's answers", header.answers, ours.answers, how)
         for chunk in content.chunks:

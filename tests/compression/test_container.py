@@ -155,17 +155,15 @@ CHUNK = [1, "zlib", 33, 2, [[1, 1], [2, 1], [8, 1]], 20, "a" * 32]
 
 @pytest.mark.parametrize(
     "place, values",
-    enumerate(
-        [
-            [0, 10**9, "1", None, True],
-            ["bzip2", None, 3],
-            [0, 10**9, None],
-            [-1, 21, None],
-            [[[1, 10**9]], [[10**9, 1]], [[0, 1]], [[1]], None, [[8, 200]], "x", [[1, 1, 1]]],
-            [0, -3, 10**12, 19, 21],
-            ["", "A" * 32, None],
-        ]
-    ),
+    {
+        0: [0, 10**9, "1", None, True],
+        1: ["bzip2", None, 3],
+        2: [0, 10**9, None],
+        3: [-1, 21, None],
+        4: [[[1, 10**9]], [[10**9, 1]], [[0, 1]], [[1]], None, [[8, 200]], "x", [[1, 1, 1]]],
+        5: [0, -3, 10**12, 19, 21],
+        6: ["", "A" * 32, None],
+    }.items(),
 )
 def test_what_a_chunk_can_not_say(place, values):
     for value in values:
@@ -193,10 +191,15 @@ def test_names_and_labels_that_unpack_to_too_much(monkeypatch):
         of_bytes(to_bytes(HEADER, side, [chunk()])[0])
 
 
+ELSEWHERE = [
+    *("../a.png", "/a.png", "a/../b.png", "./a.png", "a//b.png", "", "a\n.png", "a\0.png", "a\\b.png"),
+    *("a.exe", "x" * 300 + ".png", "/".join("x" * 30) + ".png", "\ud800.png", " /a.png", 3, None, ".."),
+]
+
+
 @pytest.mark.parametrize(
     "name",
-    ["../a.png", "/a.png", "a/../b.png", "./a.png", "a//b.png", "", "a\n.png", "a\0.png", "a\\b.png"]
-    + ["a.exe", "x" * 300 + ".png", "/".join("x" * 30) + ".png", "\ud800.png", " /a.png", 3, None, ".."],
+    ELSEWHERE,
     ids=lambda name: ascii(name)[:20],
 )
 def test_names_that_lead_elsewhere(name):
