@@ -86,7 +86,7 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> Path:
         sweep: what was measured.
         path: the file, as in `save_figure`.
     """
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for i, sampler in enumerate(dict.fromkeys(cell.sampler for cell in sweep.cells)):
         cells = [cell for cell in sweep.cells if cell.sampler == sampler]
@@ -110,7 +110,7 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> Path:
     axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.set_title(f"{sweep.of.num_samples:,} samples of each, ± standard error")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return save_figure(figure, path)
 
 

@@ -11,6 +11,8 @@ cp runs/fashion-mnist/log.jsonl $MODEL
 
 $TWO train_scripts/evaluate.py $MODEL data/fashion-mnist --overwrite --num-images 2000 --num-samples 1000 \
     --sampling-steps 250 --extractor train_scripts/classifiers/fashion-mnist --nearest-dataset data/fashion-mnist
+hf-ddpm sweep $MODEL data/fashion-mnist --steps 10,20 --schedulers ddpm,ddim,dpm-solver++,unipc \
+    --extractor train_scripts/classifiers/fashion-mnist
 $TWO train_scripts/sample.py $MODEL --num-images 64 --seed 0 --overwrite --out runs/fashion-samples
 cp runs/fashion-samples/grid.png $MODEL/samples.png
 python -c "

@@ -150,8 +150,8 @@ def test_another_sweep_needs_overwrite(small, tiny_folder, tmp_path, capfd):
     base = (tiny_folder, "digits", "--out", out, *SMALL)
     for flags, differs in (
         (("--seed", 1), "images, seed"),
-        (("--num-samples", 11), "num_samples, num_reference, images"),
-        (("--num-reference", 11), "num_reference, images"),
+        (("--num-samples", 11), "--num-samples, --num-reference, images"),
+        (("--num-reference", 11), "--num-reference, images"),
         (("--split", "train"), "images"),
     ):
         line = refused(capfd, *base, *flags)
