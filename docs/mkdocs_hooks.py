@@ -25,6 +25,7 @@ from hf_ddpm.cli import COMMANDS
 from hf_ddpm.config import TrainConfig
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
+from hf_ddpm.evaluation.sweep_config import SweepConfig
 from hf_ddpm.runtime.options import listed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,15 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     ),
     ("objectives", "Objectives", {"objectives": [], "parametrization": []}),
     ("data", "Data", {"data.stream": [], "data.survey": ["Survey"], "data.pixels": ["to_float", "to_uint8"]}),
-    ("evaluation", "Evaluation", {"evaluation.evaluate": ["evaluate"]}),
+    (
+        "evaluation",
+        "Evaluation",
+        {
+            "evaluation.evaluate": ["evaluate"],
+            "evaluation.sweep": ["sweep"],
+            "folders.sweep": ["Sweep", "Cell", "choose"],
+        },
+    ),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
     ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),
@@ -76,11 +85,12 @@ OPTIONS = {
     "train": (TrainConfig, "hf_ddpm.config.TrainConfig"),
     "evaluate": (EvaluationConfig, "hf_ddpm.evaluation.config.EvaluationConfig"),
     "plan": (ErrorsConfig, "hf_ddpm.evaluation.errors_config.ErrorsConfig"),
+    "sweep": (SweepConfig, "hf_ddpm.evaluation.sweep_config.SweepConfig"),
 }
 
 
 # What the command line calls the fields that are no flags of it
-ARGUMENTS = {command: {"model": "MODEL", "dataset": "DATASET"} for command in ("evaluate", "plan")}
+ARGUMENTS = {command: {"model": "MODEL", "dataset": "DATASET"} for command in ("evaluate", "plan", "sweep")}
 
 
 class UnderscoresAfterMarks(markdown.Extension):

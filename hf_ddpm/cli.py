@@ -35,6 +35,8 @@ from hf_ddpm.runtime.ends import orderly_end
 from hf_ddpm.runtime.messages import nearest, redact, shown
 from hf_ddpm.runtime.streams import guard_streams
 
+MOST_TOGETHER = 4096  # images, as compression.container has it, which a test compares
+
 
 @orderly_end("hf-ddpm")
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,6 +154,12 @@ def sample_command(argv: Sequence[str], prog: str) -> None:
         parser,
         "class of all images, by name or number; 'none', as by default, or 'all': every "
         "class in turn, and a grid with a row for each",
+    )
+    parser.add_argument(
+        "--quality",
+        metavar="NAME",
+        help="sampler and steps that `hf-ddpm sweep` found for MODEL (fast: the fewest evaluations within "
+        "the error of the best; best)",
     )
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of the noise [0]")
     parser.add_argument(
@@ -346,6 +354,50 @@ def interpolate_command(argv: Sequence[str], prog: str) -> None:
         print(f"picture: {draw_interpolation(**vars(args))}")
 
 
+def inpaint_command(argv: Sequence[str], prog: str) -> None:
+    """Fill a part of an image anew, given the rest: a picture."""
+    parser = Parser(
+        prog,
+        "Draw the masked pixels of an image anew, given the others, which come back exactly (RePaint, "
+        "Lugmayr et al. 2022). The model needs no training for it. The network is called about K times N "
+        "times. Another seed gives another filling. It runs in one process.",
+        "example: %(prog)s runs/digits digits:test:17 mask.png --steps 250 --out filled.png",
+    )
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", help="folder of a pipeline with the sampler ddpm, or Hub id"
+    )
+    image = "image file, or DATASET:SPLIT:ROW such as digits:test:17, of the model's size and channels"
+    parser.add_argument("image", type=path, metavar="IMAGE", help=image)
+    parser.add_argument(
+        "mask",
+        type=path,
+        metavar="MASK",
+        help="image file of the same size: white where it is filled, black where it is kept, nothing between",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="PNG file to write")
+    parser.add_argument("--steps", type=count, metavar="K", help="sampling steps, by default all T")
+    parser.add_argument(
+        "--resample",
+        type=at_most(1000),
+        default=10,
+        metavar="N",
+        help="how often each step is taken; more fit the filling better to its surroundings [10]",
+    )
+    _add_class_flags(parser, "class of the image, by name or number; 'none', as by default")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="seed of all noise [0]")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the images in DATASET, by default the only one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    args = parser.parse(argv)
+
+    from hf_ddpm.pictures import draw_inpainting
+    from hf_ddpm.runtime.processes import process_state
+
+    if process_state().is_main_process:
+        print(f"picture: {draw_inpainting(**vars(args))}")
+
+
 def export_command(argv: Sequence[str], prog: str) -> None:
     """Write one class of a model as a model that needs no class."""
     parser = Parser(
@@ -431,6 +483,82 @@ def _publish_parser(prog: str) -> Parser:
     return parser
 
 
+def compress_command(argv: Sequence[str], prog: str) -> None:
+    """Compress images without loss, with a model."""
+    parser = Parser(
+        prog,
+        "Compress images without loss into a file of about as many bits as the model's bound says. The file "
+        "can be decompressed with the same model alone, and, in float32, on the same machine alone. The "
+        "network is asked K times for each image. Measure the model with `hf-ddpm plan` first, which makes "
+        "files much smaller. It needs the package constriction: pip install 'hf_ddpm[codec]'.",
+        "example: %(prog)s runs/digits digits:test --out digits.hfdc --verify",
+        usage="%(prog)s MODEL IMAGES [IMAGES ...] --out FILE [options]",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of a pipeline, or its Hub id")
+    parser.add_argument(
+        "images",
+        type=path,
+        nargs="+",
+        metavar="IMAGES",
+        help="a folder, image files, or DATASET:SPLIT[:ROWS] such as digits:test:0-99, all of the model's "
+        "size and channels",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--steps", type=count, default=50, metavar="K", help="steps of the chain [50]")
+    parser.add_argument(
+        "--batch", type=at_most(MOST_TOGETHER), default=8, metavar="N", help="images at once [8]"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="precision of the network: float32 is faster, and decompresses on the same machine alone "
+        "[float64]",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="decompress the file afterwards, and compare every pixel"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    args = parser.parse(argv)
+
+    from hf_ddpm.compression.command import compress_files
+
+    for line in compress_files(**vars(args)):
+        print(line, flush=True)
+
+
+def decompress_command(argv: Sequence[str], prog: str) -> None:
+    """Bring compressed images back, to the last bit."""
+    parser = Parser(
+        prog,
+        "Bring the images of `hf-ddpm compress` back, with the model that they were compressed with: pixels, "
+        "order, names and labels. Before anything is decoded, the file's checksum, the model and the "
+        "network's answers on this machine are compared with what the file says.",
+        "example: %(prog)s runs/digits digits.hfdc --out digits/",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the pipeline, or its Hub id")
+    parser.add_argument("file", type=path, metavar="FILE", help="file of hf-ddpm compress")
+    parser.add_argument(
+        "--out",
+        type=path,
+        required=True,
+        metavar="DIR|FILE.parquet",
+        help="new or empty folder for PNG files, or a new parquet file",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="try it although the network answers otherwise on this machine; wrong pixels are refused all "
+        "the same",
+    )
+    args = parser.parse(argv)
+
+    from hf_ddpm.compression.command import decompress_file
+
+    for line in decompress_file(**vars(args)):
+        print(line, flush=True)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "train": train_command,
     "sample": sample_command,
@@ -438,7 +566,10 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], None]] = {
     "plan": plan_command,
     "sweep": sweep_command,
     "interpolate": interpolate_command,
+    "inpaint": inpaint_command,
     "export": export_command,
+    "compress": compress_command,
+    "decompress": decompress_command,
     "publish": publish_command,
 }
 

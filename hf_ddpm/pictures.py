@@ -2,7 +2,8 @@
 
 There is one function for each, which returns a `Sheet`: images in rows and columns with labels, which can be
 saved as a PNG file. An image's noise depends on the seed and its place alone. `draw_interpolation` is the
-command `hf-ddpm interpolate`. No formula stands here but the mixture of two images.
+command `hf-ddpm interpolate`, and `draw_inpainting` is `hf-ddpm inpaint`. No formula stands here but the
+mixture of two images.
 """
 
 import functools
@@ -17,19 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.checks import check_count, described
-from hf_ddpm.config import TrainConfig
-from hf_ddpm.data.files import read_regular
-from hf_ddpm.data.pixels import WHITE, Decoder, to_float, to_uint8
-from hf_ddpm.data.stream import load_stream
-from hf_ddpm.folders.layout import RECORD
+from hf_ddpm.checks import check_count, check_seed, described
+from hf_ddpm.data.pixels import to_float, to_uint8
 from hf_ddpm.generation.given import as_pictures
 from hf_ddpm.generation.grids import checked_path, labelled_grid, png, save_image, to_pil
+from hf_ddpm.generation.picture_files import as_text, check_out, open_image, open_mask, trained_reading
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.process import DiffusionProcess
-from hf_ddpm.runtime.disk import named, why_not_writable
+from hf_ddpm.runtime.disk import named
 from hf_ddpm.runtime.lock import file_lock
-from hf_ddpm.runtime.messages import one_line
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import along
 from hf_ddpm.seeds import Use, derive_seed, image_generators
@@ -296,12 +293,12 @@ def draw_interpolation(
         OSError: the file can't be written after all.
     """
     model, image_a, image_b, out = (
-        _text(what, name)
+        as_text(what, name)
         for what, name in (("model", model), ("image", image_a), ("image", image_b), ("out", out))
     )
-    path = _check_out(out, (image_a, image_b), overwrite)
+    path = check_out(out, (image_a, image_b), overwrite)
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
-    reading = _trained_reading(model)
+    reading = trained_reading(model)
     a, b = (open_image(name, pipeline.image_shape, image_column, **reading) for name in (image_a, image_b))
     pipeline.progress_bar = functools.partial(along, "interpolate")  # type: ignore[method-assign]
     total = len(pipeline.process)
@@ -313,66 +310,72 @@ def draw_interpolation(
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path):
-        _check_out(out, (image_a, image_b), overwrite)  # another command may have written it meanwhile
+        check_out(out, (image_a, image_b), overwrite)  # another command may have written it meanwhile
         return sheet.save(path)
 
 
-def _trained_reading(model: str) -> dict[str, Any]:
-    """How the model's training run read images, as keywords of `open_image`, if its folder says so."""
-    record = Path(model).expanduser() / RECORD
-    if not record.is_file():
-        return {}
-    config = TrainConfig.of_run(record)
-    return {"background": config.background, "to_8_bit": config.to_8_bit or config.fit != "exact"}
-
-
-def open_image(
-    name: str | os.PathLike[str],
-    shape: tuple[int, int, int],
-    column: str | None = None,
-    background: str = WHITE,
-    to_8_bit: bool = False,
-) -> Tensor:
-    """An image that is neither resized nor turned from grey to colour or back, uint8 (C, H, W).
+def draw_inpainting(
+    model: str | os.PathLike[str],
+    image: str | os.PathLike[str],
+    mask: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    steps: int | None = None,
+    resample: int = 10,
+    class_labels: int | str | None = None,
+    guidance_scale: float = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Fill a part of an image into a PNG file, on one process; returns its path.
 
     Args:
-        name: an image file, or DATASET:SPLIT:ROW with a data set that `load_stream` opens.
-        shape: (C, H, W) that it must have.
-        column: column of the images in the data set, by default the only one.
-        background: what transparent pixels are laid on, unless C is 2 or 4, see `load_stream`.
-        to_8_bit: whether deeper images become levels of 8 bits, see `load_stream`.
+        model: pipeline folder or Hub id.
+        image: an image file, or DATASET:SPLIT:ROW, see `open_image`.
+        mask: an image file, white where pixels are filled.
+        out: the PNG file.
+        steps: K, by default all T.
+        resample: see `DDPMPipeline.inpaint`, and so the next three.
+        class_labels: the class of the image.
+        guidance_scale: w.
+        guidance_interval: the steps that are guided.
+        seed: of all noise.
+        image_column: column of the images in the data set, by default the only one.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
-        ValueError: there is no such image, or it has another shape.
+        ValueError: a bad argument, model, image or mask, or a file that can't be written or is there already.
+        OSError: the file can't be written after all.
     """
-    name = _text("image", name)
-    # Alpha is kept where the model has it; arrays of another number of channels have to be told theirs
-    channels = None if shape[0] in (1, 3) else shape[0]
-    dataset, _, row = name.rpartition(":")
-    dataset, _, split = dataset.rpartition(":")
-    if _is_file(name):
-        path = _path("image", name)
-        try:
-            pixels = Decoder(channels, background, to_8_bit)(read_regular(str(path)))
-            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    elif split.endswith("]"):
-        raise ValueError(
-            f"image {name!r} names a slice; allowed: a row of a whole split, as in digits:test:17"
+    model, image, mask, out = (
+        as_text(what, name)
+        for what, name in (("model", model), ("image", image), ("mask", mask), ("out", out))
+    )
+    check_seed(seed)
+    path = check_out(out, (image, mask), overwrite)
+    masked = open_mask(mask)
+    pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
+    pixels = open_image(image, pipeline.image_shape, image_column, **trained_reading(model))
+    pipeline.progress_bar = functools.partial(along, "inpaint")  # type: ignore[method-assign]
+    try:
+        found = pipeline.inpaint(
+            to_float(pixels)[None],
+            masked,
+            resample=resample,
+            generator=image_generators(seed, range(1)),
+            num_inference_steps=steps,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,  # type: ignore[arg-type]
         )
-    elif dataset and split and row.isascii() and row.isdecimal():
-        stream = load_stream(
-            dataset, split, None, channels, column=column, background=background, to_8_bit=to_8_bit
-        )
-        (image,) = stream.select([int(row)])
-    else:
-        raise ValueError(
-            f"image {name!r} is no file; allowed: an image file, or DATASET:SPLIT:ROW such as digits:test:17"
-        )
-    if image.shape != shape:
-        raise ValueError(f"image {name!r} is {tuple(image.shape)} (C, H, W); allowed: the model's {shape}")
-    return image
+    except ValueError as error:
+        # The command's name for it
+        raise ValueError(str(error).replace("num_inference_steps", "steps")) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path):
+        check_out(out, (image, mask), overwrite)  # another command may have written it meanwhile
+        return save_image(found.images[0], path)  # type: ignore[union-attr]
 
 
 def _check_pipeline(pipeline: Any) -> None:
@@ -437,46 +440,3 @@ def _sheet(columns: Sequence[Tensor], labels: list[str], kinds: list[str]) -> Sh
     """A sheet that has K rows for each of B images, from its columns (K, B, C, H, W)."""
     rows = torch.stack(list(columns), 2).transpose(0, 1)
     return Sheet(rows.flatten(0, 1), labels, kinds * len(rows))
-
-
-def _check_out(out: str, images: Sequence[str], overwrite: bool) -> Path:
-    """The path of the picture, which must be writable, and none of the images that it is made of."""
-    path = _path("out", out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out is {out!r}; allowed: a file name that ends in .png")
-    reason = "Is a directory" if path.is_dir() else why_not_writable(path.parent if path.exists() else path)
-    if reason:
-        raise ValueError(f"out {out!r} can't be written: {reason}")
-    if path.exists() and not overwrite:
-        raise ValueError(f"out {out!r} is there already; allowed: another file, or --overwrite")
-    for name in images:
-        if path.exists() and _is_file(name) and path.samefile(_path("image", name)):
-            raise ValueError(f"out {out!r} is the image {name!r}; allowed: another file")
-    return path
-
-
-def _is_file(name: str) -> bool:
-    """Whether an image's name is that of a file."""
-    return _path("image", name).is_file()
-
-
-def _text(what: str, name: str | os.PathLike[str]) -> str:
-    """A name of a file or a model as text; `what` it is for begins the message of the error."""
-    if not isinstance(name, str | os.PathLike):
-        raise ValueError(f"{what} is {described(name)}; allowed: a name as text or a path")
-    return os.fspath(name)
-
-
-def _path(what: str, name: str) -> Path:
-    """The name as a path.
-
-    Raises:
-        ValueError: it can't be one; `what` it is for begins the message.
-    """
-    try:
-        path = Path(name).expanduser()
-        # A name that is too long can't be asked for
-        path.exists()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{what} {name!r} is no path: {one_line(error)}") from error
-    return path

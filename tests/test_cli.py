@@ -42,7 +42,7 @@ TRAIN_FLAGS = """
 EVALUATE_FLAGS = """
     --split --part --holdout --holdout-seed --num-images --image-column --channels --background --fit
     --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --chain --errors --first-variance --extractor --nearest-dataset
+    --clip-x0 --decoder --steps --chain --last-step --errors --first-variance --extractor --nearest-dataset
     --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
     --compare-with --out --overwrite --seed --batch-size
 """.split()
@@ -50,22 +50,33 @@ PLAN_FLAGS = """
     --split --part --holdout --holdout-seed --evals --image-column --channels --background --fit --to-8-bit
     --skip-corrupt --clip-x0 --out --overwrite --seed --batch-size
 """.split()
+SWEEP_FLAGS = """
+    --split --part --holdout --holdout-seed --steps --schedulers --extractor --num-samples --num-reference
+    --image-column --channels --background --fit --to-8-bit --skip-corrupt --out --overwrite --seed
+    --batch-size
+""".split()
 PUBLISH_FLAGS = """
     --private --revision --dry-run --ema-decay --license --dataset-license --dataset-id --picture
     --custom-pipeline --commit-message
 """.split()
 INTERPOLATE_FLAGS = "--t --num-images --out --steps --seed --image-column --overwrite".split()
+INPAINT_FLAGS = """
+    --out --steps --resample --class --guidance --guidance-interval --seed --image-column --overwrite
+""".split()
 EXPORT_FLAGS = "--class --out".split()
+COMPRESS_FLAGS = "--out --steps --batch --dtype --verify --overwrite".split()
+DECOMPRESS_FLAGS = "--out --force".split()
 SAMPLE_FLAGS = """
     --num-images --out --steps --scheduler --variance-type --timestep-spacing --class --guidance
-    --guidance-interval --seed --batch-size --overwrite
+    --guidance-interval --quality --seed --batch-size --overwrite
 """.split()
 
 
 # Help
 
 
-COMMANDS = ["train", "sample", "evaluate", "plan", "interpolate", "export", "publish"]
+COMMANDS = ["train", "sample", "evaluate", "plan", "sweep", "interpolate", "inpaint", "export"]
+COMMANDS += ["compress", "decompress", "publish"]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"], ["help", "help"]], ids=str)
@@ -124,6 +135,8 @@ def test_help_and_mistyped_words_load_no_torch():
         "evaluate",
         "plan",
         "plan x --evals 3",
+        "sweep x --steps 5",
+        "sweep x --extractor y --steps 0",
         "interpolate x a b --out c --seed -1",
         "publish",
         "publish a b --privat",
@@ -140,10 +153,14 @@ def test_help_and_mistyped_words_load_no_torch():
     [
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
-        ("export", EXPORT_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
         ("plan", PLAN_FLAGS),
+        ("sweep", SWEEP_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),
+        ("inpaint", INPAINT_FLAGS),
+        ("export", EXPORT_FLAGS),
+        ("compress", COMPRESS_FLAGS),
+        ("decompress", DECOMPRESS_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
     ids=COMMANDS,
@@ -319,8 +336,8 @@ def test_train_refuses_a_truncated_png(broken, tmp_path, capfd):
         (["--verison"], "hf-ddpm: error: unknown command '--verison'; did you mean '--version'?"),
         (
             ["xyz"],
-            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, interpolate, "
-            "publish",
+            "hf-ddpm: error: unknown command 'xyz'; allowed: train, sample, evaluate, plan, sweep, "
+            "interpolate, inpaint, export, compress, decompress, publish",
         ),
     ],
     ids=str,

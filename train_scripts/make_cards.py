@@ -8,7 +8,16 @@ from pathlib import Path
 from safetensors.torch import load, save
 
 from hf_ddpm.cli import run
-from hf_ddpm.folders.layout import CARD, CARD_FACTS, EVALUATION, EVALUATION_TENSORS, PLOTS, TENSORS
+from hf_ddpm.folders.layout import (
+    CARD,
+    CARD_FACTS,
+    EVALUATION,
+    EVALUATION_TENSORS,
+    PLOTS,
+    SWEEP,
+    SWEEP_PLOT,
+    TENSORS,
+)
 from hf_ddpm.publishing.card import CardFacts, make_card, read_json_file
 from hf_ddpm.publishing.publish import Publication, collect
 from hf_ddpm.runtime.arguments import Parser
@@ -79,21 +88,21 @@ def save_card_folder(publication: Publication, folder: Path, *, half_weights: bo
 
     Args:
         publication: what `collect` found.
-        folder: where to; an evaluation in it is deleted, as it may be of other weights.
+        folder: where to; an evaluation and a sweep in it are deleted, as they may be of other weights.
         half_weights: whether the weights are written too, in float16, so that the folder loads. The
-            evaluation is left out then, as it measured the weights before they were rounded.
+            evaluation and the sweep are left out then, as they measured the weights before they were rounded.
 
     Raises:
         ValueError: weights that float16 can't hold; nothing has been written then.
     """
-    evaluation, contents = (EVALUATION, EVALUATION_TENSORS, *PLOTS), {}
+    measured, contents = (EVALUATION, EVALUATION_TENSORS, *PLOTS, SWEEP, SWEEP_PLOT), {}
     for path, content in publication.files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()
         if not path.endswith(TENSORS):
             contents[path] = data
         elif half_weights:
             contents[path] = _halved(path, data)
-    for name in evaluation:
+    for name in measured:
         (folder / name).unlink(missing_ok=True)
         if half_weights:
             contents.pop(name, None)

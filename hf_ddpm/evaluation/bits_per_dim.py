@@ -44,7 +44,7 @@ def scoring_options(config: EvaluationConfig, model: ScoredModel) -> dict[str, A
         "variance_type": model.variance,
         "prediction_type": model.prediction_type,
         "clip_x0": config.clip_x0,
-        "decoder": config.decoder,
+        "decoder": model.decoder,
     }
 
 
@@ -226,7 +226,7 @@ def score(
 
     facts = {
         "what": "bits_per_dim",
-        "scored_as": options | {"variance_type": model.variance_type},
+        "scored_as": options | {"variance_type": model.variance_type, "decoder": model.decoder_name},
         "errors": None if model.errors is None else vars(model.errors.of),
         "rows": stream.chosen.of(rows).tolist(),
         "images": images,

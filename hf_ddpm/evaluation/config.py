@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hf_ddpm.config import LARGEST_BATCH, MOST_EVALS, check_holdout
-from hf_ddpm.runtime.options import check_options, option
+from hf_ddpm.runtime.messages import shown
+from hf_ddpm.runtime.options import MOST, check_options, option, read_whole
 from hf_ddpm.spelling import suggest_keywords
 
 
@@ -32,6 +33,13 @@ def _variances() -> Iterable[str]:
     return [*sorted(FIXED), *MEASURED]
 
 
+def _check_last_step(name: str, value: str) -> None:
+    """Allow the word "auto" and a whole number of at least 0."""
+    number = read_whole(value)
+    if value != "auto" and (number is None or not 0 <= number <= MOST):
+        raise ValueError(f"{name} is {shown(value)}; allowed: auto, or a whole number >= 0")
+
+
 def _spacings() -> Iterable[str]:
     from hf_ddpm.schedules import SPACINGS
 
@@ -39,6 +47,7 @@ def _spacings() -> Iterable[str]:
 
 
 MEASURED = ("optimal", "by-value")  # the variances of `likelihood.errors`, which a test compares
+DECODERS = ("exact", "tanh", "levels")  # of `hf_ddpm.decoders`, which a test compares
 MOST_SAMPLES = 10**7  # far above what is of use, and far below what harms a machine that is asked for it
 
 # Keys that have an effect only together with another key, or with one of several.
@@ -153,7 +162,10 @@ class EvaluationConfig:
     )
     clip_x0: bool = option(True, "clip the predicted x_0 to [-1, 1], as published evaluations do")
     decoder: str = option(
-        "exact", "decoder of L_0; tanh is the published code's formula, in float64", choices=("exact", "tanh")
+        "exact",
+        "decoder of L_0; tanh is the published code's formula, in float64, and levels knows how often each "
+        "grey level occurs, as `hf-ddpm plan` measured",
+        choices=DECODERS,
     )
     steps: int | None = option(None, "steps of the chain, by default all T", least=2)
     chain: str = option(
@@ -161,6 +173,13 @@ class EvaluationConfig:
         "which steps these are: spaced by the model's scheduler, quadratic, or chosen from what `hf-ddpm "
         "plan` measured",
         choices=("even", "quadratic", "chosen"),
+    )
+    last_step: str = option(
+        "auto",
+        "step at which a chosen chain with the decoder levels ends; auto takes the best one",
+        joined=" ",
+        check=_check_last_step,
+        examples=("auto",),
     )
     errors: str | None = option(
         None, "folder of what `hf-ddpm plan` measured, by default the model's", path=True
@@ -218,10 +237,16 @@ class EvaluationConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but has no use without {' or '.join(needed)}"
                 )
-        if self.errors is not None and self.variance_type not in MEASURED and self.chain != "chosen":
+        measured = self.variance_type in MEASURED or self.chain == "chosen" or self.decoder == "levels"
+        if self.errors is not None and not measured:
             raise ValueError(
                 f"errors is {self.errors!r}, but has no use without variance_type {' or '.join(MEASURED)}, "
-                "or a chosen chain"
+                "a chosen chain, or decoder levels"
+            )
+        if self.last_step != "auto" and (self.chain != "chosen" or self.decoder != "levels"):
+            raise ValueError(
+                f"last_step is {self.last_step}, but has no use without a chosen chain and decoder levels: "
+                "others end at step 0, or where they are spaced to"
             )
         if self.background is not None:
             from hf_ddpm.data.pixels import parse_background
@@ -234,6 +259,16 @@ class EvaluationConfig:
             )
         if self.halving and self.exact:
             raise ValueError("halving is True, but exact evaluates every step; allowed: one of them")
+        if self.first_variance != defaults["first_variance"] and self.decoder == "levels":
+            raise ValueError(
+                f"first_variance is {self.first_variance!r}, but has no use with decoder levels, whose σ was "
+                "measured"
+            )
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")
+
+    @property
+    def chosen_last_step(self) -> int | None:
+        """The step at which a chosen chain is to end; None for the best one."""
+        return None if self.last_step == "auto" else read_whole(self.last_step)

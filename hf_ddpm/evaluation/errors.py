@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.decoders import LEVELS, smoothed_levels
 from hf_ddpm.denoiser import Counted, Denoiser
 from hf_ddpm.evaluation.bits_per_dim import check_last_step
 from hf_ddpm.evaluation.config import EvaluationConfig
@@ -30,7 +31,8 @@ from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.folders.output import check_errors_folder, output_folder, results_folder
 from hf_ddpm.likelihood.chains import MOST_STEPS, best_chains, chain_nats
-from hf_ddpm.likelihood.errors import LEVELS, MEASURED, Errors, error_sums, steps_to_measure
+from hf_ddpm.likelihood.errors import MEASURED, Errors, error_sums, steps_to_measure
+from hf_ddpm.likelihood.levels import LevelSums, decoder_steps
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.messages import redact
 from hf_ddpm.runtime.processes import process_state
@@ -43,6 +45,7 @@ from hf_ddpm.variances import FIXED
 COUNTS = (5, 10, 20, 50, 100, 200)  # numbers of steps for which a plan tells the bits/dim
 # What has to be said to an evaluation again, if it was said to the measurement
 AS_MEASURED = ("image_column", "channels", "background", "fit", "to_8_bit", "skip_corrupt", "clip_x0")
+AT_ONCE = 512  # images of one part of the work that only reads them
 ROUGH = 2000  # evaluations, with which predictions were within 0.03 bits/dim of those with 50,000
 ENOUGH = 0.05  # bits/dim above those of all steps, at which the number of steps is that to try first
 
@@ -197,21 +200,62 @@ def measure(measurement: Measurement) -> StoredErrors:
             denoiser = Counted(model.denoiser, bar)
             for number in numbers:
                 found = [next(images) for _ in parts[number]]
-                yield sums_of(measurement, denoiser, parts[number], torch.stack(found))
+                yield sums_of(measurement, denoiser, parts[number], torch.stack(found), level_sums)
 
+    seen = look_at_images(measurement)
+    levels = seen["levels"].sum(0)
+    level_sums = LevelSums(smoothed_levels(levels))
     facts = {"what": "errors", "of": vars(of), "rows": measurement.rows.tolist()}
     found = Parts(measurement.out, measurement.reading, facts).complete(len(parts), work)
-    sums = {name: found[name].sum(0) for name in ("decoder_nats", "levels")}
+    sums = {"levels": levels, "decoder_nats": found["decoder_nats"].sum(0)}
     for name in ("squared", "pixels"):
         zeros = found[name].new_zeros(len(model.process), found[name].shape[1])
         sums[name] = zeros.index_add_(0, found["t"], found[name])
+    ends = decoder_steps(model.process)
+    at, nats = torch.searchsorted(ends, found["ends"]), found["levels_nats"].double()
+    sums["levels_nats"] = nats.new_zeros(len(ends), *nats.shape[1:]).index_add_(0, at, nats)
     if not all(table.isfinite().all() for table in sums.values()):
         raise RuntimeError("the network's answers are not finite for some images: nothing can be measured")
-    return StoredErrors(Errors(process=model.process, **sums), measurement.rows, found["images"], of)
+    return StoredErrors(Errors(process=model.process, **sums), measurement.rows, seen["images"], of)
+
+
+def look_at_images(measurement: Measurement) -> dict[str, Tensor]:
+    """What is known of the images without the network, on every process: the decoder needs it first.
+
+    Returns:
+        levels, how often each channel has each grey level, (n, C, 256), of which the sum counts; and images,
+        the digest of each.
+
+    Raises:
+        OSError: a part can't be written.
+    """
+    parts = pieces(len(measurement.places), AT_ONCE)
+
+    def work(numbers: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
+        mine = [i for number in numbers for i in parts[number]]
+        images = measurement.stream.select([measurement.places[i] for i in mine])
+        with progress("read", len(mine), "image", process_state().is_main_process) as bar:
+            for number in numbers:
+                counts, digests = 0, []
+                for _ in parts[number]:
+                    image = next(images)
+                    counts += torch.stack(
+                        [torch.bincount(z.flatten().int(), minlength=LEVELS) for z in image]
+                    )
+                    digests.append(image_digest(image))
+                    bar.update()
+                yield {"levels": torch.as_tensor(counts)[None], "images": torch.tensor(digests)}
+
+    facts = {"what": "levels", "of": vars(measurement.of), "rows": measurement.rows.tolist()}
+    return Parts(measurement.out, measurement.reading, facts).complete(len(parts), work)
 
 
 def sums_of(
-    measurement: Measurement, denoiser: Denoiser, numbers: Sequence[int], images: Tensor
+    measurement: Measurement,
+    denoiser: Denoiser,
+    numbers: Sequence[int],
+    images: Tensor,
+    level_sums: LevelSums | None = None,
 ) -> dict[str, Tensor]:
     """What is found of some images, at each of their steps.
 
@@ -220,10 +264,11 @@ def sums_of(
         denoiser: the network.
         numbers: the numbers of the images among `measurement.places`.
         images: uint8, (N, C, H, W).
+        level_sums: knows the grey levels, to measure the decoder by them too.
 
     Returns:
-        t, squared and pixels, a row for each evaluation; decoder_nats and levels, summed, with an axis in
-        front; and images, the digest of each.
+        t, squared and pixels, a row for each evaluation; ends and levels_nats, a row for each at a step where
+        a chain may end; and decoder_nats, summed, with an axis in front.
     """
     model, config = measurement.model, measurement.config
     steps = [measurement.steps[i] for i in numbers]
@@ -240,18 +285,15 @@ def sums_of(
     sums = []
     for chunk in torch.arange(len(t)).split(config.batch_size):
         x, own, eps = (z.to(model.device) for z in (x_0[owner[chunk]], t[chunk], noise[chunk]))
-        how = {"prediction_type": model.prediction_type, "clip_x0": config.clip_x0}
+        how = {"prediction_type": model.prediction_type, "clip_x0": config.clip_x0, "level_sums": level_sums}
         sums.append(error_sums(model.process, denoiser, x, own, eps, **how))
-    counts = [
-        torch.bincount(channel.flatten().long(), minlength=LEVELS) for channel in images.transpose(0, 1)
-    ]
     return {
         "t": t,
         "squared": torch.cat([one.squared for one in sums]),
         "pixels": torch.cat([one.pixels for one in sums]),
         "decoder_nats": torch.stack([one.decoder_nats for one in sums]).sum(0, keepdim=True),
-        "levels": torch.stack(counts)[None],
-        "images": torch.tensor([image_digest(image) for image in images]),
+        "ends": t[torch.isin(t, decoder_steps(model.process))],
+        "levels_nats": torch.cat([one.levels_nats for one in sums]).float(),
     }
 
 
@@ -266,11 +308,15 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     kinds = (*FIXED, *MEASURED)
     counts = [count for count in COUNTS if count < total]
     predicted: dict[int, dict[str, float]] = {count: {} for count in (*counts, total)}
-    for kind in kinds:
-        costs = errors.costs(kind)  # which take a while for thousands of steps
-        nats = best_chains(*costs, max([1, *counts])).nats
+    ends: dict[int, int] = dict.fromkeys(predicted, 0)
+    for kind in (*kinds, "levels"):
+        # The costs take a while for thousands of steps
+        costs = errors.costs("by-value", "levels") if kind == "levels" else errors.costs(kind)
+        best = best_chains(*costs, max([1, *counts]))
         for count in counts:
-            predicted[count][kind] = nats[count - 1].item() / math.log(2)
+            predicted[count][kind] = best.nats[count - 1].item() / math.log(2)
+            if kind == "levels":
+                ends[count] = best.steps(count)[0]
         predicted[total][kind] = chain_nats(range(total), *costs) / math.log(2)
     whole = predicted[total]
     part = {"train": " (those to train on)", "held-out": " (held-out images)"}.get(found.of.part, "")
@@ -278,9 +324,16 @@ def describe_plan(config: ErrorsConfig, found: StoredErrors) -> str:
     lines = [
         f"predicted bits/dim of new images like {images}, for the best steps:",
         "",
-        f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds),
-        *(f"{n:>8}" + "".join(f"{row[kind]:>13.3f}" for kind in kinds) for n, row in predicted.items()),
+        f"{'steps':>8}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'levels':>10}{'from':>6}",
+        *(
+            f"{n:>8}"
+            + "".join(f"{row[kind]:>13.3f}" for kind in kinds)
+            + f"{row['levels']:>10.3f}{ends[n]:>6}"
+            for n, row in predicted.items()
+        ),
         "",
+        "levels: variance by-value and --decoder levels, which knows how often each grey level occurs; its",
+        "chain ends at the step of the last column. Papers report the decoder of the other columns",
         f"measured with {found.of.evaluations} evaluations, predicted x_0 "
         + ("clipped" if found.of.clip_x0 else "not clipped"),
     ]
@@ -343,12 +396,12 @@ def _there(measurement: Measurement) -> StoredErrors | None:
         return None
     try:
         found = read_errors(out, model.process, model.prediction_type, measurement.of.weights)
-        if found.of == measurement.of:
+        if found.of == measurement.of and found.errors.levels_nats is not None:
             return found
         other = ", ".join(
             key for key, value in vars(measurement.of).items() if getattr(found.of, key) != value
         )
-        words = f"with another {other}"
+        words = f"with another {other}" if other else "of an earlier version"
     except ValueError:
         words = "that is damaged, or of another model"
     if not config.overwrite:

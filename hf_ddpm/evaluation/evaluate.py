@@ -100,6 +100,8 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         config.chain,
         config.errors,
         network,
+        config.decoder,
+        config.chosen_last_step,
     )
     images = open_images(check_given(config, model), model)
     config, stream = images.config, images.stream

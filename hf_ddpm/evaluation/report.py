@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,13 @@ from hf_ddpm.runtime.untrusted import parse_json, read_bytes, tensor_headers
 
 # The tensors that a comparison looks at: (N,), and (T,) for the last; with their dtypes in safetensors' words
 COMPARED = {"bpd": "F64", "image_indices": "I64", "digests": "I64", "proposal": "F64"}
+EVERY_STEP = "every step once"  # how an exact evaluation is called
+CHAIN_KEYS = (
+    "steps",
+    "chain",
+    "first_variance",
+    "decoder",
+)  # of the section "method"; two may differ in them
 PACKAGES = ("hf_ddpm", "torch", "diffusers", "transformers", "datasets", "torchmetrics", "numpy", "pillow")
 
 
@@ -78,9 +86,11 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "process": model.process_digest,
         "prediction_type": model.prediction_type,
     }
-    if config.chain != "even" or model.errors is not None:
+    last_step = int(model.process.timesteps[0])
+    if config.chain != "even" or model.errors is not None or last_step > 0:
         report["few_steps"] = {
             "timesteps": model.process.timesteps.tolist(),
+            "last_step": last_step,
             "errors": None if model.errors is None else vars(model.errors.of),
         }
     if plan.other is not None:
@@ -123,7 +133,7 @@ def _method(config: EvaluationConfig, steps: int) -> dict[str, Any]:
     """How an image's bits/dim come about: what a comparison needs to be equal, besides the images."""
     evals = config.num_evals_per_image
     return {
-        "name": "every step once" if config.exact else "stratified estimate",
+        "name": EVERY_STEP if config.exact else "stratified estimate",
         "evaluations_per_image": steps if config.exact else evals,
         "evaluations_of_l_0": 1 if config.exact else decoder_evals(evals),
         "steps": steps,
@@ -283,6 +293,9 @@ def foresee(
 def check_comparable(ours: Evaluation, theirs: Evaluation, name: str) -> None:
     """Refuse another evaluation that did not score the same images with the same draws.
 
+    Chains and decoders may differ, as they are what is compared; of chains with other steps the draws are
+    others for the same images.
+
     Args:
         ours: this evaluation, or what `foresee` knows of it.
         theirs: the other one.
@@ -291,20 +304,22 @@ def check_comparable(ours: Evaluation, theirs: Evaluation, name: str) -> None:
     Raises:
         ValueError: it differs; the message says in what.
     """
-    method = theirs.report["method"]
-    for key, value in ours.report["method"].items():
-        if method.get(key) != value:
+    own, method = ours.report["method"], theirs.report["method"]
+    free = set(CHAIN_KEYS)
+    if own["name"] == method["name"] == EVERY_STEP:
+        free |= {"evaluations_per_image"}
+    for key, value in own.items():
+        if key not in free and method.get(key) != value:
             raise ValueError(
                 f"compare_with {name!r} was made with {key} {method.get(key)!r}, this one has {value!r}; "
                 "allowed: equal"
             )
-    for key, what in (
-        ("image_indices", "images"),
-        ("digests", "images"),
-        ("proposal", "steps (process or pilot)"),
-    ):
+    what = {"image_indices": "images", "digests": "images"}
+    if own["steps"] == method["steps"] and {own.get("chain"), method.get("chain")} == {None}:
+        what["proposal"] = "steps (process or pilot)"
+    for key, words in what.items():
         if not torch.equal(ours.tensors[key], theirs.tensors[key]):
-            raise ValueError(f"compare_with {name!r} was made with other {what}; allowed: the same")
+            raise ValueError(f"compare_with {name!r} was made with other {words}; allowed: the same")
 
 
 def paired(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
@@ -316,7 +331,14 @@ def paired(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
     return {
         "with": theirs.report["model"],
         "variance_types": [one.report["bits_per_dim"]["variance_type"] for one in (ours, theirs)],
+        "chains": [_chain_name(one.report["method"]) for one in (ours, theirs)],
         "difference_bpd": mean,
         "stderr": stderr if known else None,
         "stderr_without_pairing": unpaired if known else None,
     }
+
+
+def _chain_name(method: Mapping[str, Any]) -> str:
+    """A chain and its decoder in a few words, as "50 steps (chosen), decoder levels"."""
+    steps, chain, decoder = method["steps"], method.get("chain", "even"), method["decoder"]
+    return f"{steps} steps ({chain}), decoder {decoder}"

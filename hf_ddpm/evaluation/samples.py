@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
+from hf_ddpm.folders.errors import errors_digest
 from hf_ddpm.generation.pipeline import Callback, DDPMPipeline, count_images
 from hf_ddpm.generation.samplers import respace, whole_config
 from hf_ddpm.metrics import Extractor
@@ -54,13 +55,15 @@ class Drawing:
 
     def parts(self, weights: str, out: Path, extractor: Extractor | None, keep: bool = False) -> Parts:
         """Where the samples are kept until the end; arguments as in `run`."""
-        facts = {
+        facts: dict[str, Any] = {
             "what": "samples",
             "steps": self.num_steps,
             "model": [weights, type(self.scheduler).__name__, whole_config(self.scheduler)],
             "extractor": None if extractor is None else extractor.name,
             "images": keep,
         }
+        if getattr(self.scheduler, "errors", None) is not None:
+            facts["errors"] = errors_digest(self.scheduler.errors)
         return Parts(out, self._config, facts)
 
     def draw(self, number: int, callback: Callback) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
+from hf_ddpm.decoders import NAMED, AnyDecoder
 from hf_ddpm.denoiser import Denoiser, as_denoiser, num_classes, scoring_device
 from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
 from hf_ddpm.folders.layout import ERRORS, RECORD, TRAINED_ON
@@ -47,8 +48,9 @@ class ScoredModel:
         process: the chain, full or respaced.
         prediction_type: what the network's answer means.
         variance_type: the reverse variance it is scored with, by name.
+        decoder_name: the decoder it is scored with, by name.
         learns: whether the network learns variances, which then are the second half of its answer.
-        errors: the measured errors, where the variance or the steps are made of them, else None.
+        errors: the measured errors, where the variance, the decoder or the steps are made of them, else None.
         record: the training run's config, None where the model has none.
         data_record: what the run says of the images that it was trained on (`ImageStream.facts`); None where
             it says nothing.
@@ -58,6 +60,7 @@ class ScoredModel:
     process: DiffusionProcess
     prediction_type: str
     variance_type: str
+    decoder_name: str
     learns: bool
     errors: StoredErrors | None
     record: TrainConfig | None
@@ -78,6 +81,14 @@ class ScoredModel:
             return self.variance_type
         assert self.errors is not None
         return self.errors.errors.variance(self.process, self.variance_type)
+
+    @functools.cached_property
+    def decoder(self) -> AnyDecoder:
+        """The decoder as `likelihood` takes it: a name, or numbers that were measured."""
+        if self.decoder_name in NAMED:
+            return self.decoder_name
+        assert self.errors is not None
+        return self.errors.errors.decoder(self.process, self.decoder_name)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -128,6 +139,8 @@ def load_scored_model(
     chain: str = "even",
     errors: str | None = None,
     network: nn.Module | None = None,
+    decoder: str = "exact",
+    last_step: int | None = None,
 ) -> ScoredModel:
     """Load a pipeline folder or Hub id, also one that plain diffusers wrote.
 
@@ -142,6 +155,8 @@ def load_scored_model(
             errors as the best ones for the variance.
         errors: folder of the measured errors, by default the model's.
         network: for a run of a module of somebody's own: such a module, as `load_run` takes it.
+        decoder: of L_0: "exact", "tanh", or "levels" of measured errors.
+        last_step: where a chosen chain is to end; by default at the best step for the decoder.
 
     Raises:
         ValueError: a bad model, a scheduler that contradicts the training record, a variance that the network
@@ -174,12 +189,13 @@ def load_scored_model(
         )
     process, scored = scheduler.process, variance_type or own
     stored = None
-    if scored in MEASURED or chain == "chosen":
+    if scored in MEASURED or chain == "chosen" or decoder not in NAMED:
         stored = _measured_errors(pipeline, scheduler, model, errors)
     if steps is not None:
         if steps > len(process):
             raise ValueError(f"steps is {steps}; allowed: <= {len(process)} (T)")
-        process = process.respaced(_kept_steps(scheduler, steps, chain, stored, scored), first_variance)
+        kept = _kept_steps(scheduler, steps, chain, stored, scored, decoder, last_step)
+        process = process.respaced(kept, first_variance)
     if len(process) < 2:
         raise ValueError(f"the process of {model!r} has one step; allowed: at least 2")
     record, facts = _read_record(model, scheduler), Path(model).expanduser() / TRAINED_ON
@@ -188,6 +204,7 @@ def load_scored_model(
         process=process,
         prediction_type=prediction_type,
         variance_type=scored,
+        decoder_name=decoder,
         learns=own in LEARNED,
         errors=stored,
         record=record,
@@ -220,7 +237,13 @@ def _measured_errors(
 
 
 def _kept_steps(
-    scheduler: DDPMScheduler, steps: int, chain: str, stored: StoredErrors | None, variance_type: str
+    scheduler: DDPMScheduler,
+    steps: int,
+    chain: str,
+    stored: StoredErrors | None,
+    variance_type: str,
+    decoder: str,
+    last_step: int | None,
 ) -> Sequence[int]:
     """The K steps of a chain, in the network's numbering."""
     if chain == "quadratic":
@@ -229,7 +252,13 @@ def _kept_steps(
         assert stored is not None
         # Of a learned variance no table is known; it is nearest to the optimal one
         kind = "optimal" if variance_type in LEARNED else variance_type
-        return stored.errors.best_chains(kind, steps).steps(steps)
+        costed = "exact" if decoder in NAMED else decoder  # the published formula's costs are nearly those
+        try:
+            return stored.errors.best_chains(kind, steps, costed, last_step).steps(steps)
+        except ValueError as error:
+            if last_step is None:
+                raise
+            raise ValueError(f"last_step is {last_step} for {steps} steps: {error}") from None
     spacing, offset = scheduler.config["timestep_spacing"], scheduler.config["steps_offset"]
     return sampling_steps(scheduler.process, spacing, steps, offset).tolist()
 

@@ -40,7 +40,7 @@ from hf_ddpm.generation.quality import Sampler, kept_scheduler, plain_config
 from hf_ddpm.generation.samplers import Diverged
 from hf_ddpm.metrics import Extractor, Features, FrechetDistance, frechet_distance, frechet_label
 from hf_ddpm.runtime.disk import delete_partials, whole_file, why_not_writable
-from hf_ddpm.runtime.messages import one_line, redact
+from hf_ddpm.runtime.messages import one_line, redact, shown
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.shown import fields_line
@@ -176,7 +176,7 @@ def prepare(config: SweepConfig, network: nn.Module | None = None) -> Preparatio
         rounded=[network_digest(unet, dtype) for dtype in HALF],
         process=process_digest(model.pipeline.process),
         prediction_type=model.prediction_type,
-        scheduler=plain_config(model.pipeline.original_scheduler),
+        scheduler=plain_config(model.pipeline),
         extractor=quality.extractor.name,
         num_samples=config.num_samples,
         num_reference=len(quality.reference_rows),
@@ -204,14 +204,15 @@ def plan_cells(config: SweepConfig, model: ScoredModel) -> tuple[list[Planned], 
                     reading = dataclasses.replace(config.reading, sampling_steps=steps)
                     planned.append(Planned(sampler, Drawing(model.pipeline, reading)))
                 except ValueError as error:
-                    words = str(error).replace("sampling_steps", "steps")
+                    words = str(error).replace("a sampling_steps", "a number of steps")
+                    words = words.replace("sampling_steps", "steps")
                     reason = one_line(words.replace("sampling_spacing", "spacing"), LONGEST_REASON)
                     passed_over.append({"sampler": str(sampler), "steps": steps, "reason": reason})
     if not planned:
         first = passed_over[0]
         raise ValueError(
-            f"schedulers and steps leave nothing that can be done; {first['sampler']}, {first['steps']} "
-            f"steps: {first['reason']}"
+            f"steps is {shown(config.steps)}, of which no sampler can do any; {first['sampler']}, "
+            f"{first['steps']} steps: {first['reason']}"
         )
     for passed in passed_over:
         _tell(passed)

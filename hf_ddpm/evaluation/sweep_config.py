@@ -52,10 +52,10 @@ def read_samplers(name: str, text: str) -> "list[Sampler]":
     try:
         found = [Sampler.parse(part.strip()) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name} is {shown(text)}: {error}") from None
     twice = next((sampler for i, sampler in enumerate(found) if sampler in found[:i]), None)
     if twice is not None:
-        raise ValueError(f"{name} has {str(twice)!r} twice; allowed: once")
+        raise ValueError(f"{name} is {shown(text)}, with {str(twice)!r} twice; allowed: once")
     return found
 
 
@@ -112,12 +112,12 @@ class SweepConfig:
     batch_size: int = _as_evaluate("batch_size")
 
     def __post_init__(self) -> None:
-        check_options(self)
-        if self.extractor is None:
+        if self.extractor is None:  # said before what takes seconds to look at
             raise ValueError(
                 "extractor is not given; allowed: inception, or a folder or Hub id of a vision model, "
                 "such as a classifier of such images"
             )
+        check_options(self)
         _ = self.reading  # refuses what an evaluation would
         if (cells := len(self.step_numbers) * len(self.samplers)) > MOST_CELLS:
             raise ValueError(

@@ -20,10 +20,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from hf_ddpm.decoders import LEVELS
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.likelihood.chains import MOST_STEPS
-from hf_ddpm.likelihood.errors import LEVELS, LOG_SIGMAS, Errors
+from hf_ddpm.likelihood.curves import LOG_SIGMAS
+from hf_ddpm.likelihood.errors import Errors
 from hf_ddpm.models import weights_digest
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.disk import load_tensors, save_tensors
@@ -33,6 +35,7 @@ from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import VALUE_BINS
 
 OF = "of"  # key of the header's text
+ADDED = frozenset({"levels_nats"})  # what files of earlier versions lack
 MOST_CHANNELS, MOST_IMAGES = 1024, 10**7
 LONGEST_NAME = 120  # characters of the file in an error
 REMEDY = "allowed: measure it anew with hf-ddpm plan"
@@ -133,7 +136,8 @@ def write_errors(folder: Path, stored: StoredErrors) -> None:
         OSError: it can't be written.
     """
     errors = stored.errors
-    tensors = {name: getattr(errors, name) for name in _shapes(len(errors.process))}
+    found = {name: getattr(errors, name) for name in _shapes(len(errors.process))}
+    tensors = {name: table for name, table in found.items() if table is not None}
     save_tensors(
         folder / ERRORS,
         tensors | {"rows": stored.rows, "images": stored.images},
@@ -184,6 +188,7 @@ def _shapes(steps: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
         "pixels": ("I64", (steps, VALUE_BINS)),
         "decoder_nats": ("F64", (VALUE_BINS, len(LOG_SIGMAS))),
         "levels": ("I64", (None, LEVELS)),
+        "levels_nats": ("F64", (None, VALUE_BINS, len(LOG_SIGMAS))),
     }
 
 
@@ -193,11 +198,12 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], ErrorsOf]:
     headers = tensor_headers(folder / ERRORS, name)
     steps = (headers.get("squared", ("", ()))[1] or (0,))[0]
     wanted = _shapes(steps) | {name: ("I64", (None,)) for name in ("rows", "images")}
+    wanted = {key: kind for key, kind in wanted.items() if key in headers or key not in ADDED}
     if headers.keys() != wanted.keys() or not 0 < steps <= MOST_STEPS:
         raise ValueError(f"{name} is no table of errors: it holds {shown(sorted(headers))}; {REMEDY}")
     for key, (dtype, shape) in wanted.items():
         found, size = headers[key]
-        most = MOST_CHANNELS if key == "levels" else MOST_IMAGES
+        most = {"levels": MOST_CHANNELS, "levels_nats": steps}.get(key, MOST_IMAGES)
         fit = len(size) == len(shape) and all(
             n <= most if m is None else n == m for n, m in zip(size, shape, strict=True)
         )

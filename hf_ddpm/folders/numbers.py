@@ -6,8 +6,9 @@ images with its standard error (null for a single image), and those marked ° ma
     bits_per_dim      variance_type; bpd, rate_bpd, distortion_bpd, prior_bpd: {value, stderr}
     other_variance °  the same under the other fixed variance
     method            name, steps, evaluations_per_image, clip_x0, decoder, seed, … : how bits/dim were taken
-    few_steps °       timesteps (that the chain visits), errors (what those it is made of are of, or null);
-                      where the steps or the variance were measured, or the steps are not even
+    few_steps °       timesteps (that the chain visits), last_step ° (the lowest, where the decoder starts),
+                      errors (what those it is made of are of, or null); where the steps, the variance or
+                      the decoder were measured, the steps are not even, or the decoder starts above step 0
     data              dataset, split (or a slice of it), part ° (held-out or train, of a split that a run held
                       images out of; else all), holdout ° and holdout_seed ° (which chose them), fit, channels
                       (null: the images' own), background (of transparent pixels), to_8_bit (deeper images
@@ -17,7 +18,7 @@ images with its standard error (null for a single image), and those marked ° ma
                       num_trained_on ° (on how many; null where nobody knows),
                       changed ° (how the data set is not the one that the run began with, in words)
     model             name, weights (a digest), process (a digest), prediction_type
-    comparison °      with (section `model` of the other one), variance_types, difference_bpd, stderr
+    comparison °      with (section `model` of the other one), variance_types, chains, difference_bpd, stderr
     sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
                       scheduler, sampling_steps, timestep_spacing, variance_type; a label with " std " in it
                       is a spread, not a metric
@@ -116,6 +117,9 @@ def check_report(report: Mapping[str, Any]) -> None:
         ValueError: it does; the message names the file, the key and the value.
     """
     _check_types(report, SECTIONS | {key: FURTHER[key] for key in FURTHER if report.get(key) is not None}, "")
+    if (few := report.get("few_steps")) is not None:
+        known = isinstance(few, dict) and few.get("last_step") is not None
+        _check_types(report, {"few_steps": {"last_step": int} if known else {}}, "")
     data = report["data"]
     _check_types(data, {k: v for k, v in DATA_FURTHER.items() if data.get(k) is not None}, "data.")
     if report.get("sample_metrics") is not None:
@@ -184,10 +188,12 @@ def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) ->
         "part": {"held-out": "held-out ", "train": "training "}.get(data.get("part"), ""),
         "trained_on": data["trained_on"],
         "trained_words": _trained_words(data),
-        "columns": [f"variance `{column['variance_type']}`" for column in columns],
+        "columns": [
+            f"variance `{column['variance_type']}`{_decoder_words(report, '`')}" for column in columns
+        ],
         "rows": [[words, *(with_error(column[key], 3) for column in columns)] for words, key in BITS],
         "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
-        f"per image ({method['name']}), {clipped} x̂₀, {method['decoder']} discretised decoder." + fitted,
+        f"per image ({method['name']}), {clipped} x̂₀, {_decoder_sentence(report)}." + fitted,
     }
 
 
@@ -222,7 +228,8 @@ def hub_results(report: Mapping[str, Any], id_of: Callable[[str], str | None]) -
     for numbers in _variances(report):
         for metric, key, words in HUB_BITS:
             error = _error(numbers[key], 3)
-            words = f"{words} ({numbers['variance_type']}{',' * bool(error)}{error})"
+            label = f"{numbers['variance_type']}{_decoder_words(report)}"
+            words = f"{words} ({label}{',' * bool(error)}{error})"
             found.append((metric, round(numbers[key]["value"], 4), words))
     if metrics := report.get("sample_metrics"):
         for name, ours, _ in _metrics(metrics):
@@ -237,7 +244,8 @@ def describe(report: Mapping[str, Any]) -> str:
     for numbers in _variances(report):
         rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
         lines.append(
-            f"{with_error(numbers['bpd'], 4)} bits/dim ({numbers['variance_type']}): rate {rate:.4f} "
+            f"{with_error(numbers['bpd'], 4)} bits/dim ({numbers['variance_type']}{_decoder_words(report)}): "
+            f"rate {rate:.4f} "
             f"+ distortion {distortion:.4f}"
         )
     fitted = "" if data["fit"] == "exact" else f", changed by fit {data['fit']}"
@@ -256,8 +264,11 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(_chain_words(report))
     if found := report.get("comparison"):
         both = with_error({"value": found["difference_bpd"], "stderr": found["stderr"]}, 4)
+        ours, theirs = found["chains"]
+        chains = "" if ours == theirs else f"; {ours} - {theirs}"
         lines.append(
-            f"{both} bits/dim difference to {found['with']['name']} ({' - '.join(found['variance_types'])})"
+            f"{both} bits/dim difference to {found['with']['name']} "
+            f"({' - '.join(found['variance_types'])}{chains})"
         )
     if found := report.get("sample_metrics"):
         of = f"of {found['num_samples']} samples", f"of {found['num_floor']} real images"
@@ -265,6 +276,24 @@ def describe(report: Mapping[str, Any]) -> str:
     if found := report.get("memorisation"):
         lines.append(describe_memorisation(found))
     return "\n".join(lines)
+
+
+def _decoder_words(report: Mapping[str, Any], quote: str = "") -> str:
+    """The label of bits/dim that were not taken with the decoder of published numbers, after a comma."""
+    decoder = report["method"]["decoder"]
+    return "" if decoder in ("exact", "tanh") else f", decoder {quote}{decoder}{quote}"
+
+
+def _decoder_sentence(report: Mapping[str, Any]) -> str:
+    """Which decoder bits/dim were taken with, for a card."""
+    decoder, start = report["method"]["decoder"], (report.get("few_steps") or {}).get("last_step")
+    starts = f" that starts at step {start}" if start else ""
+    if decoder in ("exact", "tanh"):
+        return f"{decoder} discretised decoder{starts}"
+    return (
+        f"a decoder{starts} that knows how often the training images have each grey level: not the kind of "
+        "number that papers report"
+    )
 
 
 def _trained_words(data: Mapping[str, Any]) -> str:

@@ -72,6 +72,10 @@ class SweepOf:
 
     __repr__ = fields_line
 
+    def is_of(self, weights: str) -> bool:
+        """Whether a digest is that of the weights, or of the same in half precision."""
+        return weights in (self.weights, *self.rounded)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -267,7 +271,6 @@ def sweep_words(sweep: Sweep, call: Callable[[str], str | None]) -> dict[str, An
         "dataset": call(str(sweep.data["dataset"])),
         "split": sweep.data["split"],
         "recommendation": recommendation(sweep),
-        "command": sweep.record.get("command"),
     }
 
 

@@ -21,11 +21,22 @@ from hf_ddpm.folders.errors import StoredErrors, write_errors
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
 from hf_ddpm.folders.labels import check_labels, read_labels, write_labels
-from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, UNET
+from hf_ddpm.folders.layout import (
+    INDEX,
+    LABELS,
+    NETWORK_FILE,
+    RECORD,
+    SCHEDULER,
+    SCHEDULER_CONFIG,
+    SWEEP,
+    UNET,
+)
+from hf_ddpm.folders.sweep import Sweep
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
 from hf_ddpm.publishing.publish import collect
 from hf_ddpm.publishing.upload import Retry
+from hf_ddpm.runtime.disk import whole_file
 from hf_ddpm.runtime.hub import asking_the_hub, looks_like_path, or_near
 from hf_ddpm.runtime.messages import LIMIT, one_line, redact, shorten
 from hf_ddpm.scheduler import NETWORK_KEYS, DDPMScheduler
@@ -114,6 +125,7 @@ class PortablePipeline(diffusers.DDPMPipeline):
         self._save_errors(Path(save_directory))
         if self.id2label is not None:
             write_labels(Path(save_directory), self.id2label)
+        self._save_sweep(Path(save_directory))
         if push_to_hub:
             _publish(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -127,6 +139,20 @@ class PortablePipeline(diffusers.DDPMPipeline):
         try:
             if (found := self.errors) is not None:
                 write_errors(folder, found)
+        except ValueError as error:
+            logger.warning("%s; it is left out", one_line(error))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """What `hf-ddpm sweep` measured; predictor.py reads it."""
+        return None
+
+    def _save_sweep(self, folder: Path) -> None:
+        """Write the sweep too, if it is of the network as it is now."""
+        try:
+            if (found := self.sweep) is not None:
+                with whole_file(folder / SWEEP) as file:
+                    file.write_text(found.text(), encoding="utf-8")
         except ValueError as error:
             logger.warning("%s; it is left out", one_line(error))
 
@@ -224,7 +250,11 @@ class PortablePipeline(diffusers.DDPMPipeline):
                     PASSED.reset(reset)
             if UNET not in passed:
                 refuse_not_finite(pipeline.unet)
-                pipeline.id2label = read_labels(folder, num_classes(pipeline.unet))
+                pipeline.id2label = read_labels(folder, classes := num_classes(pipeline.unet))
+                if classes is not None and pipeline.id2label is None:
+                    logger.warning(
+                        "%s has no %s: row %d of its classes is taken for no class", where, LABELS, classes
+                    )
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub and not fetched else ""
             line = _not_loaded(name, tried + _reason(error, token))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from hf_ddpm.checks import as_numbers, described
 from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
 from hf_ddpm.folders.layout import ERRORS
+from hf_ddpm.folders.sweep import Sweep
 from hf_ddpm.generation.classes import Classes, check_classes
 from hf_ddpm.generation.portable import PortablePipeline
+from hf_ddpm.generation.quality import sweep_beside
 from hf_ddpm.generation.samplers import training_scheduler
 from hf_ddpm.models.autoencoders import Autoencoder
 from hf_ddpm.parametrization import to_score, to_x0
@@ -95,6 +97,15 @@ class PredictingPipeline(PortablePipeline):
         if self._folder is None or not (self._folder / ERRORS).exists():
             return None
         return read_errors(self._folder, self.process, self.prediction_type, network_digest(self.unet))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """What `hf-ddpm sweep` found of samplers and numbers of steps; None if the model's folder has none.
+
+        Raises:
+            ValueError: the file is damaged, or of another network, process or scheduler than this.
+        """
+        return sweep_beside(self)
 
     @torch.no_grad()
     def predict_x0(

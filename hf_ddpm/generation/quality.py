@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.checks import described
-from hf_ddpm.folders.errors import network_digest, process_digest
+from hf_ddpm.folders.errors import errors_digest, network_digest, process_digest
 from hf_ddpm.folders.layout import SWEEP
 from hf_ddpm.folders.sweep import REMEDY, Cell, Sweep, choose, read_sweep
 from hf_ddpm.generation.samplers import sampler_class, swap_scheduler
 from hf_ddpm.runtime.messages import did_you_mean, one_line, redact, shorten, shown
 from hf_ddpm.schedules import SPACINGS
-from hf_ddpm.variances import FIXED, LEARNED
+from hf_ddpm.variances import FIXED, LEARNED, MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +85,13 @@ def kept_scheduler(pipeline: Any) -> Iterator[None]:
 
 
 @contextmanager
-def sampler_of_quality(
-    pipeline: Any, quality: Any, steps: int | None, number: str = "num_inference_steps"
-) -> Iterator[int]:
+def sampler_of_quality(pipeline: Any, quality: Any, steps: int | None) -> Iterator[int]:
     """Within, the pipeline has the sampler that its sweep recommends.
 
     Args:
         pipeline: a pipeline that was loaded from a folder or the Hub.
         quality: "fast" or "best", as `folders.sweep.choose` describes them.
-        steps: None.
-        number: what the caller calls `steps`.
+        steps: the number of steps that the caller was given, which has to be None.
 
     Yields:
         The number of steps.
@@ -102,23 +99,42 @@ def sampler_of_quality(
     Raises:
         ValueError: another word, `steps` is given too, or there is no sweep of this network.
     """
-    cell = recommended(pipeline, quality)
+    check_quality(quality)
     if steps is not None:
         raise ValueError(
-            f"{number} is {shown(steps)}, but quality {quality!r} chooses it; allowed: one of the two"
+            f"num_inference_steps is {shown(steps)}, but quality {quality!r} chooses it; allowed: one of "
+            "the two"
         )
     with kept_scheduler(pipeline):
-        try:
-            Sampler.parse(cell.sampler).give_to(pipeline)
-        except ValueError as error:
-            raise ValueError(f"quality {quality!r}: {one_line(error, 120)}; {REMEDY}") from error
-        yield cell.steps
+        yield give_quality(pipeline, quality)
 
 
-def plain_config(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler's config says besides the process: its class, and the keys with plain values."""
+def give_quality(pipeline: Any, quality: str) -> int:
+    """Give a pipeline the sampler that its sweep recommends; returns the number of steps.
+
+    Raises:
+        ValueError: another word, there is no sweep of this network, or one of a sampler that is unknown here.
+    """
+    cell = recommended(pipeline, quality)
+    try:
+        Sampler.parse(cell.sampler).give_to(pipeline)
+    except ValueError as error:
+        raise ValueError(
+            f"quality {quality!r} is {shown(cell.name)}: {one_line(error, 120)}; {REMEDY}"
+        ) from error
+    return cell.steps
+
+
+def plain_config(pipeline: Any) -> dict[str, Any]:
+    """What samplers are made of besides the process: plain values of the scheduler that a pipeline came with.
+
+    Its class is among them, and a digest of the measured errors, where its variance is made of these.
+    """
+    scheduler = pipeline.original_scheduler
     config = {key: value for key, value in scheduler.config.items() if key[:1] != "_"}
     plain = {k: v for k, v in config.items() if v is None or isinstance(v, str | bool | int | float)}
+    if plain.get("variance_type") in MEASURED and pipeline.errors is not None:
+        plain["errors"] = errors_digest(pipeline.errors.errors)
     return {"class": type(scheduler).__name__, **plain}
 
 
@@ -140,7 +156,16 @@ def recommended(pipeline: Any, quality: Any) -> Cell:
         ValueError: another word, or there is no sweep of this network.
     """
     check_quality(quality)
-    sweep = sweep_beside(pipeline)
+    sweep: Sweep | None = pipeline.sweep
+    if sweep is None:
+        after = "allowed: after hf-ddpm sweep MODEL DATASET --extractor NETWORK"
+        if pipeline._folder is None:
+            raise ValueError(
+                f"quality is {quality!r}, but the pipeline was not loaded from a folder with a {SWEEP}; "
+                f"{after}, loaded from MODEL"
+            )
+        name = shorten(redact(str(pipeline._folder)), LONGEST_NAME)
+        raise ValueError(f"quality is {quality!r}, but {name!r} has no {SWEEP}; {after}")
     fast, best = choose(sweep.cells)
     cell = fast if quality == "fast" else best
     kind = sweep.label.partition(" ")[0]
@@ -151,33 +176,30 @@ def recommended(pipeline: Any, quality: Any) -> Cell:
     return cell
 
 
-def sweep_beside(pipeline: Any) -> Sweep:
-    """The sweep in the folder that a pipeline was loaded from.
+def sweep_beside(pipeline: Any) -> Sweep | None:
+    """The sweep in the folder that a pipeline was loaded from; None if it holds none.
 
     Raises:
-        ValueError: there is none, it can't be read, or it is of another network or process than this.
+        ValueError: it can't be read, or it is of another network, process or scheduler than the pipeline's.
     """
     folder: Path | None = pipeline._folder
-    measure = "hf-ddpm sweep MODEL DATASET --extractor NETWORK"
-    if folder is None:
-        raise ValueError(
-            f"the pipeline was not loaded from a folder with a {SWEEP}; allowed: after {measure}, loaded "
-            "from MODEL"
-        )
-    if not (folder / SWEEP).exists():
-        name = shorten(redact(str(folder)), LONGEST_NAME)
-        raise ValueError(f"model {name!r} has no {SWEEP}; allowed: after {measure}")
+    if folder is None or not (folder / SWEEP).exists():
+        return None
     sweep = read_sweep(folder)
-    ours = network_digest(pipeline.unet)
-    if ours not in (sweep.of.weights, *sweep.of.rounded):
-        raise ValueError(f"the {SWEEP} of this model is of other weights than the pipeline's; {REMEDY}")
-    if sweep.of.process != process_digest(pipeline.process):
-        raise ValueError(f"the {SWEEP} of this model is of another process than the pipeline's; {REMEDY}")
-    now, then = plain_config(pipeline.original_scheduler), sweep.of.scheduler
+    other = ""
+    if not sweep.of.is_of(network_digest(pipeline.unet)):
+        other = "other weights"
+    elif sweep.of.process != process_digest(pipeline.process):
+        other = "another process"
+    elif sweep.of.prediction_type != pipeline.prediction_type:
+        other = "another prediction type"
+    if other:
+        raise ValueError(f"the {SWEEP} of this model is of {other} than the pipeline's; {REMEDY}")
+    now, then = plain_config(pipeline), sweep.of.scheduler
     # A key that another version of diffusers has more or less is no difference
     if differ := [key for key in now if key in then and now[key] != then[key]]:
         raise ValueError(
-            f"the scheduler that the pipeline was loaded with has another {differ[0]} than in {SWEEP}: "
-            f"{shown(now[differ[0]])}, not {shown(then[differ[0]])}; {REMEDY}"
+            f"the scheduler that the pipeline was loaded with has {differ[0]} {shown(now[differ[0]])}, but "
+            f"{SWEEP} was measured with {shown(then[differ[0]])}; {REMEDY}"
         )
     return sweep

@@ -6,6 +6,7 @@ images.
 Each file has a note, "sample <key> <name>", whose key is a hash of all that an image depends on.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,10 +26,11 @@ from hf_ddpm.folders.output import check_strangers, output_folder
 from hf_ddpm.generation.grids import class_grid, image_grid, is_whole, read_note, save_image
 from hf_ddpm.generation.measured import check_ending, ending_decoder, measured_errors
 from hf_ddpm.generation.pipeline import PIL_CHANNELS, DDPMPipeline, count_images
+from hf_ddpm.generation.quality import check_quality, give_quality
 from hf_ddpm.generation.samplers import respace, sampler_class, swap_scheduler, whole_config
 from hf_ddpm.models import num_classes, weights_digest
 from hf_ddpm.runtime.disk import delete_partials
-from hf_ddpm.runtime.processes import on_main_process, process_state
+from hf_ddpm.runtime.processes import held_back, on_main_process, process_state
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators
@@ -56,6 +58,7 @@ def sample(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     ending: Literal["mean", "mode", "draw"] = "mean",
+    quality: str | None = None,
 ) -> Path:
     """Write `num_images` numbered PNG files and a grid of the first hundred.
 
@@ -82,6 +85,7 @@ def sample(
         guidance_interval: the steps (lo, hi) that are guided; None for all.
         ending: an image is the x_0 that the last step predicts ("mean"), or, of a model that `hf-ddpm plan`
             has measured, the likeliest grey levels given that ("mode") or a draw of them ("draw").
+        quality: "fast" or "best": the sampler and the steps that `hf-ddpm sweep` found for the model.
 
     Returns:
         The grid's path.
@@ -95,6 +99,15 @@ def sample(
     for name, value, least in least_values:
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: whole numbers >= {least}")
+    if quality is not None:
+        check_quality(quality)
+        chosen = {"steps": steps, "scheduler": scheduler, "variance_type": variance_type}
+        chosen["timestep_spacing"] = timestep_spacing
+        for name, value in chosen.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {value!r}, but quality {quality!r} chooses it; allowed: one of the two"
+                )
     if variance_type not in (None, *FIXED, *MEASURED):
         allowed = ", ".join((*FIXED, *MEASURED))
         raise ValueError(f"variance_type is {variance_type!r}; allowed: {allowed}")
@@ -107,7 +120,7 @@ def sample(
             raise ValueError(f"timestep_spacing is {timestep_spacing!r}, but has no use without steps")
     state, folder = process_state(), Path(out).expanduser()
     with output_folder(folder, "out", lambda folder: _check_folder(folder, overwrite), state) as lock:
-        pipeline = _load(model, scheduler, variance_type, steps, timestep_spacing)
+        pipeline, steps = _load(model, scheduler, variance_type, steps, timestep_spacing, quality)
         drawn = _drawn(pipeline, ending, class_labels, guidance_scale, guidance_interval)
         if state.device is None or state.device.type == "cpu":
             at_once = min(batch_size, num_images)
@@ -142,8 +155,9 @@ def _load(
     variance_type: str | None,
     steps: int | None,
     timestep_spacing: str | None,
-) -> DDPMPipeline:
-    """The model with its sampler.
+    quality: str | None,
+) -> tuple[DDPMPipeline, int | None]:
+    """The model with its sampler, and the number of steps.
 
     Raises:
         ValueError: they can't do what is asked.
@@ -151,6 +165,10 @@ def _load(
     pipeline = DDPMPipeline.from_pretrained(model).to(process_state().device)
     if scheduler is not None:
         swap_scheduler(pipeline, scheduler)
+    if quality is not None:
+        told = process_state().is_main_process
+        with contextlib.nullcontext() if told else held_back("hf_ddpm.generation.quality"):
+            steps = give_quality(pipeline, quality)
     if timestep_spacing is not None:
         respace(pipeline, timestep_spacing)
     if variance_type is not None:
@@ -168,7 +186,7 @@ def _load(
     except ValueError as error:
         raise ValueError(str(error).replace("num_inference_steps", "steps")) from error  # its name here
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline, steps
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,25 @@ def optimal_log_variances(process: DiffusionProcess, mse: Tensor) -> Tensor:
     return log_posterior_variances(process) + torch.log1p(snr_gaps(process) * _table(process, "mse", mse))
 
 
+def log_snr(process: DiffusionProcess) -> Tensor:
+    """Log SNR_t, (T,), float64; zero terminal SNR counts as one nat below the step before."""
+    found = process.log_alphas_cumprod - process.one_minus_alphas_cumprod.log()
+    finite = found[found.isfinite()]
+    return found.clamp(min=finite.min().item() - 1 if len(finite) else 0.0)
+
+
+def averaged(position: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """Values averaged over neighbouring steps with Gaussian weights of `WIDTH`.
+
+    Args:
+        position: where each step lies, (N,), float64.
+        values: (N, G), float64.
+        weights: how much each counts for the others too, (N, G), above 0.
+    """
+    near = _weights(position, WIDTH)
+    return (near @ (values * weights)) / (near @ weights)
+
+
 def step_nats(gap: Tensor, mse: Tensor, declared: Tensor | None = None) -> Tensor:
     """What a reverse step costs whose variance is β̃ (1 + Δ m'), in nats per dimension; all broadcast.
 
@@ -257,11 +276,21 @@ def smoothed_mse(process: DiffusionProcess, squared: Tensor, pixels: Tensor) -> 
     squared, pixels = _table(process, "squared", squared), _table(process, "pixels", pixels)
     if squared.ndim != 1 or pixels.ndim != 1 or not pixels.sum() > 0:
         raise ValueError("squared and pixels hold no error; allowed: (T,) numbers, one of them above 0")
-    position = _log_snr(process)
-    weights, faint = _weights(position, WIDTH), 1e-12 * pixels.max()
-    found = _trend(position, squared, pixels)
+    return smoothed(log_snr(process), squared, pixels)
+
+
+def smoothed(position: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """The ratio of two positive tables, smoothed over a position, as in `smoothed_mse`.
+
+    Args:
+        position: where each step lies, (N,), float64.
+        sums: the numerators, (N,), float64.
+        counts: the denominators, (N,); some may be 0.
+    """
+    weights, faint = _weights(position, WIDTH), 1e-12 * counts.max()
+    found = _trend(position, sums, counts)
     for _ in range(PASSES):
-        found = found * (weights @ (squared / found) + faint) / (weights @ pixels + faint)
+        found = found * (weights @ (sums / found) + faint) / (weights @ counts + faint)
     return found
 
 
@@ -290,7 +319,7 @@ def smoothed_groups(
     if squared.ndim != 2 or squared.shape != pixels.shape:
         raise ValueError("squared and pixels differ in shape; allowed: (T, G) both")
     mse = smoothed_mse(process, squared.sum(1), pixels.sum(1))[:, None]
-    weights = _weights(_log_snr(process), WIDTH)
+    weights = _weights(log_snr(process), WIDTH)
     prior = max(prior_pixels, 1e-12) * mse
     ratio = (weights @ squared + prior) / (weights @ (pixels * mse) + prior)
     seen = weights @ pixels + 1e-12 * pixels.sum(0)  # far from any image, the share is that of all steps
@@ -313,13 +342,6 @@ def _table(process: Any, name: str, values: Any) -> Tensor:
     if table.ndim not in (1, 2) or len(table) != len(process) or not (table.isfinite() & (table >= 0)).all():
         raise ValueError(f"{name} is {described(values)}; allowed: {allowed}")
     return table
-
-
-def _log_snr(process: DiffusionProcess) -> Tensor:
-    """Log SNR_t, (T,); zero terminal SNR counts as one nat below the step before."""
-    found = process.log_alphas_cumprod - process.one_minus_alphas_cumprod.log()
-    finite = found[found.isfinite()]
-    return found.clamp(min=finite.min().item() - 1 if len(finite) else 0.0)
 
 
 def _weights(position: Tensor, width: float) -> Tensor:

@@ -9,12 +9,15 @@ chain should have, which steps are best, and what the bound will be:
 with Δ = SNR_prev − SNR_t; chains.py has the formulas. At t = 0 both take the σ of L_0 that makes the images
 that were measured likeliest. It is not √m_0, as the decoder's law is Gaussian and the errors' is not.
 
+The decoder "levels" knows how often the images have each grey level, and takes the σ of any step where a
+chain may end (levels.py). With it the best chain may end at a later step than 0.
+
 Measure on training images: numbers made from the images that are scored would flatter the score. The file
 knows tables and a network's answers, and neither data sets nor files.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,23 +36,23 @@ from hf_ddpm.likelihood.chains import (
     best_chains,
     chain_nats,
     log_posterior_variances,
+    log_snr,
     pair_nats,
     prior_nats,
     smoothed_groups,
     smoothed_mse,
 )
+from hf_ddpm.likelihood.curves import LOG_SIGMAS, lowest, value_at
+from hf_ddpm.likelihood.levels import LevelFit, LevelSums, decoder_steps, fit_levels
 from hf_ddpm.parametrization import to_x0
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import FIXED, MEASURED, VALUE_BINS, VarianceByValue, value_bins
 
-# The log σ at which L_0 is measured: half of a level's width is 1/255, and a third of that e^−6.6, so that
-# below −8 a smaller σ gains nothing; 1 is half of the range of the images
-LOG_SIGMAS = tuple(np.linspace(-8, 0, 33).tolist())
+COSTED = ("exact", "levels")  # the decoders of which it says what they cost
 PRIOR_PIXELS = 10.0  # like all others, added to each bin of values for its variance
 DECODER_EVALS = 200  # the fewest evaluations at t = 0
 LARGEST_GAP = 1.0  # in nats of SNR between two steps, for the share of evaluations that the later one gets
-NEAR = 5  # points of a curve that are interpolated at once
 
 
 def steps_to_measure(process: DiffusionProcess, evaluations: int) -> Tensor:
@@ -57,7 +60,7 @@ def steps_to_measure(process: DiffusionProcess, evaluations: int) -> Tensor:
 
     One in twenty, but at least `DECODER_EVALS`, goes to t = 0, which also settles L_0. Of the others, a half
     is spread evenly over the steps and a half evenly over log SNR, as smoothing can't average where the first
-    few steps lie far apart.
+    few steps lie far apart. Where a chain may end, they go to the nearest one of `levels.decoder_steps`.
 
     Args:
         process: the chain.
@@ -79,6 +82,11 @@ def steps_to_measure(process: DiffusionProcess, evaluations: int) -> Tensor:
     share = 0.5 / len(gap) + 0.5 * gap / gap.sum()
     places = (torch.arange(evaluations - at_0, dtype=torch.float64) + 0.5) / (evaluations - at_0)
     later = 1 + torch.searchsorted(share.cumsum(0), places).clamp(max=total - 2)
+    ends = decoder_steps(process)[1:]
+    if len(ends):
+        position = log_snr(process)
+        nearest = ends[(position[later, None] - position[ends]).abs().argmin(1)]
+        later = torch.where(later <= ends[-1], nearest, later)
     return torch.cat([torch.zeros(at_0, dtype=torch.int64), later])
 
 
@@ -91,11 +99,14 @@ class ErrorSums:
         pixels: how many pixels these are, (B, 32), int64.
         decoder_nats: of the images at t = 0, the sum of −log p(x_0 | x_t) over all pixels of each bin, for
             each σ of `LOG_SIGMAS`, (32, 33), float64.
+        levels_nats: the same of the decoder by grey levels, of each of the n images that are at one of
+            `decoder_steps`, in their order, (n, 32, 33), float64; n is 0 where it was not asked for.
     """
 
     squared: Tensor
     pixels: Tensor
     decoder_nats: Tensor
+    levels_nats: Tensor
 
     __repr__ = fields_line
 
@@ -110,6 +121,7 @@ def error_sums(
     *,
     prediction_type: str = "epsilon",
     clip_x0: bool = True,
+    level_sums: LevelSums | None = None,
 ) -> ErrorSums:
     """The errors of the network's x̂_0 at x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, by the value of x̂_0.
 
@@ -121,6 +133,7 @@ def error_sums(
         noise: ε ~ N(0, I), shape of x_0.
         prediction_type: what the network predicts, one of `PREDICTION_TYPES`.
         clip_x0: clip x̂_0 to [−1, 1], as the bound for which this is measured does.
+        level_sums: knows the grey levels, to measure the decoder by them too.
 
     Raises:
         ValueError: an argument is not as above, or the network's answer has another shape.
@@ -146,7 +159,11 @@ def error_sums(
         for i, log_sigma in enumerate(LOG_SIGMAS):
             nats = -log_decoder(x_0[first], mean_x0[first], 2 * log_sigma)
             curve[:, i] = _per_bin(nats, bins[first]).sum(0)
-    return ErrorSums(squared.cpu(), pixels.cpu(), curve.cpu())
+    by_levels = squared.new_zeros(0, VALUE_BINS, len(LOG_SIGMAS)).cpu()
+    if level_sums is not None:
+        ends = torch.isin(t.cpu(), decoder_steps(process)).to(t.device)
+        by_levels = level_sums(x_0[ends], mean_x0[ends])
+    return ErrorSums(squared.cpu(), pixels.cpu(), curve.cpu(), by_levels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +177,9 @@ class Errors:
         decoder_nats: the sum of −log p(x_0 | x_{t=0}) over all pixels of each bin, for each σ of
             `LOG_SIGMAS`, (32, 33), float64.
         levels: how often the images have each grey level, for each channel, (C, 256), int64.
+        levels_nats: the sum of −log P(x_0 | x_t) of the decoder by grey levels over all pixels of each bin,
+            for each of the `decoder_steps` and each σ, (R, 32, 33), float64; None where an earlier version
+            measured.
 
     Raises:
         ValueError: a table of another shape, numbers that are not finite, below 0 or so large that they would
@@ -172,6 +192,7 @@ class Errors:
     pixels: Tensor
     decoder_nats: Tensor
     levels: Tensor
+    levels_nats: Tensor | None = None
 
     __repr__ = fields_line
 
@@ -187,10 +208,14 @@ class Errors:
             "decoder_nats": (VALUE_BINS, len(LOG_SIGMAS)),
             "levels": (None, LEVELS),
         }
+        if self.levels_nats is not None:
+            shapes["levels_nats"] = (len(decoder_steps(self.process)), VALUE_BINS, len(LOG_SIGMAS))
         for name, shape in shapes.items():
             allowed = f"finite numbers >= 0, ({', '.join('C' if n is None else str(n) for n in shape)})"
             found = as_numbers(name, getattr(self, name), allowed)
-            fits = found.ndim == 2 and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
+            fits = found.ndim == len(shape) and all(
+                n in (None, m) for n, m in zip(shape, found.shape, strict=True)
+            )
             if not fits or not (found.isfinite() & (found >= 0)).all():
                 raise ValueError(f"{name} is {described(getattr(self, name))}; allowed: {allowed}")
             object.__setattr__(self, name, found)
@@ -229,12 +254,12 @@ class Errors:
     @cached_property
     def decoder_sigma(self) -> float:
         """The σ of L_0 that makes the measured images likeliest."""
-        return math.exp(_lowest(self._decoder)[0])
+        return math.exp(lowest(self._decoder)[0])
 
     @cached_property
     def decoder_sigma_by_value(self) -> Tensor:
         """The same for each bin of x̂_0's value, (32,), float64."""
-        return torch.from_numpy(np.exp([_lowest(curve)[0] for curve in self._decoder_by_value]))
+        return torch.from_numpy(np.exp([lowest(curve)[0] for curve in self._decoder_by_value]))
 
     @cached_property
     def second_moment(self) -> float:
@@ -282,6 +307,17 @@ class Errors:
         table = torch.cat([2 * start.log()[None], later])
         return VarianceByValue(table) if by_value else table[:, 0]
 
+    @cached_property
+    def _by_levels(self) -> LevelFit:
+        """The decoder by grey levels at every step where a chain may end."""
+        if self.levels_nats is None:
+            raise ValueError(
+                "the errors were measured by an earlier version, without the decoder levels; allowed: "
+                "measure them anew with hf-ddpm plan"
+            )
+        seen = self.pixels[decoder_steps(self.process)]
+        return fit_levels(self.process, self.x0_mse, self.levels_nats, seen, PRIOR_PIXELS)
+
     def decoder(self, process: DiffusionProcess, name: str = "levels") -> LevelsDecoder:
         """The decoder L_0 of a chain, as `bound_term` and the functions beside it take it.
 
@@ -290,81 +326,116 @@ class Errors:
             name: "levels".
 
         Raises:
-            ValueError: another name, or a chain of another process.
+            ValueError: another name, a chain of another process, one whose first step is too late for a
+                decoder, or errors that an earlier version measured.
         """
         if name != "levels":
             raise ValueError(f"decoder is {described(name)}; allowed: levels")
-        first = self._index(process)[0]
-        scale = 0.5 * (self.x0_mse[first] / self.x0_mse[0].clamp(min=1e-300)).log()
-        return LevelsDecoder(smoothed_levels(self.levels), math.log(self.decoder_sigma) + scale)
+        first = self._first_step(int(self._index(process)[0]), name)
+        return LevelsDecoder(smoothed_levels(self.levels), self._by_levels.log_sigma[first])
 
-    def costs(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _first_step(self, step: int, decoder: str) -> int:
+        """A step at which a chain is to end, if the decoder was measured there."""
+        last = len(self._by_levels.nats) - 1 if decoder == "levels" else 0
+        if not 0 <= step <= last:
+            allowed = f"0..{last}" if last else "0"
+            raise ValueError(
+                f"the chain begins at step {step}; allowed with the decoder {decoder}: {allowed}, where it "
+                "was measured"
+            )
+        return step
+
+    def costs(
+        self, kind: str, decoder: str = "exact", last_step: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What every step costs under a variance, for `chains.best_chains` and `chains.chain_nats`.
 
         Args:
             kind: "fixed_small", "fixed_large", "optimal" or "by-value".
+            decoder: "exact" or "levels".
+            last_step: the step at which chains end; by default any at which the decoder was measured, which
+                is 0 for "exact".
 
         Returns:
-            L_0(t), (T,), ∞ but at t = 0; L(s ← t), (T, T); L_T(t), (T,). Nats per dimension, float64.
+            L_0(t), (T,), ∞ where no chain ends; L(s ← t), (T, T); L_T(t), (T,). Nats per dimension, float64.
 
         Raises:
-            ValueError: an unknown kind.
+            ValueError: an unknown kind or decoder, a step at which the decoder was not measured, or errors
+                that an earlier version measured.
         """
+        if decoder not in COSTED:
+            raise ValueError(f"decoder is {described(decoder)}; allowed: {', '.join(COSTED)}")
+        if last_step is not None:
+            check_count("last_step", last_step, 0)
+            self._first_step(last_step, decoder)
         first = torch.full((len(self.process),), torch.inf, dtype=torch.float64)
         prior = prior_nats(self.process, self.second_moment)
         if kind == "by-value":
+            pairs = pair_nats(self.process, self.x0_mse_by_value, self.value_shares, self.declared_by_value)
+        elif kind == "optimal":
+            pairs = pair_nats(self.process, self.x0_mse)
+        elif kind in FIXED:
+            noise = self.process.one_minus_alphas_cumprod
+            declared = torch.zeros_like(noise) if kind == "fixed_small" else noise
+            pairs = pair_nats(self.process, self.x0_mse, declared=declared)
+        else:
+            raise ValueError(f"variance is {described(kind)}; allowed: {', '.join((*FIXED, *MEASURED))}")
+        if decoder == "levels":
+            nats = self._by_levels.nats
+            which = slice(len(nats)) if last_step is None else last_step
+            first[which] = nats[which]
+        elif kind == "by-value":
             share = self.pixels[0] / self.pixels[0].sum()
             seen = self.decoder_nats.numpy() / np.maximum(self.pixels[0].numpy(), 1)[:, None]
             chosen = self.decoder_sigma_by_value.log().tolist()
-            found = [_value(curve, log_sigma) for curve, log_sigma in zip(seen, chosen, strict=True)]
+            found = [value_at(curve, log_sigma) for curve, log_sigma in zip(seen, chosen, strict=True)]
             first[0] = (share * first.new_tensor(found)).sum()
-            pairs = pair_nats(self.process, self.x0_mse_by_value, self.value_shares, self.declared_by_value)
-            return first, pairs, prior
-        if kind == "optimal":
-            first[0] = _lowest(self._decoder)[1]
-            return first, pair_nats(self.process, self.x0_mse), prior
-        if kind not in FIXED:
-            raise ValueError(f"variance is {described(kind)}; allowed: {', '.join((*FIXED, *MEASURED))}")
-        noise = self.process.one_minus_alphas_cumprod
-        declared = torch.zeros_like(noise) if kind == "fixed_small" else noise
-        pairs = pair_nats(self.process, self.x0_mse, declared=declared)
-        # The σ of L_0 is β̃ of the second step, so that L_0 depends on this one
-        first[0] = 0
-        sigmas = 0.5 * log_posterior_variances(self.process)[0, 1:]
-        pairs[0, 1:] += first.new_tensor([_value(self._decoder, float(log_sigma)) for log_sigma in sigmas])
+        elif kind == "optimal":
+            first[0] = lowest(self._decoder)[1]
+        else:
+            # The σ of L_0 is β̃ of the second step, so that L_0 depends on this one
+            first[0] = 0
+            sigmas = 0.5 * log_posterior_variances(self.process)[0, 1:]
+            pairs[0, 1:] += first.new_tensor([value_at(self._decoder, float(sigma)) for sigma in sigmas])
         return first, pairs, prior
 
-    def best_chains(self, kind: str, most: int = 200) -> BestChains:
+    def best_chains(
+        self, kind: str, most: int = 200, decoder: str = "exact", last_step: int | None = None
+    ) -> BestChains:
         """The best chain of every number of steps up to `most`, and what it is predicted to cost.
 
         Args:
             kind: the variance, as in `costs`. A fixed one has no chain of one step.
             most: the largest number of steps.
+            decoder: as in `costs`; with "levels" the best chain may end at a later step than 0.
+            last_step: as in `costs`.
 
         Raises:
-            ValueError: an unknown kind, or a number below 1.
+            ValueError: as in `costs`, or a number below 1.
         """
-        found = best_chains(*self.costs(kind), most)
+        found = best_chains(*self.costs(kind, decoder, last_step), most)
         if kind in FIXED:
             found.nats[0] = torch.inf  # these need a second step, whose β̃ is the variance of L_0
         return found
 
-    def predicted_bpd(self, process: DiffusionProcess, kind: str) -> float:
+    def predicted_bpd(self, process: DiffusionProcess, kind: str, decoder: str = "exact") -> float:
         """The bits/dim that a chain is predicted to have on new images of the same kind.
 
         Args:
-            process: the whole chain or one of fewer steps, which begins at step 0.
+            process: the whole chain or one of fewer steps.
             kind: the variance, as in `costs`.
+            decoder: as in `costs`.
 
         Raises:
-            ValueError: an unknown kind, a chain of another process, or one that begins above step 0.
+            ValueError: an unknown kind or decoder, a chain of another process, or one that begins at a step
+                where the decoder was not measured.
         """
         kept = self._index(process).tolist()
         if kind in FIXED and len(kept) == 1:
             raise ValueError(f"the chain has one step; allowed with {kind}: at least 2")
-        if kept[0] != 0:
-            raise ValueError(f"the chain begins at step {kept[0]}; allowed: 0, where L_0 was measured")
-        return chain_nats(kept, *self.costs(kind)) / math.log(2)
+        costs = self.costs(kind, decoder)
+        self._first_step(kept[0], decoder)
+        return chain_nats(kept, *costs) / math.log(2)
 
     def _index(self, process: DiffusionProcess) -> Tensor:
         """The steps of the whole chain that a chain visits, (K,)."""
@@ -385,26 +456,3 @@ def _per_bin(values: Tensor, bins: Tensor) -> Tensor:
     """The sum over the pixels of each bin, (B, 32)."""
     found = values.new_zeros(len(values), VALUE_BINS)
     return found.scatter_add_(1, bins.flatten(1), values.flatten(1))
-
-
-def _near(curve: np.ndarray, place: int) -> np.polynomial.Polynomial:
-    """The polynomial through the points of a curve over `LOG_SIGMAS` that lie nearest to a place."""
-    start = min(max(place - NEAR // 2, 0), len(curve) - NEAR)
-    part = slice(start, start + NEAR)
-    return np.polynomial.Polynomial.fit(LOG_SIGMAS[part], curve[part], NEAR - 1)
-
-
-def _value(curve: np.ndarray, log_sigma: float) -> float:
-    """A curve at one log σ; outside of `LOG_SIGMAS` it is that of the end."""
-    log_sigma = min(max(log_sigma, LOG_SIGMAS[0]), LOG_SIGMAS[-1])
-    return float(_near(curve, int(np.abs(np.subtract(LOG_SIGMAS, log_sigma)).argmin()))(log_sigma))
-
-
-def _lowest(curve: np.ndarray) -> tuple[float, float]:
-    """Where a curve over `LOG_SIGMAS` is lowest, and its value there."""
-    place = int(curve.argmin())
-    points: Sequence[float] = np.linspace(
-        LOG_SIGMAS[max(place - 1, 0)], LOG_SIGMAS[min(place + 1, len(curve) - 1)], 501
-    ).tolist()
-    values = _near(curve, place)(np.array(points))
-    return points[int(values.argmin())], float(values.min())

@@ -33,9 +33,12 @@ from hf_ddpm.folders.layout import (
     SAMPLES_PICTURE,
     SCHEDULER_FILE,
     SHOWN,
+    SWEEP,
+    SWEEP_PLOT,
     UNET,
 )
 from hf_ddpm.folders.numbers import TASK, card_words, check_report, hub_results, training_words
+from hf_ddpm.folders.sweep import sweep_of, sweep_words
 from hf_ddpm.models import NETWORKS
 from hf_ddpm.runtime.hub import check_branch, check_license, check_repo_id
 from hf_ddpm.runtime.messages import CONTROL, redact
@@ -105,6 +108,9 @@ def make_card(files: Files, facts: CardFacts) -> str:
     config, evaluation = read_json_file(files, RECORD), read_json_file(files, EVALUATION)
     if evaluation:
         check_report(evaluation)
+    sweep = read_json_file(files, SWEEP)
+    if sweep:
+        sweep_of(sweep)
     license = facts.license or config.get("license")
     dataset_license = facts.dataset_license or config.get("dataset_license")
     if config.get("dataset") == "digits" and facts.dataset_id is None:
@@ -112,7 +118,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
     for key, value in (("license", license), ("dataset_license", dataset_license)):
         if value is not None:
             check_license(key, value)
-    said = as_text({"config": config, "schedule": _schedule(files), "evaluation": evaluation})
+    said = as_text({"config": config, "schedule": _schedule(files), "evaluation": evaluation, "sweep": sweep})
     dataset, training = said["config"].get("dataset"), training_words(as_text(facts.training))
 
     def id_of(name: str | None) -> str | None:
@@ -133,7 +139,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         eval_results=hub_results(_with_texts(evaluation, _plain), id_of),
     )
     command = _text(files, COMMANDS) or (_plain(_command(config)) if config else None)
-    measured = _plain(evaluation.get("command") or "")
+    measured, swept = (_plain(report.get("command") or "") for report in (evaluation, sweep))
     words = {
         "mark": MARK,
         "name": name,
@@ -154,6 +160,10 @@ def make_card(files: Files, facts: CardFacts) -> str:
         **card_words(said["evaluation"], call),
         "evaluation_command": measured,
         "evaluation_fence": fence(measured, 3),
+        "sweep": sweep_words(sweep_of(said["sweep"]), call) if sweep else None,
+        "sweep_plot": SWEEP_PLOT if sweep and SWEEP_PLOT in files else None,
+        "sweep_command": swept,
+        "sweep_fence": fence(swept, 3),
         "training": training,
         "seed": said["config"].get("seed"),
         "dataset": call(dataset),

@@ -40,6 +40,8 @@ from hf_ddpm.folders.layout import (
     SCHEDULER_CONFIG,
     SCHEDULER_FILE,
     SHOWN,
+    SWEEP,
+    SWEEP_PLOT,
     TENSORS,
     TRAINED_ON,
     UNET,
@@ -50,6 +52,7 @@ from hf_ddpm.folders.layout import (
     weights_name,
 )
 from hf_ddpm.folders.numbers import last_numbers, measured_weights
+from hf_ddpm.folders.sweep import read_sweep
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.models import NETWORKS, weights_digest
 from hf_ddpm.publishing.card import MARK, CardFacts, make_card
@@ -199,7 +202,8 @@ def collect(
     """What of a model's folder goes to the Hub: the pipeline, its card, pictures, evaluation and config.
 
     Checkpoints, optimizer states, logs, held-out numbers and anything else stay. Numbers and plots of an
-    evaluation, and the errors that `hf-ddpm plan` measured, go only if they are of the weights that are sent.
+    evaluation, and what `hf-ddpm plan` and `hf-ddpm sweep` measured, go only if they are of the weights that
+    are sent.
     With the main weights go what a person wrote of them, `notes.md` and `commands.sh`, and the pictures
     training.png, progressive.png and interpolation.png. A README.md that hf_ddpm did not write is sent as it
     is, instead of a card.
@@ -244,19 +248,21 @@ def collect(
     # What was said and measured of it, in files of their own
     if config:
         files |= {name: folder / name for name in (RECORD, TRAINED_ON) if (folder / name).is_file()}
-    measured = [name for name in (EVALUATION, ERRORS) if (folder / name).is_file()]
+    measured = [name for name in (EVALUATION, ERRORS, SWEEP) if (folder / name).is_file()]
     _refuse_links(folder, [folder / name for name in measured])
     digest = _digest(folder, index, list(weights.values())) if measured else ""
     if _is_of(folder, EVALUATION, lambda: measured_weights(read_json(folder / EVALUATION)), digest):
         files |= {name: folder / name for name in (EVALUATION, *PLOTS) if (folder / name).is_file()}
     if _is_of(folder, ERRORS, lambda: errors_of(folder).weights, digest):
         files[ERRORS] = folder / ERRORS
+    if _is_of(folder, SWEEP, lambda: digest if read_sweep(folder).of.is_of(digest) else None, digest):
+        files |= {name: folder / name for name in (SWEEP, SWEEP_PLOT) if (folder / name).is_file()}
     if is_main:
         if grid := newest_grid(folder):
             files[SAMPLES_PICTURE] = grid
         files |= {name: folder / name for name in (*TOLD, *DRAWN) if (folder / name).is_file()}
     _refuse_links(folder, [folder / RECORD, folder / EVALUATION, folder / CARD, *files.values()])
-    for name in {RECORD, EVALUATION, *TOLD} & set(files):
+    for name in {RECORD, EVALUATION, SWEEP, *TOLD} & set(files):
         files[name] = redact(_text(folder / name)).encode()
     if picture is not None:
         files[SAMPLES_PICTURE] = _readable_picture(Path(picture).expanduser())
@@ -307,7 +313,7 @@ def needed_files(run: Path) -> list[Path]:
         ValueError: one of them is a link out of the folder.
     """
     names = (INDEX, SCHEDULER_FILE, NETWORK_FILE, RECORD, TRAINED_ON, EVALUATION, ERRORS, LABELS, CARD, LOG)
-    names += (*TOLD, *DRAWN, *PLOTS)
+    names += (SWEEP, SWEEP_PLOT, *TOLD, *DRAWN, *PLOTS)
     found = [run / name for name in names if (run / name).is_file()]
     found += [grid] if (grid := newest_grid(run)) else []
     found += _weights(run).values()

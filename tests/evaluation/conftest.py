@@ -7,6 +7,7 @@ import pytest
 import hf_ddpm.evaluation.evaluate
 import hf_ddpm.evaluation.memorisation
 import hf_ddpm.evaluation.plots
+import hf_ddpm.evaluation.sweep
 from hf_ddpm.denoiser import Counted
 from hf_ddpm.metrics import Extractor
 
@@ -31,6 +32,7 @@ def pictures(request, monkeypatch):
         for module, name in (
             (hf_ddpm.evaluation.evaluate, "plot_bits_per_step"),
             (hf_ddpm.evaluation.evaluate, "plot_rate_distortion"),
+            (hf_ddpm.evaluation.sweep, "plot_sweep"),
             (hf_ddpm.evaluation.plots, "plot_reconstructions"),
             (hf_ddpm.evaluation.memorisation, "plot_reconstructions"),
         ):

@@ -33,8 +33,7 @@ def test_comparisons_that_are_refused(tiny_folder, tmp_path, capfd):
             (["--seed", 1], "seed 0, this one has 1; allowed: equal"),
             (["--num-images", 3], "other images; allowed: the same"),
             (["--num-evals-per-image", 5], "evaluations_per_image 4, this one has 5; allowed: equal"),
-            (["--decoder", "tanh"], "decoder 'exact', this one has 'tanh'; allowed: equal"),
-            (["--steps", 5], "steps 20, this one has 5; allowed: equal"),
+            (["--clip-x0", "false"], "--clip-x0 True, this one has False; allowed: equal"),
             (["--pilot-images", 2], "--pilot-images 0, this one has 2; allowed: equal"),
         ]
     ):
@@ -68,6 +67,21 @@ def test_comparing_exact_evaluations_of_two_seeds_is_refused(tiny_folder, tmp_pa
     flags = ["--exact", "--seed", 1, "--compare-with", tmp_path / "a"]
     line = refused(capfd, tiny_folder, data, "--out", tmp_path / "b", *flags)
     assert "with seed 0, this one has 1; allowed: equal" in line
+
+
+def test_another_chain_and_decoder_are_compared_image_by_image(tiny_folder, tmp_path, capsys):
+    _, theirs = run(tiny_folder, tmp_path / "a", *FEW)
+    for i, (flags, words) in enumerate(
+        [
+            (["--decoder", "tanh"], "20 steps (even), decoder tanh"),
+            (["--steps", 5, "--chain", "quadratic"], "5 steps (quadratic), decoder exact"),
+        ]
+    ):
+        report, ours = run(tiny_folder, tmp_path / str(i), *FEW, *flags, "--compare-with", tmp_path / "a")
+        found = report["comparison"]
+        assert found["chains"] == [words, "20 steps (even), decoder exact"]
+        assert f"; {words} - 20 steps (even), decoder exact)" in capsys.readouterr().out
+        np.testing.assert_allclose(found["difference_bpd"], (ours["bpd"] - theirs["bpd"]).mean(), rtol=1e-12)
 
 
 def test_comparing_one_image(tiny_folder, tmp_path):

@@ -11,11 +11,13 @@ import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import main
+from hf_ddpm.decoders import DECODERS
+from hf_ddpm.evaluation.config import DECODERS as DECODER_NAMES
 from hf_ddpm.evaluation.config import MEASURED as NAMES
 from hf_ddpm.evaluation.errors import steps_of_images
 from hf_ddpm.evaluation.errors_config import FEWEST_EVALS
 from hf_ddpm.folders.layout import ERRORS
-from hf_ddpm.likelihood import estimate_bound
+from hf_ddpm.likelihood import estimate_bound, evaluate_bound, image_noise
 from hf_ddpm.likelihood.errors import DECODER_EVALS, MEASURED, steps_to_measure
 from hf_ddpm.publishing.publish import collect
 from tests.evaluation import commands
@@ -58,6 +60,7 @@ def tables(folder):
 
 
 def test_constants_agree():
+    assert tuple(DECODERS) == DECODER_NAMES
     assert NAMES == MEASURED and FEWEST_EVALS == DECODER_EVALS + 1
 
 
@@ -73,10 +76,10 @@ def test_the_plan_says_bits_and_what_to_type(model, tmp_path, capfd):
     folder = shutil.copytree(model, tmp_path / "model")
     plan(folder)
     out = capfd.readouterr().out
-    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.MULTILINE)
+    rows = re.findall(r"^ +(\d+)((?: +\d+\.\d+){5}) +(\d+)$", out, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [5, 10, 20, 50, 60]
-    for *_, optimal, by_value in (tuple(map(float, row)) for row in rows):
-        assert by_value <= optimal
+    for _, optimal, by_value, by_levels in (tuple(map(float, row[1].split()))[1:] for row in rows):
+        assert by_levels < by_value <= optimal
     assert f"table: {folder / ERRORS}" in out
     command = re.search(r"next, on images .*:\n\n  hf-ddpm ((.*\\\n)*.*)\n", out).group(1)
     main([*command.replace("\\\n", " ").split(), "--num-images", "5"])
@@ -136,6 +139,33 @@ def test_a_killed_plan_goes_on(planned, model, tmp_path, evaluations):
         assert_same(tables(folder)[name], table)
 
 
+def test_evaluations_with_the_decoder_by_grey_levels(planned, tmp_path, capsys):
+    few = ("--num-images", 6, "--steps", 12, "--chain", "chosen", "--variance", "by-value", "--exact")
+    _, plain = commands.run(planned, tmp_path / "plain", *few)
+    how = (*few, "--decoder", "levels")
+    report, tensors = commands.run(planned, tmp_path / "auto", *how, "--compare-with", tmp_path / "plain")
+    last = report["few_steps"]["last_step"]
+    assert report["method"]["decoder"] == "levels" and last == report["few_steps"]["timesteps"][0]
+    said = capsys.readouterr().out
+    assert "bits/dim (by-value, decoder levels)" in said and "12 steps (chosen), decoder levels - 12" in said
+    assert (tensors["bpd"] < plain["bpd"]).all()
+    report, other = commands.run(planned, tmp_path / "9", *how, "--last-step", 9)
+    assert report["few_steps"]["timesteps"][0] == 9
+    assert "its decoder starts at step 9" in capsys.readouterr().out
+    errors, pipeline = DDPMPipeline.from_pretrained(planned).errors, DDPMPipeline.from_pretrained(planned)
+    process = pipeline.process.respaced(report["few_steps"]["timesteps"])
+    images = digits_at(other["image_indices"])
+    found = evaluate_bound(
+        process,
+        lambda x, t: pipeline.unet(x, t).sample,
+        images,
+        noise_fn=image_noise(0, other["image_indices"].tolist(), images),
+        variance_type=errors.errors.variance(process, "by-value"),
+        decoder=errors.errors.decoder(process, "levels"),
+    )
+    torch.testing.assert_close(found.total_bpd, other["bpd"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_evaluations_with_every_variance_and_chain(planned, tmp_path):
     few = ("--num-images", 6, "--num-evals-per-image", 4, "--steps", 12)
@@ -163,7 +193,8 @@ def test_evaluations_with_every_variance_and_chain(planned, tmp_path):
 
 def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
     out = ("--out", tmp_path / "out", "--num-images", 4)
-    by_value = ("--variance", "by-value")
+    by_value, by_levels = ("--variance", "by-value"), ("--decoder", "levels")
+    chosen = ("--steps", 5, "--chain", "chosen")
     for words, said in (
         ((planned, "digits", "--split", "train", *by_value), "measured on these images ('digits', 'train')"),
         ((planned, "digits", "--no-clip", *by_value), "unknown argument"),
@@ -177,7 +208,7 @@ def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
         ((planned, "digits", "--errors", planned), "--errors is"),
         (
             (planned, "digits", "--errors", planned, "--variance", "fixed_small"),
-            "but has no use without --variance-type optimal or by-value, or a chosen chain",
+            "but has no use without --variance-type optimal or by-value, a chosen chain, or decoder levels",
         ),
         (
             (planned, "digits", "--errors", planned, "--steps", 5, "--chain", "quadratic"),
@@ -185,6 +216,25 @@ def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
         ),
         ((planned, "digits", "--steps", 5, "--first-variance", "full", *by_value), "has no use with"),
         ((planned, "digits", "--variance", "optimum"), "did you mean 'optimal'?"),
+        ((planned, "digits", "--decoder", "level"), "did you mean 'levels'?"),
+        ((planned, "digits", "--split", "train", *by_levels), "measured on these images"),
+        ((model, "digits", *by_levels), "has no errors.safetensors; allowed: after hf-ddpm plan"),
+        (
+            (planned, "digits", "--steps", 5, "--first-variance", "full", *by_levels),
+            "has no use with decoder",
+        ),
+        ((planned, "digits", *chosen, "--last-step", 3), "--last-step is 3, but has no use"),
+        ((planned, "digits", "--steps", 5, *by_levels, "--last-step", 3), "--last-step is 3, but has no use"),
+        (
+            (planned, "digits", *chosen, *by_levels, "--last-step", "x"),
+            "--last-step is 'x'; allowed: auto",
+        ),
+        ((planned, "digits", *chosen, *by_levels, "--last-step", -1), "--last-step is '-1'; allowed: auto"),
+        ((planned, "digits", *chosen, *by_levels, "--last-step", 1.5), "--last-step is '1.5'; allowed: auto"),
+        (
+            (planned, "digits", *chosen, *by_levels, "--last-step", 55),
+            "--last-step is 55 for 5 steps",
+        ),
         ((planned, "digits", "--steps", 61, "--chain", "chosen", *by_value), "--steps is 61; allowed: <= 60"),
         ((planned, "digits", "--errors", tmp_path / "no", *by_value), "there is no file named"),
     ):

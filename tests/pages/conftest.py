@@ -1,4 +1,4 @@
-"""The folder in which the pages' blocks are run: a clone's root, with photos and small runs in it."""
+"""The folder in which the pages' blocks are run: a clone's root, with photos and small models in it."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ddpm import TrainConfig, create_model, train
+from hf_ddpm import DDPMPipeline, DDPMScheduler, TrainConfig, create_model, train
 from tests.pages.reading import ROOT
 
 # Not of a clone, or made by the blocks
@@ -45,6 +45,9 @@ def made(tmp_path_factory):
     shutil.copytree(root / "runs" / "photos", root / "runs" / "other")
     network = create_model("tiny", image_size=32, channels=3)
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(root / "my-model")
+    pipeline = DDPMPipeline(create_model("tiny", num_classes=2), DDPMScheduler())
+    pipeline.id2label = {0: "boot", 1: "bag"}
+    pipeline.save_pretrained(root / "runs" / "clothes")
     (root / "run.toml").write_text('dataset = "digits"\n')
     return root
 

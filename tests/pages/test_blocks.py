@@ -27,7 +27,9 @@ SHORT = {
     "interpolate": "--num-images 2 --steps 4",
     "publish": "",
     "export": "",
+    "inpaint": "--steps 4 --resample 2",
     "plan": "",
+    "sweep": "--num-samples 10 --steps 2,3",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
 LARGE = ("cifar10", "256")  # networks that are replaced by the smallest one
@@ -37,9 +39,11 @@ CALLS = {
     "sample": "hf_ddpm.generation.sample.sample",
     "evaluate": "hf_ddpm.evaluation.evaluate.evaluate",
     "interpolate": "hf_ddpm.pictures.draw_interpolation",
+    "inpaint": "hf_ddpm.pictures.draw_inpainting",
     "export": "hf_ddpm.generation.export.export",
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
+    "sweep": "hf_ddpm.evaluation.sweep.sweep",
 }
 
 
