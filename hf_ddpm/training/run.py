@@ -184,7 +184,9 @@ class Run:
         self.config = config = settle_model(config, stream, self.state, model is not None)
         self.is_own = model is not None or objective is not None
         self.heldout = HeldOut(config, self.folder, accelerator, stream) if config.evaluate_every else None
-        self.grids = SampleGrids(config, self.folder, accelerator, self.scheduler, stream.shape)
+        self.grids = SampleGrids(
+            config, self.folder, accelerator, self.scheduler, stream.shape, stream.class_names
+        )
 
         # What is minimised, and at which steps
         self._own_objective = None if objective is None else _name_of(objective)
