@@ -37,9 +37,13 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
     (
         "process",
         "The process",
-        {"process": ["DiffusionProcess"], "schedules": ["make_betas", "spaced_timesteps"]},
+        {
+            "process": ["DiffusionProcess"],
+            "schedules": ["make_betas", "spaced_timesteps"],
+            "spacing": ["sampling_steps", "start_step"],
+        },
     ),
-    ("gaussian", "Gaussians and the decoder", {"gaussian": []}),
+    ("gaussian", "Gaussians and the decoder", {"gaussian": [], "decoders": []}),
     ("scheduler", "The scheduler", {"scheduler": ["DDPMScheduler"]}),
     ("likelihood", "The bound", {"likelihood": []}),
     (
@@ -71,6 +75,7 @@ REFERENCE: list[tuple[str, str, dict[str, list[str]]]] = [
             "folders.sweep": ["Sweep", "Cell", "choose"],
         },
     ),
+    ("compression", "The codec", {"compression": []}),
     ("metrics", "Sample metrics", {"metrics": []}),
     ("exact", "The exact denoiser", {"exact": []}),
     ("guidance", "Classes and guidance", {"guidance": ["Conditioned", "Guided"]}),

@@ -504,7 +504,7 @@ def compress_command(argv: Sequence[str], prog: str) -> None:
         "size and channels",
     )
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--steps", type=count, default=50, metavar="K", help="steps of the chain [50]")
+    parser.add_argument("--steps", type=count, metavar="K", help="steps of the chain [50]")
     parser.add_argument(
         "--batch", type=at_most(MOST_TOGETHER), default=8, metavar="N", help="images at once [8]"
     )

@@ -5,6 +5,7 @@ import math
 import torch
 
 from hf_ddpm.likelihood.errors import LOG_SIGMAS, Errors
+from hf_ddpm.likelihood.levels import decoder_steps
 from hf_ddpm.variances import VALUE_BINS
 
 PIXELS = 10**9  # of each step and bin: so many that a prior of a few pixels is nothing
@@ -20,5 +21,6 @@ def known_errors(process, mse, levels=None, sigma=0.01):
         squared=table * PIXELS,
         pixels=torch.full((len(process), VALUE_BINS), PIXELS),
         decoder_nats=(1 + curve).expand(VALUE_BINS, -1) * PIXELS,
+        levels_nats=(1 + curve).expand(len(decoder_steps(process)), VALUE_BINS, -1) * PIXELS,
         levels=torch.ones(1, 256, dtype=torch.int64) if levels is None else levels,
     )

@@ -64,6 +64,8 @@ INPAINT_FLAGS = """
     --out --steps --resample --class --guidance --guidance-interval --seed --image-column --overwrite
 """.split()
 EXPORT_FLAGS = "--class --out".split()
+COMPRESS_FLAGS = "--out --steps --batch --dtype --verify --overwrite".split()
+DECOMPRESS_FLAGS = "--out --force".split()
 SAMPLE_FLAGS = """
     --num-images --out --steps --scheduler --variance-type --timestep-spacing --ending --class --guidance
     --guidance-interval --quality --seed --batch-size --overwrite
@@ -151,12 +153,14 @@ def test_help_and_mistyped_words_load_no_torch():
     [
         ("train", TRAIN_FLAGS),
         ("sample", SAMPLE_FLAGS),
-        ("inpaint", INPAINT_FLAGS),
-        ("export", EXPORT_FLAGS),
         ("evaluate", EVALUATE_FLAGS),
         ("plan", PLAN_FLAGS),
         ("sweep", SWEEP_FLAGS),
         ("interpolate", INTERPOLATE_FLAGS),
+        ("inpaint", INPAINT_FLAGS),
+        ("export", EXPORT_FLAGS),
+        ("compress", COMPRESS_FLAGS),
+        ("decompress", DECOMPRESS_FLAGS),
         ("publish", PUBLISH_FLAGS),
     ],
     ids=COMMANDS,

@@ -21,7 +21,7 @@ from hf_ddpm import DDPMScheduler, load_stream
 from hf_ddpm.evaluation.memorisation import NearestFound
 from hf_ddpm.evaluation.quality import QualityFound
 from hf_ddpm.folders.layout import CURVE
-from hf_ddpm.generation.pipeline import MOST_SHOWN, DDPMPipelineOutput
+from hf_ddpm.generation.outputs import MOST_SHOWN, DDPMPipelineOutput
 from hf_ddpm.likelihood import bound_term, estimate_bound, evaluate_bound, rate_distortion
 from hf_ddpm.metrics.distances import SampleMetrics
 from hf_ddpm.metrics.extractors import Features

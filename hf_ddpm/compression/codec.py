@@ -38,21 +38,24 @@ from hf_ddpm.compression.container import (
 from hf_ddpm.compression.scheme import BIN_WIDTH, PARTS, Chain
 from hf_ddpm.data.pixels import to_uint8
 from hf_ddpm.decoders import AnyDecoder
-from hf_ddpm.denoiser import as_denoiser, scoring_device
+from hf_ddpm.denoiser import as_denoiser, num_classes, scoring_device
 from hf_ddpm.folders.errors import StoredErrors, network_digest, process_digest
 from hf_ddpm.folders.footprint import check_batch
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.gaussian import check_levels
 from hf_ddpm.generation.given import as_images
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.guidance import Conditioned
 from hf_ddpm.likelihood.errors import COSTED
 from hf_ddpm.process import DiffusionProcess
+from hf_ddpm.runtime.disk import named
 from hf_ddpm.runtime.messages import one_line, shown
 from hf_ddpm.runtime.progress import Bar, progress
 from hf_ddpm.shown import fields_line
 from hf_ddpm.variances import LEARNED, AnyVariance, plain_name
 
 logger = logging.getLogger(__name__)
+STEPS = 50  # of a chain, where nobody says how many
 MEASURED = "by-value"  # the variance where errors were measured
 
 
@@ -96,7 +99,7 @@ def compress(
     images: Any,
     path: str | os.PathLike[str],
     *,
-    steps: int = 50,
+    steps: int | None = None,
     batch: int = 8,
     dtype: str = "float64",
     names: list[str] | None = None,
@@ -111,7 +114,8 @@ def compress(
         images: of the model's shape, in any form that `DDPMPipeline.bits_per_dim` takes: uint8, PIL images,
             or floating point on the levels u/127.5 − 1.
         path: the file to write.
-        steps: K of the chain, and so how often the network is asked for each image.
+        steps: K of the chain, and so how often the network is asked for each image; by default 50, or all T
+            where these are fewer.
         batch: images at once, at most 4096; who decompresses takes the same batches.
         dtype: "float64", or "float32", which is faster and decodes on the same machine alone.
         names: of the images, relative paths that end in .png.
@@ -127,7 +131,8 @@ def compress(
             not installed.
         OSError: the file can't be written.
     """
-    check_count("steps", steps)
+    if steps is not None:
+        check_count("steps", steps)
     check_count("batch", batch)
     _allow(batch <= MOST_BATCH, "batch", batch, f"at most {MOST_BATCH}")
     _allow(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
@@ -136,17 +141,20 @@ def compress(
     if place.exists() and not overwrite:
         raise ValueError(f"out {str(path)!r} is there already; allowed: another file, or overwrite")
     _check_pipeline(pipeline)
+    steps = min(STEPS, len(pipeline.process)) if steps is None else steps
     levels = _as_levels(images, pipeline.image_shape)
     side = Side(names, labels, classes)
     _check_side(side, len(levels))
     began, chunks = time.perf_counter(), []
-    with _codec(pipeline, steps, dtype, side, len(levels), "compress") as codec:
+    with _codec(pipeline, _chosen_plan(pipeline, steps), None, dtype, side, len(levels)) as codec:
         for start in range(0, len(levels), MOST_IMAGES):
             some = slice(start, start + MOST_IMAGES)
             chunks.append(encode_chunk(codec.chain, levels[some], batch, codec.labels_of(some)))
             codec.bar.n = min(start + MOST_IMAGES, len(levels))
         sizes = sorted({size for chunk in chunks for size in chunk.batches})
         header = codec.header(sizes)
+    with named(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
     side_bytes, total = write_content(place, header, side, chunks)
     return Sizes(
         images=len(levels),
@@ -203,11 +211,18 @@ def decompress(pipeline: DDPMPipeline, path: str | os.PathLike[str], *, force: b
     _same(name, "the process", header.process, process_digest(pipeline.process))
     check_batch("batch", max(header.sizes, default=1), pipeline.unet, shape)
     began, found = time.perf_counter(), []
-    with _codec(pipeline, header, header.dtype, content.side, content.images, "decompress") as codec:
+    try:
+        plan = _plan_of(pipeline, header)
+    except ValueError as error:
+        raise ValueError(f"{name}: {one_line(error, 150)}") from None
+    _same(name, "x̂_0 clipped:", header.clip_x0, plan.clip_x0)
+    with _codec(pipeline, plan, header, header.dtype, content.side, content.images) as codec:
         ours = codec.header(header.sizes)
         _same(name, "the errors table", header.errors, ours.errors)
+        told = ("no labels", "labels")
+        _same(name, "a network told", told[header.conditioned], told[ours.conditioned])
         if not force:
-            how = "; force tries it all the same"
+            how = "; add force=True to try it all the same"
             _same(name, "the coder tables", header.tables, ours.tables, how)
             _same(name, "the network's answers", header.answers, ours.answers, how)
         for chunk in content.chunks:
@@ -263,12 +278,14 @@ class _Codec:
 
 @contextmanager
 def _codec(
-    pipeline: DDPMPipeline, wanted: int | Header, dtype: str, side: Side, number: int, what: str
+    pipeline: DDPMPipeline, plan: "_Plan", header: Header | None, dtype: str, side: Side, number: int
 ) -> Iterator[_Codec]:
-    """A chain for a number of steps, or as a file says, while the network is in that dtype."""
-    plan = _chosen_plan(pipeline, wanted) if isinstance(wanted, int) else _plan_of(pipeline, wanted)
+    """A chain as planned, for a new file or one with that header, while the network is in that dtype."""
     classes = _classes(pipeline, side)
-    with progress(what, number, "image", True) as bar, _network_in(pipeline, dtype) as network:
+    with (
+        progress("compress" if header is None else "decompress", number, "image", True) as bar,
+        _network_in(pipeline, dtype) as network,
+    ):
         chain = Chain(
             process=plan.process,
             model=network,
@@ -278,8 +295,8 @@ def _codec(
             decoder=plan.decoder,
             clip_x0=plan.clip_x0,
             dtype=getattr(torch, dtype),
-            bin_width=BIN_WIDTH if isinstance(wanted, int) else wanted.bin_width,
-            parts=PARTS if isinstance(wanted, int) else wanted.parts,
+            bin_width=BIN_WIDTH if header is None else header.bin_width,
+            parts=PARTS if header is None else header.parts,
             asked=lambda images: bar.update(images / len(plan.process)),
         )
         facts = {
@@ -349,13 +366,13 @@ def _plan_of(pipeline: DDPMPipeline, header: Header) -> _Plan:
     allowed = {MEASURED: COSTED, **dict.fromkeys(("fixed_large", *LEARNED), ("exact",))}
     if header.decoder not in allowed.get(header.variance, ()):
         raise ValueError(
-            f"the file says variance {shown(header.variance, 40)} and decoder {shown(header.decoder, 40)}, "
+            f"it says variance {shown(header.variance, 40)} and decoder {shown(header.decoder, 40)}, "
             "which this version doesn't know"
         )
     if header.variance == MEASURED and pipeline.errors is None:
         raise ValueError(
-            f"the file was made with measured errors ({header.errors}), and the model has no {ERRORS}; "
-            "allowed: the folder that it was made with"
+            f"it was made with measured errors ({header.errors}), and the model has no {ERRORS}; allowed: "
+            "the folder that it was made with"
         )
     return _plan(pipeline, header.steps, header.variance, header.decoder)
 
@@ -387,25 +404,38 @@ def errors_digest(stored: StoredErrors) -> str:
 
 def _classes(pipeline: DDPMPipeline, side: Side) -> np.ndarray | None:
     """The class of each image for the network; None where it knows none, or others than the images have."""
-    return None
+    number, labels = num_classes(pipeline.unet), side.labels
+    if number is None or labels is None:
+        return None
+    names = getattr(pipeline, "id2label", None) or {}
+    same = all(names.get(y, name) == name for y, name in enumerate(side.classes or ()))
+    if not same or not all(0 <= label < number for label in labels):
+        logger.warning("the labels of the images are not the network's classes: it is told no class")
+        return None
+    return np.array(labels, np.int64)
 
 
 @contextmanager
 def _network_in(pipeline: DDPMPipeline, dtype: str) -> Iterator[Callable[..., Tensor]]:
     """The network as a function of CPU tensors in a dtype, in eval mode; the pipeline's stays as it is."""
     network, device, wanted = pipeline.unet, scoring_device(pipeline.device), getattr(torch, dtype)
+
+    def ask(x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        model = as_denoiser(network) if labels is None else Conditioned(network, labels.to(device))
+        return model(x_t.to(device), t.to(device)).cpu()
+
     if not isinstance(network, nn.Module):
-        yield as_denoiser(network)
+        yield ask
         return
     weights = [weight for weight in network.parameters() if weight.is_floating_point()]
     training = network.training
     if any(weight.dtype != wanted for weight in weights) or device != pipeline.device:
-        network = copy.deepcopy(network).to("cpu" if device != pipeline.device else device)
+        network = copy.deepcopy(network).to(device)
         network = network.double() if dtype == "float64" else network.float()
         training = False
     try:
         network.eval()
-        yield as_denoiser(network, device)
+        yield ask
     finally:
         network.train(training)
 

@@ -29,7 +29,7 @@ HALF = 2**16
 
 
 class Exhausted(ValueError):
-    """There are too few bits on the stack to draw from."""
+    """There are too few bits on the stack to draw from, or others than were put there."""
 
 
 def load_constriction() -> Any:
@@ -202,8 +202,15 @@ class Stack:
         return law.base + self._decode(law)
 
     def undraw(self, numbers: np.ndarray, law: GridNormal) -> None:
-        """Turn numbers that `draw` gave back into the bits that they were."""
-        self._encode(numbers - law.base, law)
+        """Turn numbers that `draw` gave back into the bits that they were.
+
+        Raises:
+            Exhausted: a number that no draw by this law gives.
+        """
+        offsets = numbers - law.base
+        if np.abs(offsets).max(initial=0) > law.window:
+            raise Exhausted("a number was not drawn by its law")
+        self._encode(offsets, law)
 
     def push(self, numbers: np.ndarray, law: Law) -> None:
         """Put numbers on the stack.

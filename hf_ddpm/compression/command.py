@@ -19,7 +19,7 @@ def compress_files(
     model: str,
     images: Sequence[str],
     out: str,
-    steps: int = 50,
+    steps: int | None = None,
     batch: int = 8,
     dtype: str = "float64",
     verify: bool = False,

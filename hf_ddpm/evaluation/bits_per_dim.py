@@ -4,7 +4,7 @@ An image's numbers depend on the seed and its row in the whole split alone, not 
 processes, or which other images are scored.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_ddpm.data.pixels import to_float
 from hf_ddpm.data.stream import ImageStream
-from hf_ddpm.denoiser import Counted
+from hf_ddpm.denoiser import Counted, Denoiser
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import data_digest
 from hf_ddpm.evaluation.parts import Parts, pieces
@@ -56,7 +56,7 @@ def check_scorable(config: EvaluationConfig, model: ScoredModel, stream: ImageSt
         ValueError: the network's answer does not fit the image or the variance, or as in `check_last_step`.
     """
     check_last_step(model)
-    x_0 = _on_device(stream.select([row]), model)
+    x_0 = on_device(stream.select([row]), model)
     noise = torch.zeros_like(x_0)
     bound_term(model.process, model.denoiser, x_0, 0, noise, **scoring_options(config, model))
 
@@ -116,12 +116,64 @@ def make_proposal(
     proposal = pilot_proposal(
         process,
         denoiser,
-        _on_device(stream.select(rows[: config.pilot_images]), model),
+        on_device(stream.select(rows[: config.pilot_images]), model),
         seed=config.seed,
         batch_size=config.batch_size,
         **scoring_options(config, model),
     )
     return proposal, denoiser.count
+
+
+def estimate(
+    config: EvaluationConfig,
+    model: ScoredModel,
+    denoiser: Denoiser,
+    x_0: Tensor,
+    numbers: Sequence[int],
+    proposal: Tensor,
+) -> dict[str, Tensor]:
+    """The tensors of a batch's `Bound` or `Estimate`, but for those that are the same for all images.
+
+    Args:
+        config: how.
+        model: what is scored.
+        denoiser: the network as it is called, (x_t, t) → output.
+        x_0: images, (B, C, H, W).
+        numbers: their rows in the whole split, which with the seed say the draws.
+        proposal: of `make_proposal`.
+    """
+    options = scoring_options(config, model)
+    if config.exact:
+        noise = image_noise(config.seed, list(numbers), x_0)
+        return vars(evaluate_bound(model.process, denoiser, x_0, noise_fn=noise, **options))
+    found = estimate_bound(
+        model.process,
+        denoiser,
+        x_0,
+        num_evals_per_image=config.num_evals_per_image,
+        seed=config.seed,
+        image_indices=numbers,
+        proposal=proposal,
+        batch_size=config.batch_size,
+        **options,
+    )
+    return {name: value for name, value in vars(found).items() if name not in SHARED}
+
+
+def per_image(config: EvaluationConfig, tensors: Mapping[str, Tensor], proposal: Tensor) -> Tensor:
+    """Each image's bits/dim, of what `estimate` gave, (B,), float64."""
+    if config.exact:
+        return Bound(**tensors).total_bpd
+    return Estimate(**tensors, proposal=proposal, seed=config.seed).per_image_bpd
+
+
+def _by_class(labels: Tensor | None, count: int) -> Iterator[tuple[int | None, Tensor]]:
+    """The classes of a batch, each with the places of its images; without labels all images together."""
+    if labels is None:
+        yield None, torch.arange(count)
+        return
+    for y in labels.unique().tolist():
+        yield y, (labels == y).nonzero().flatten()
 
 
 def score(
@@ -132,6 +184,7 @@ def score(
     images: str,
     proposal: Tensor,
     out: Path,
+    labels: Tensor | None = None,
 ) -> Bound | Estimate:
     """The bound of the rows, on every process.
 
@@ -143,6 +196,7 @@ def score(
         images: their fingerprint, as parts on disk are of these images only.
         proposal: of `make_proposal`.
         out: folder of the parts.
+        labels: the class that each row is given, (N,), int64; None of a model without classes.
 
     Raises:
         RuntimeError: the bound of an image is not finite.
@@ -155,26 +209,20 @@ def score(
         pixels = stream.select([row for number in numbers for row in batches[number]])
         total = per_image * sum(len(batches[number]) for number in numbers)
         with progress("evaluate", total, "eval", process_state().is_main_process) as bar:
-            denoiser = Counted(model.denoiser, bar)
-            for batch in (batches[number] for number in numbers):
-                x_0 = _on_device((next(pixels) for _ in batch), model)
-                numbers_in_split = stream.chosen.of(batch).tolist()
-                if config.exact:
-                    noise = image_noise(config.seed, numbers_in_split, x_0)
-                    yield vars(evaluate_bound(model.process, denoiser, x_0, noise_fn=noise, **options))
-                    continue
-                estimate = estimate_bound(
-                    model.process,
-                    denoiser,
-                    x_0,
-                    num_evals_per_image=config.num_evals_per_image,
-                    seed=config.seed,
-                    image_indices=numbers_in_split,
-                    proposal=proposal,
-                    batch_size=config.batch_size,
-                    **options,
-                )
-                yield {name: value for name, value in vars(estimate).items() if name not in SHARED}
+            for number in numbers:
+                batch = batches[number]
+                x_0 = on_device((next(pixels) for _ in batch), model)
+                numbers_in_split = stream.chosen.of(batch)
+                at = number * config.batch_size
+                mine = None if labels is None else labels[at : at + len(batch)]
+                found, order = [], []
+                for y, places in _by_class(mine, len(batch)):
+                    network = Counted(model.denoiser if y is None else model.given(y), bar)
+                    numbers_of = numbers_in_split[places.numpy()].tolist()
+                    found.append(estimate(config, model, network, x_0[places], numbers_of, proposal))
+                    order.append(places)
+                back = torch.cat(order).argsort()
+                yield {name: torch.cat([one[name] for one in found])[back] for name in found[0]}
 
     facts = {
         "what": "bits_per_dim",
@@ -185,6 +233,7 @@ def score(
         "evaluations_of_l_0": decoder_evals(config.num_evals_per_image),
         "weights": model.weights_digest,
         "process": model.process_digest,
+        **({} if labels is None else {"labels": labels.tolist()}),
     }
     tensors = Parts(out, config, facts).complete(len(batches), score_batches)
     if config.exact:
@@ -198,6 +247,6 @@ def score(
     return result
 
 
-def _on_device(images: Any, model: ScoredModel) -> Tensor:
+def on_device(images: Any, model: ScoredModel) -> Tensor:
     """The images as one batch in [-1, 1], where the bound is computed."""
     return to_float(torch.stack(list(images))).to(model.device)

@@ -60,6 +60,7 @@ NEEDS = {
     "nearest_split": ("nearest_dataset",),
     "first_variance": ("steps",),
     "holdout_seed": ("holdout",),
+    "halving": ("classify",),
     "chain": ("steps",),
 }
 
@@ -104,6 +105,22 @@ class EvaluationConfig:
     )
     image_column: str | None = option(
         None, "column of the images, by default as in the run's training, else the only one"
+    )
+    label_column: str | None = option(
+        None,
+        "column of the images' classes, for a class-conditional model; by default as in the run's training",
+    )
+    class_label: str | None = option(
+        None,
+        "name or number of a class that all images are given, or none for no class; by default each is given "
+        "its own",
+        also="--class",
+    )
+    classify: bool = option(
+        False, "also classify the images, by the bound given each class: accuracy, and log p(class | image)"
+    )
+    halving: bool = option(
+        False, "classify with few evaluations first, and go on with the better half of the classes each time"
     )
     channels: int | None = option(
         None, "1 for grey or 3 for RGB, 2 or 4 with alpha; by default as the model's training had it", least=1
@@ -245,6 +262,8 @@ class EvaluationConfig:
                 f"first_variance is {self.first_variance!r}, but has no use with decoder levels, whose σ was "
                 "measured"
             )
+        if self.halving and self.exact:
+            raise ValueError("halving is True, but exact evaluates every step; allowed: one of them")
         for name in ("num_evals_per_image", "pilot_images"):
             if self.exact and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is {getattr(self, name)}, but exact evaluates every step")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_ddpm.evaluation.bits_per_dim import check_fair, check_scorable, make_proposal, score
+from hf_ddpm.evaluation.classes import check_given, classify, given_classes
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import choose_rows, digest_rows, fingerprint, open_images, open_nearest
 from hf_ddpm.evaluation.memorisation import Memorisation
@@ -102,7 +103,7 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         config.decoder,
         config.chosen_last_step,
     )
-    images = open_images(config, model)
+    images = open_images(check_given(config, model), model)
     config, stream = images.config, images.stream
     rows = choose_rows(stream.num_rows(), config.num_images, config.seed)
     if state.device is None or state.device.type == "cpu":
@@ -125,6 +126,7 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         check_comparable(known, other, str(config.compare_with))
     if refused_later:
         _check_free(out, config)
+    given = given_classes(config, model, stream, rows)
     plan = Plan(
         config=config,
         out=out,
@@ -133,6 +135,7 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         stream=stream,
         rows=rows,
         digests=digests,
+        given=given,
         proposal=proposal,
         pilot_evaluations=pilot_evaluations,
         other=other,
@@ -155,7 +158,9 @@ def measure(plan: Plan) -> Results:
     """
     model = plan.model
     images = fingerprint(plan.digests)
-    bound = score(plan.config, model, plan.stream, plan.rows, images, plan.proposal, plan.out)
+    what = (plan.config, model, plan.stream, plan.rows, images, plan.proposal, plan.out)
+    bound = score(*what, None if plan.given is None else plan.given.labels)
+    classified = classify(*what) if plan.config.classify else None
     swapped = model.other_variance
     other_bound = None if swapped is None else with_variance(bound, model.process, swapped)
     quality = nearest = None
@@ -168,7 +173,7 @@ def measure(plan: Plan) -> Results:
             quality = plan.quality.run(samples)
         if plan.memorisation is not None and drawn is not None:
             nearest = plan.memorisation.run(drawn, plan.out)
-    return Results(bound, other_bound, quality, nearest)
+    return Results(bound, other_bound, quality, nearest, classified)
 
 
 def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:

@@ -199,6 +199,7 @@ def load_images(
     split: str,
     size: tuple[int, int] | None,
     check: Callable[[ImageStream], object] | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> ImageStream:
     """A data set's images in their source's order, read as `settle_reading` has said.
 
@@ -208,6 +209,7 @@ def load_images(
         split: its split.
         size: (H, W); None for the first image's.
         check: as in `load_stream`.
+        label_names: of the model's classes; None where no labels are read.
 
     Raises:
         ValueError: a bad data set.
@@ -218,6 +220,8 @@ def load_images(
         size,
         config.channels,
         column=config.image_column,
+        label_column=None if label_names is None else config.label_column,
+        label_names=label_names,
         fit=config.fit or "exact",
         background=config.background or WHITE,
         to_8_bit=bool(config.to_8_bit),
@@ -329,16 +333,17 @@ def _open_part(
     """The config with split, part and holdout settled, and the images that it then means."""
     record, sides = model.record, _sides(config, model)
     check = functools.partial(_check_reading, config, model.pipeline.image_shape)
+    names = None if config.label_column is None else model.class_names
     held, mine = trained is not None and trained.held, "held-out" if scored else "train"
     split = default_split(config, record, trained is not None, scored)
     if config.holdout is not None:
         seed = config.holdout_seed if config.holdout_seed is not None else record.seed if record else 0
         config = dataclasses.replace(config, split=split, part=config.part or mine, holdout_seed=seed)
-        return config, load_images(config, config.dataset, split, sides, check)
+        return config, load_images(config, config.dataset, split, sides, check, names)
     config, part = dataclasses.replace(config, split=split, part="all"), config.part
     # Of the run's own split an image that can't be read matters only if it is in the part
     own = held and record is not None and split == record.split
-    whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check)
+    whole = None if own and part != "all" else load_images(config, config.dataset, split, sides, check, names)
     if part is None:
         seen = 0 if trained is None or whole is None else trained.count(whole)
         some = held and seen != 0
@@ -369,7 +374,7 @@ def _open_part(
         config = dataclasses.replace(config, part=part, holdout=record.holdout, holdout_seed=record.seed)
     config = dataclasses.replace(config, part=part)
     if whole is None:
-        return config, load_images(config, config.dataset, split, sides)
+        return config, load_images(config, config.dataset, split, sides, None, names)
     rows = whole.chosen.both(trained.stream.chosen if part == "train" else trained.stream.chosen.others)
     if not len(rows):
         raise ValueError(f"part is {part!r}, which none of the images of {shown(split)} are; allowed: all")

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_ddpm.data.stream import ImageStream
+from hf_ddpm.evaluation.classes import Classified, GivenClasses
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import Images
 from hf_ddpm.evaluation.memorisation import Memorisation, NearestFound
@@ -43,6 +44,7 @@ class Plan:
         stream: the same, in the order of their source.
         rows: which of them, ascending places.
         digests: of their pixels, (N,), int64.
+        given: the class that each of them is given; None of a model without classes.
         proposal: of the estimate's steps, (T,), float64.
         pilot_evaluations: what learning the proposal took.
         other: the evaluation to compare with, None for none.
@@ -59,6 +61,7 @@ class Plan:
     stream: ImageStream
     rows: list[int]
     digests: Tensor
+    given: GivenClasses | None
     proposal: Tensor
     pilot_evaluations: int
     other: Evaluation | None
@@ -84,11 +87,13 @@ class Results:
         other_bound: with the other fixed variance, None where the variance is learned.
         quality: of the samples, None where it was not asked for.
         nearest: the nearest training images of the samples, None where they were not asked for.
+        classified: what the model says of the images' classes, None where it was not asked.
     """
 
     bound: Bound | Estimate
     other_bound: Bound | Estimate | None
     quality: QualityFound | None
     nearest: NearestFound | None
+    classified: Classified | None
 
     __repr__ = fields_line

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ddpm.evaluation.classes import classes_section
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import describe_source, fingerprint
 from hf_ddpm.evaluation.memorisation import QUANTILE, NearestFound
@@ -72,6 +73,13 @@ def build_evaluation(plan: Plan, results: Results, command: str) -> Evaluation:
         "num_skipped": plan.images.skipped,
         "changed": None if plan.images.trained is None else plan.images.trained.changed,
     }
+    if plan.given is not None:
+        dims = math.prod(plan.stream.shape)
+        column = config.label_column
+        report["classes"] = classes_section(plan.given, tensors["bpd"], results.classified, column, dims)
+        tensors["labels"] = plan.given.labels if plan.given.own is None else plan.given.own
+    if results.classified is not None:
+        tensors["log_probabilities"] = results.classified.log_probabilities
     report["model"] = {
         "name": config.model,
         "weights": model.weights_digest,

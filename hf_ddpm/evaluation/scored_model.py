@@ -16,13 +16,14 @@ from torch import nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.decoders import NAMED, AnyDecoder
-from hf_ddpm.denoiser import Denoiser, as_denoiser, scoring_device
+from hf_ddpm.denoiser import Denoiser, as_denoiser, num_classes, scoring_device
 from hf_ddpm.folders.errors import StoredErrors, network_digest, read_errors
 from hf_ddpm.folders.layout import ERRORS, RECORD, TRAINED_ON
 from hf_ddpm.folders.values import MAX_STEPS, NEEDED
 from hf_ddpm.generation.pipeline import DDPMPipeline
 from hf_ddpm.generation.runs import load_run
 from hf_ddpm.generation.samplers import training_scheduler
+from hf_ddpm.guidance import Conditioned
 from hf_ddpm.likelihood.errors import MEASURED
 from hf_ddpm.parametrization import PREDICTION_TYPES
 from hf_ddpm.process import DiffusionProcess
@@ -96,6 +97,19 @@ class ScoredModel:
         if not self.learns or self.variance_type in LEARNED:
             return denoiser
         return lambda x_t, t: denoiser(x_t, t)[:, : x_t.shape[1]]
+
+    def given(self, label: int) -> Denoiser:
+        """The network as `denoiser`, for one class of all images; the class C is "no class"."""
+        conditioned = as_denoiser(Conditioned(self.pipeline.unet, label), self.pipeline.device)
+        if not self.learns or self.variance_type in LEARNED:
+            return conditioned
+        return lambda x_t, t: conditioned(x_t, t)[:, : x_t.shape[1]]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, by default their numbers; None of a model without classes."""
+        count, names = num_classes(self.pipeline.unet), self.pipeline.id2label or {}
+        return None if count is None else tuple(names.get(y, str(y)) for y in range(count))
 
     @property
     def device(self) -> torch.device:

@@ -287,11 +287,11 @@ def _decoder_words(report: Mapping[str, Any], quote: str = "") -> str:
 def _decoder_sentence(report: Mapping[str, Any]) -> str:
     """Which decoder bits/dim were taken with, for a card."""
     decoder, start = report["method"]["decoder"], (report.get("few_steps") or {}).get("last_step")
-    starts = f" that starts at step {start}" if start else ""
     if decoder in ("exact", "tanh"):
-        return f"{decoder} discretised decoder{starts}"
+        return f"{decoder} discretised decoder" + (f" that starts at step {start}" if start else "")
+    starts = f"starts at step {start} and " if start else ""
     return (
-        f"a decoder{starts} that knows how often the training images have each grey level: not the kind of "
+        f"a decoder that {starts}knows how often the training images have each grey level: not the kind of "
         "number that papers report"
     )
 

@@ -21,7 +21,16 @@ from hf_ddpm.folders.errors import StoredErrors, write_errors
 from hf_ddpm.folders.guard import read_json
 from hf_ddpm.folders.index import HUB_OPTIONS, check_folder, entries, fetch, part_folder, resolve
 from hf_ddpm.folders.labels import check_labels, read_labels, write_labels
-from hf_ddpm.folders.layout import INDEX, NETWORK_FILE, RECORD, SCHEDULER, SCHEDULER_CONFIG, SWEEP, UNET
+from hf_ddpm.folders.layout import (
+    INDEX,
+    LABELS,
+    NETWORK_FILE,
+    RECORD,
+    SCHEDULER,
+    SCHEDULER_CONFIG,
+    SWEEP,
+    UNET,
+)
 from hf_ddpm.folders.sweep import Sweep
 from hf_ddpm.folders.values import NEEDED, check_scheduler_values
 from hf_ddpm.generation.samplers import diffusers_messages
@@ -248,7 +257,11 @@ class PortablePipeline(diffusers.DDPMPipeline):
                     PASSED.reset(reset)
             if UNET not in passed:
                 refuse_not_finite(pipeline.unet)
-                pipeline.id2label = read_labels(folder, num_classes(pipeline.unet))
+                pipeline.id2label = read_labels(folder, classes := num_classes(pipeline.unet))
+                if classes is not None and pipeline.id2label is None:
+                    logger.warning(
+                        "%s has no %s: row %d of its classes is taken for no class", where, LABELS, classes
+                    )
         except Exception as error:  # what diffusers, safetensors or the Hub client raise
             tried = f"no such folder{or_near(name)}, and from the Hub: " if from_hub and not fetched else ""
             line = _not_loaded(name, tried + _reason(error, token))

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hf_ddpm.checks import described
+from hf_ddpm.denoiser import num_classes
 from hf_ddpm.folders.guard import check_scheduler, weights_files
+from hf_ddpm.folders.labels import read_labels
 from hf_ddpm.folders.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -135,11 +137,16 @@ def load_run(
             check_regular(file)
             weights |= load_file(file)
         _load(module, weights)
+        names = read_labels(place, classes := num_classes(module))
+        if names is not None and classes is None:
+            raise ValueError(
+                f"{type(module).__name__} says no num_classes; allowed: {len(names)}, as an attribute"
+            )
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{where}: {one_line(error, 180)}") from error
     scheduler = DDPMScheduler.from_pretrained(place / SCHEDULER)
     pipeline = DDPMPipeline(module.eval(), scheduler, image_shape=shape)
-    pipeline._folder = place
+    pipeline._folder, pipeline.id2label = place, names
     return pipeline
 
 

@@ -138,7 +138,7 @@ def fit_levels(
     """
     steps, position = decoder_steps(process), log_snr(process)
     used = pixels.sum(1) > 0
-    rows, seen, sums = steps[used], pixels[used].double(), nats[used]
+    rows, seen, sums = steps[used], pixels[used].double(), nats[used].double()
     whole = sums.sum(1, keepdim=True) / seen.sum(1).view(-1, 1, 1)
     curves = ((sums + prior * whole) / (seen[..., None] + prior)).numpy()
     half_log_mse = 0.5 * mse.clamp(min=1e-300).log().clamp(min=LEAST_LOG_MSE)

@@ -3,8 +3,8 @@
     .venv/bin/python tests/benchmarks/codec_table.py MODEL digits:test --numbers 1,10,100,300
 
 Sheets hold all images in one picture, near to a square. Single files hold one image each, and their sizes
-are added up. The others know no model, whose weights are not counted here: the last line says how many bytes they have.
-Needs optipng, cjxl (Debian's libjxl-tools), zstd and xz.
+are added up. The others know no model, whose weights are not counted here: the last line says how many bytes
+they have. Needs optipng, cjxl (Debian's libjxl-tools), zstd and xz.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from hf_ddpm.folders.errors import (
 )
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.likelihood.errors import LOG_SIGMAS, Errors
+from hf_ddpm.likelihood.levels import decoder_steps
 from hf_ddpm.process import DiffusionProcess
 from hf_ddpm.runtime.disk import save_tensors
 from tests.oracles import chain
@@ -31,6 +32,7 @@ TABLES = {
     "decoder_nats": torch.ones(32, len(LOG_SIGMAS), dtype=torch.float64),
     "levels": torch.ones(3, 256, dtype=torch.int64),
 }
+STEPS = len(decoder_steps(PROCESS))
 ROWS, IMAGES = torch.tensor([1, 7, 90]), torch.tensor([3, -4, 5])
 OF = ErrorsOf(
     weights="a" * 16,
@@ -70,6 +72,19 @@ def test_what_is_written_is_read(tmp_path):
     for name, table in TABLES.items():
         assert torch.equal(getattr(found.errors, name), table)
     assert os.listdir(tmp_path) == [ERRORS]
+
+
+def test_a_table_of_an_earlier_version_has_no_decoder_by_grey_levels(tmp_path):
+    write_errors(tmp_path, STORED)
+    old = read(tmp_path).errors
+    assert old.levels_nats is None and old.best_chains("optimal", 3).nats[2].isfinite()
+    with pytest.raises(ValueError, match="by an earlier version, without the decoder levels; allowed: meas"):
+        old.decoder(PROCESS)
+    nats = torch.ones(STEPS, 32, len(LOG_SIGMAS), dtype=torch.float64)
+    new = Errors(process=PROCESS, **TABLES, levels_nats=nats)
+    write_errors(tmp_path, dataclasses.replace(STORED, errors=new))
+    found = read(tmp_path).errors
+    assert torch.equal(found.levels_nats, nats) and len(found.decoder(PROCESS).log_levels) == 3
 
 
 def test_seeds_may_be_as_large_as_the_commands_take_them(tmp_path):
@@ -134,6 +149,10 @@ HUGE = {"squared": torch.zeros(5000, 32, dtype=torch.float64), "pixels": torch.z
         ({"change": {"more": IMAGES.clone()}}, r"is no table of errors: it holds \["),
         ({"change": {"rows": ROWS[:2]}}, r"has \(2,\) rows, but other images"),
         ({"drop": ("levels",)}, "is no table of errors"),
+        ({"change": {"levels_nats": torch.ones(3, 32, 33)}}, "levels_nats is of F32"),
+        ({"change": {"levels_nats": torch.ones(13, 32, 33).double()}}, r"is of F64 \(13, 32, 33\)"),
+        ({"change": {"levels_nats": torch.ones(1, 32, 33).double()}}, "levels_nats is"),
+        ({"change": {"levels_nats": -torch.ones(STEPS, 32, 33).double()}}, "levels_nats is"),
         ({"of": {"holdout": "some"}}, "holdout is 'some'; allowed: a number or null"),
         ({"of": {"clip_x0": "yes"}}, "clip_x0 is 'yes'; allowed: true or false"),
         ({"of": {"evaluations": [1] * 1000}}, "evaluations is .*; allowed: a whole number"),

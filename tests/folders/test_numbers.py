@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hf_ddpm.folders.numbers import check_report, last_numbers, training_words
+from hf_ddpm.folders.numbers import (
+    card_words,
+    check_report,
+    describe,
+    hub_results,
+    last_numbers,
+    training_words,
+)
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "fashion-mnist-28"
 
@@ -53,6 +60,32 @@ def test_metrics_of_samples_are_numbers_beside_those_of_real_images(report):
             check_report(changed)
     del report["sample_metrics"]["floor"][label]
     with pytest.raises(ValueError, match="has other labels in samples than in floor"):
+        check_report(report)
+
+
+def test_bits_of_another_decoder_are_labelled_wherever_they_are_told(report):
+    def told(report):
+        bits = card_words(report, str)["bits"]
+        results = [one.metric_name for one in hub_results(report, str) or []]
+        return bits["columns"], bits["method"], results, describe(report).splitlines()
+
+    columns, method, results, lines = told(report)
+    assert columns[0] == "variance `fixed_large`" and "exact discretised decoder." in method
+    assert not any("decoder" in line for line in (*results, *lines))
+    report["method"]["decoder"] = "levels"
+    report["few_steps"] = {"timesteps": [14, 500], "last_step": 14, "errors": None}
+    columns, method, results, lines = told(report)
+    assert columns[0] == "variance `fixed_large`, decoder `levels`"
+    assert "a decoder that starts at step 14 and knows how often the training images" in method
+    assert "(fixed_large, decoder levels, ± 0.017)" in results[0]
+    assert "bits/dim (fixed_large, decoder levels): rate" in lines[0]
+    assert any("its decoder starts at step 14" in line for line in lines)
+
+
+@pytest.mark.parametrize("few", ["x", 7, [1], {"last_step": "14"}], ids=repr)
+def test_a_strangers_chain_is_refused(few, report):
+    report["few_steps"] = few
+    with pytest.raises(ValueError, match=r"^evaluation\.json: few_steps(\.last_step)? is .*; allowed: "):
         check_report(report)
 
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ddpm import pictures
+from hf_ddpm import load_run, pictures
+from hf_ddpm.folders.labels import write_labels
 from hf_ddpm.generation.pipeline import DDPMPipeline
+from hf_ddpm.generation.runs import save_own_network
 from hf_ddpm.generation.samplers import SCHEDULERS, swap_scheduler
 from hf_ddpm.guidance import Guided
 from hf_ddpm.models import create_model
+from hf_ddpm.publishing.publish import collect
 from hf_ddpm.scheduler import DDPMScheduler
 from tests.generation.networks import ABAR, quiet, seeds, short
 
@@ -196,6 +199,40 @@ def test_names_go_with_the_folder(pipeline, tmp_path):
         ValueError, match=r"labels.json: id2label names 1 classes; allowed for this network: 3"
     ):
         DDPMPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_a_folder_without_names(pipeline, tmp_path, caplog):
+    DDPMPipeline(pipeline.unet, pipeline.scheduler).save_pretrained(tmp_path / "model")
+    loaded = quiet(DDPMPipeline.from_pretrained(tmp_path / "model"))
+    assert loaded.id2label is None and "row 3 of its classes is taken for no class" in caplog.text
+    np.testing.assert_array_equal(drawn(loaded, 2, class_labels=1), drawn(pipeline, 2, class_labels="bag"))
+    with pytest.raises(ValueError, match=r"class is 'bag'; allowed: 0 to 2, none$"):
+        loaded(class_labels="bag")
+
+
+def test_names_go_to_the_hub_and_beside_a_module_of_ones_own(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    assert "labels.json" in collect(tmp_path / "model", "me/model").files
+
+    class Own(nn.Module):
+        def __init__(self, **said):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1))
+            vars(self).update(said)
+
+        def forward(self, x_t, t, class_labels):
+            return x_t * 0 + class_labels.view(-1, 1, 1, 1) / 4
+
+    (tmp_path / "run").mkdir()
+    own, scheduler = Own(num_classes=3), short(prediction_type="sample")
+    save_own_network(tmp_path / "run", {"0.9": own.state_dict()}, "Own", (1, 8, 8), scheduler)
+    write_labels(tmp_path / "run", NAMES)
+    loaded = quiet(load_run(tmp_path / "run", Own(num_classes=3)))
+    assert loaded.id2label == NAMES
+    images = loaded(class_labels=["bag", "boot", None], output_type="pt").images
+    torch.testing.assert_close(2 * images[:, 0, 0, 0] - 1, torch.tensor([0.25, 0, 0.75]))
+    with pytest.raises(ValueError, match="Own says no num_classes; allowed: 3, as an attribute"):
+        load_run(tmp_path / "run", Own())
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,12 @@ def test_what_an_ending_needs(tiny_folder, planned):
     pipeline.scheduler.errors = two
     with pytest.raises(ValueError, match="grey levels of 3"):
         pipeline(num_inference_steps=2, ending="mode")
+    respace(pipeline, "trailing")  # whose last step, 9 of 20, is all noise
+    with pytest.raises(
+        ValueError, match=r"^ending is 'draw', but the chain begins at step 9; allowed"
+    ) as error:
+        pipeline(num_inference_steps=2, ending="draw")
+    assert len(str(error.value)) < 300
 
 
 # The command's function

@@ -48,6 +48,7 @@ def made(tmp_path_factory):
     pipeline = DDPMPipeline(create_model("tiny", num_classes=2), DDPMScheduler())
     pipeline.id2label = {0: "boot", 1: "bag"}
     pipeline.save_pretrained(root / "runs" / "clothes")
+    Image.fromarray(np.eye(8, dtype=bool)).save(root / "mask.png")
     (root / "run.toml").write_text('dataset = "digits"\n')
     return root
 
@@ -60,7 +61,7 @@ def clone(made, tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     for name in ("runs", "my-model"):
         shutil.copytree(made / name, tmp_path / name)
-    for name in ("photos", "photos-test", "run.toml"):
+    for name in ("photos", "photos-test", "run.toml", "mask.png"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -30,6 +30,8 @@ SHORT = {
     "inpaint": "--steps 4 --resample 2",
     "plan": "",
     "sweep": "--num-samples 10 --steps 2,3",
+    "compress": "--steps 2",
+    "decompress": "",
 }
 SAMPLES = "--num-samples 6 --sampling-steps 2"
 LARGE = ("cifar10", "256")  # networks that are replaced by the smallest one
@@ -44,6 +46,8 @@ CALLS = {
     "publish": "hf_ddpm.publishing.publish.collect",
     "plan": "hf_ddpm.evaluation.errors.measure_errors",
     "sweep": "hf_ddpm.evaluation.sweep.sweep",
+    "compress": "hf_ddpm.compression.command.compress_files",
+    "decompress": "hf_ddpm.compression.command.decompress_file",
 }
 
 
