@@ -1,4 +1,4 @@
-"""Training with classes: what is hidden, going on, going on from a model without classes, and what is noticed."""
+"""Training with classes: what is hidden, resuming, a model without classes as the start, what is noticed."""
 
 import json
 
