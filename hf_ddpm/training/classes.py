@@ -19,6 +19,7 @@ from hf_ddpm.folders.labels import read_labels
 from hf_ddpm.models.presets import names_preset
 from hf_ddpm.runtime.messages import shorten
 from hf_ddpm.runtime.processes import process_state
+from hf_ddpm.shown import fields_line
 from hf_ddpm.training.draws import draw_hidden
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class LastImages(NamedTuple):
     x_0: Tensor
     present: Tensor
     labels: Tensor
+
+    __repr__ = fields_line
 
 
 def known_names(config: TrainConfig, state: Mapping[str, Any]) -> Sequence[str] | None:
