@@ -182,9 +182,9 @@ EVALUATE_OPTION = {
         "    pilot_images: int = option(",
     ),
     "hf_ddpm/evaluation/bits_per_dim.py": (
-        "                    num_evals_per_image=config.num_evals_per_image,\n",
-        "                    num_evals_per_image=config.num_evals_per_image,\n"
-        "                    num_decoder_evals=config.decoder_evals,\n",
+        "        num_evals_per_image=config.num_evals_per_image,\n",
+        "        num_evals_per_image=config.num_evals_per_image,\n"
+        "        num_decoder_evals=config.decoder_evals,\n",
     ),
 }
 

@@ -40,8 +40,8 @@ TRAIN_FLAGS = """
     --push-to-hub --push-every --push-private --license --dataset-license --dataset-id
 """.split()
 EVALUATE_FLAGS = """
-    --split --part --holdout --holdout-seed --num-images --image-column --label-column --class-label --classify --halving --channels --background --fit
-    --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
+    --split --part --holdout --holdout-seed --num-images --image-column --label-column --class-label
+    --classify --halving --channels --background --fit --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
     --clip-x0 --decoder --steps --chain --last-step --errors --first-variance --extractor --nearest-dataset
     --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
     --compare-with --out --overwrite --seed --batch-size

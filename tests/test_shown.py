@@ -32,7 +32,7 @@ from hf_ddpm.visited import visit
 
 # Settings are made to be read field by field, and copied from a terminal
 SETTINGS = {"TrainConfig", "EvaluationConfig", "CardFacts", "StepShare", "Retry", "Published", "Rule", "UNet"}
-SETTINGS |= {"ErrorsConfig", "Reading", "Choice"}
+SETTINGS |= {"ErrorsConfig", "SweepConfig", "Sampler", "Reading", "Choice"}
 SETTINGS |= {"Head", "Named", "Place", "Stretch"}  # a few numbers or words
 
 

@@ -72,7 +72,7 @@ def test_keywords_of_a_pipeline(pipeline, name, typed, meant):
 
 def test_keywords_that_are_like_no_other():
     words = line(lambda: hf_ddpm.create_model("tiny", zzz=1))  # pyright: ignore[reportCallIssue]
-    allowed = "preset, image_size, channels, out_channels, dropout"
+    allowed = "preset, image_size, channels, out_channels, dropout, num_classes"
     assert words == f"create_model() has no keyword 'zzz'; allowed: {allowed}"
     assert line(lambda: TrainConfig(**{"z" * 5000: 1})).endswith(", ...")
 
@@ -146,7 +146,7 @@ def test_what_a_process_lacks():
         (lambda: PROCESS.q_sample(IMAGES, 5, noise=IMAGES), "the call is q_sample(x_0, noise, t), and all"),
         (lambda: hf_ddpm.simple_loss(min, IMAGES), "'x_0'; the call is simple_loss(process, model, x_0, t, "),
         (lambda: hf_ddpm.create_model("tiny", 8), "the call is create_model(preset), and all else by name"),
-        (lambda: TrainConfig(*range(99)), "image_column, image_size, channels, ...)"),
+        (lambda: TrainConfig(*range(99)), "image_column, label_column, label_dropout, ...)"),
     ],
 )
 def test_calls_in_another_order(call, wanted):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_ddpm.checks import described
 from hf_ddpm.config import TrainConfig
+from hf_ddpm.data.encoded import FORMATS
 from hf_ddpm.data.files import read_regular
 from hf_ddpm.data.pixels import WHITE, Decoder
 from hf_ddpm.data.stream import load_stream
@@ -29,7 +30,8 @@ def open_mask(name: str) -> Image.Image:
     if not _is_file(name):
         raise ValueError(f"mask {name!r} is no file; allowed: an image file, black and white")
     try:
-        with Image.open(io.BytesIO(read_regular(str(as_path("mask", name))))) as picture:
+        data = io.BytesIO(read_regular(str(as_path("mask", name))))
+        with Image.open(data, formats=FORMATS) as picture:
             picture.load()
             return picture.copy()
     # What PIL raises on foreign bytes has no common class

@@ -41,6 +41,7 @@ def test_without_a_window_the_order_is_the_sources(groups, seed, epoch):
     assert not order.shuffled and order.lanes == 1
 
 
+@settings(deadline=None)
 @given(GROUPS, WINDOWS, SEEDS, st.randoms(use_true_random=False))
 def test_the_order_does_not_depend_on_what_was_asked_before(groups, window, seed, random):
     asked = [(epoch, place) for epoch in range(2) for place in range(0, sum(groups), 7)]
