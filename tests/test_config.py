@@ -152,7 +152,7 @@ def test_a_wrong_type_names_the_key_and_what_is_allowed(key, given, words):
         ("max_loss", [0.0], "> 0"),
         ("push_every", [0], ">= 1"),
         ("dropout", [-0.1, 1.0], ">= 0 and < 1"),
-        ("label_dropout", [-0.1, 1.5], ">= 0 and <= 1"),
+        ("label_dropout", [-0.1, 1.0], ">= 0 and < 1"),
         ("num_train_timesteps", [1], ">= 2"),
         ("beta_start", [0.0, 1.0], "> 0 and < 1"),
         ("beta_end", [0.0, 1.0], "> 0 and < 1"),

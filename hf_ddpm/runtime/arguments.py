@@ -75,9 +75,9 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0], flags)
         _OPTIONS.clear()
         for action in self._actions:
-            for flag in action.option_strings:
-                if flag.startswith("--"):
-                    _OPTIONS.update({action.dest: flag, flag[2:].replace("-", "_"): flag})
+            for flag in (flag for flag in action.option_strings if flag.startswith("--")):
+                _OPTIONS.setdefault(action.dest, flag)
+                _OPTIONS.setdefault(flag[2:].replace("-", "_"), flag)
         try:
             check_environment()
         except ValueError as error:

@@ -165,7 +165,8 @@ def test_another_sweep_needs_overwrite(small, tiny_folder, tmp_path, capfd):
     assert "with another weights, rounded, scheduler; " in line
     assert (out / SWEEP).read_bytes() == before
     (out / SWEEP).write_text("{}")
-    assert f"holds {SWEEP} that is damaged; allowed" in refused(capfd, *base)
+    assert f"holds '{SWEEP}', which hf_ddpm did not write; allowed" in refused(capfd, *base)
+    (out / SWEEP).write_bytes(before)
     report = run(tiny_folder, out, *SMALL, "--overwrite", "--seed", 1)
     assert report["of"]["seed"] == 1
 

@@ -170,7 +170,7 @@ def test_callback_sees_every_step_and_may_replace_the_sample():
         seen.append((owner is pipeline, step, int(t), kept["sample"].shape))
 
     watched = draw(pipeline, 2, num_inference_steps=5, callback_on_step_end=watch)
-    assert seen == [(True, i, t, (2, 1, 8, 8)) for i, t in enumerate([16, 12, 8, 4, 0])]
+    assert seen == [(True, i, t, (2, 1, 8, 8)) for i, t in enumerate([17, 13, 9, 4, 0])]
     np.testing.assert_array_equal(watched, draw(pipeline, 2, num_inference_steps=5))
     np.testing.assert_array_equal(
         watched, draw(pipeline, 2, num_inference_steps=5, callback_on_step_end=lambda *_: {})
