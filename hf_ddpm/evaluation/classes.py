@@ -181,7 +181,9 @@ def classify(
                         if not len(mine):
                             continue
                         network = Counted(model.given(y), bar)
-                        found = estimate(how, model, network, x_0[mine], places[mine].tolist(), proposal)
+                        found = estimate(
+                            how, model, network, x_0[mine], places[mine.numpy()].tolist(), proposal
+                        )
                         bpd = per_image(how, found, proposal)
                         nats[mine, y] = bpd * (math.log(2) * x_0[0].numel())
                     # A class that was left lies behind all that went on
