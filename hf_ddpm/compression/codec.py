@@ -41,6 +41,7 @@ from hf_ddpm.decoders import AnyDecoder
 from hf_ddpm.denoiser import as_denoiser, num_classes, scoring_device
 from hf_ddpm.folders.errors import StoredErrors, network_digest, process_digest
 from hf_ddpm.folders.footprint import check_batch
+from hf_ddpm.folders.labels import NO_CLASS, OWN_CLASSES
 from hf_ddpm.folders.layout import ERRORS
 from hf_ddpm.gaussian import check_levels
 from hf_ddpm.generation.given import as_images
@@ -146,7 +147,9 @@ def compress(
     side = Side(names, labels, classes)
     _check_side(side, len(levels))
     began, chunks = time.perf_counter(), []
-    with _codec(pipeline, _chosen_plan(pipeline, steps), None, dtype, side, len(levels)) as codec:
+    plan = _chosen_plan(pipeline, steps)
+    with _codec(pipeline, plan, None, dtype, side, len(levels)) as codec:
+        _compare_classes(pipeline, codec.classes is not None)
         for start in range(0, len(levels), MOST_IMAGES):
             some = slice(start, start + MOST_IMAGES)
             chunks.append(encode_chunk(codec.chain, levels[some], batch, codec.labels_of(some)))
@@ -413,6 +416,18 @@ def _classes(pipeline: DDPMPipeline, side: Side) -> np.ndarray | None:
         logger.warning("the labels of the images are not the network's classes: it is told no class")
         return None
     return np.array(labels, np.int64)
+
+
+def _compare_classes(pipeline: DDPMPipeline, conditioned: bool) -> None:
+    """Say so if the network is told other classes than when its errors were measured; the file is right."""
+    if num_classes(pipeline.unet) is None or (stored := pipeline.errors) is None:
+        return
+    ours, measured = OWN_CLASSES if conditioned else NO_CLASS, stored.of.classes or NO_CLASS
+    if ours != measured:
+        logger.warning(
+            "the class of each image is %s, but was %s when %s was measured: the file gets larger",
+            *(shown(ours), shown(measured), ERRORS),
+        )
 
 
 @contextmanager

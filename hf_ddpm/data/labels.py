@@ -103,9 +103,9 @@ def read_labels(shards: Shards, column: str, names: Sequence[str] | None = None)
         more = f" (nor have {len(bad) - 1:,} more)" if len(bad) > 1 else ""
         raise ValueError(f"{_row(whole, bad[0])} has no label in column {shown(column)}{more}")
 
-    def refuse(value: Any, why: str) -> NoReturn:
+    def refuse(value: Any, why: str, name: str | None = None) -> NoReturn:
         first = rows[codes == values.index(value)].tolist()[0]
-        raise ValueError(f"{_row(whole, first)} has the label {shown(value)}{why}")
+        raise ValueError(f"{_row(whole, first)} has the label {shown(value if name is None else name)}{why}")
 
     if known is not None:  # a ClassLabel's numbers
         if wrong := [value for value in values if not 0 <= value < len(known)]:
@@ -125,7 +125,7 @@ def read_labels(shards: Shards, column: str, names: Sequence[str] | None = None)
     for text, value in zip(texts, values, strict=True):
         if text not in numbers:
             some = shorten(", ".join(numbers), 60)
-            refuse(text if known else value, f"{did_you_mean(text, numbers)}; allowed: {some}")
+            refuse(value, f"{did_you_mean(text, numbers)}; allowed: {some}", text if known else None)
     ids = np.full(sum(whole.counts), MISSING, np.int64)
     ids[rows] = np.array([numbers[text] for text in texts], np.int64)[codes]
     return Labels(tuple(numbers), ids, column)

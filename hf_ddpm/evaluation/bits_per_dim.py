@@ -18,6 +18,7 @@ from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.images import data_digest
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.evaluation.scored_model import ScoredModel
+from hf_ddpm.folders.labels import NO_CLASS
 from hf_ddpm.likelihood import (
     Bound,
     Estimate,
@@ -72,7 +73,12 @@ def check_last_step(model: ScoredModel) -> None:
 
 
 def check_fair(
-    config: EvaluationConfig, model: ScoredModel, stream: ImageStream, rows: list[int], digests: Tensor
+    config: EvaluationConfig,
+    model: ScoredModel,
+    stream: ImageStream,
+    rows: list[int],
+    digests: Tensor,
+    classes: str | None = None,
 ) -> None:
     """Refuse errors that were measured in another way, or on the images that are scored.
 
@@ -82,6 +88,7 @@ def check_fair(
         stream: the images.
         rows: which of them are scored, ascending places.
         digests: of these, (N,), int64.
+        classes: what class they are given, in the words of `ErrorsOf`.
 
     Raises:
         ValueError: they are refused.
@@ -92,6 +99,11 @@ def check_fair(
     if of.clip_x0 != config.clip_x0:
         raise ValueError(
             f"clip_x0 is {config.clip_x0}, but the errors were measured with {of.clip_x0}; allowed: equal"
+        )
+    if classes is not None and classes != (given := of.classes or NO_CLASS):
+        raise ValueError(
+            f"the class of each image is {shown(classes)}, but was {shown(given)} when the errors were "
+            f"measured; allowed: equal (class_label), or errors measured so with hf-ddpm plan"
         )
     measured = torch.isin(digests, model.errors.images)
     same_data = of.data == data_digest(stream)

@@ -29,7 +29,7 @@ from hf_ddpm.evaluation.bits_per_dim import estimate, on_device, per_image
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.parts import Parts, pieces
 from hf_ddpm.evaluation.scored_model import ScoredModel
-from hf_ddpm.folders.labels import NO_CLASS, label_id
+from hf_ddpm.folders.labels import NO_CLASS, OWN_CLASSES, label_id
 from hf_ddpm.likelihood import mean_and_stderr
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.runtime.progress import progress
@@ -122,7 +122,7 @@ def given_classes(
     own = None if stream.labels is None else torch.from_numpy(stream.labels[list(rows)])
     if config.class_label is None:
         assert own is not None
-        return GivenClasses(own, own, names, "its own")
+        return GivenClasses(own, own, names, OWN_CLASSES)
     label = label_id(config.class_label, len(names), dict(enumerate(names)))
     what = NO_CLASS if label == len(names) else names[label]
     return GivenClasses(torch.full((len(rows),), label), own, names, what)
@@ -181,7 +181,9 @@ def classify(
                         if not len(mine):
                             continue
                         network = Counted(model.given(y), bar)
-                        found = estimate(how, model, network, x_0[mine], places[mine].tolist(), proposal)
+                        found = estimate(
+                            how, model, network, x_0[mine], places[mine.numpy()].tolist(), proposal
+                        )
                         bpd = per_image(how, found, proposal)
                         nats[mine, y] = bpd * (math.log(2) * x_0[0].numel())
                     # A class that was left lies behind all that went on

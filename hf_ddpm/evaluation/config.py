@@ -115,6 +115,7 @@ class EvaluationConfig:
         "name or number of a class that all images are given, or none for no class; by default each is given "
         "its own",
         also="--class",
+        none_is_text=True,
     )
     classify: bool = option(
         False, "also classify the images, by the bound given each class: accuracy, and log p(class | image)"

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from hf_ddpm.data.pixels import image_digest, to_float
 from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.decoders import LEVELS, smoothed_levels
-from hf_ddpm.denoiser import Counted, Denoiser
+from hf_ddpm.denoiser import Counted
 from hf_ddpm.evaluation.bits_per_dim import check_last_step
+from hf_ddpm.evaluation.classes import check_given, given_classes
 from hf_ddpm.evaluation.config import EvaluationConfig
 from hf_ddpm.evaluation.errors_config import ErrorsConfig
 from hf_ddpm.evaluation.images import choose_rows, data_digest, open_images
@@ -44,7 +46,10 @@ from hf_ddpm.variances import FIXED
 
 COUNTS = (5, 10, 20, 50, 100, 200)  # numbers of steps for which a plan tells the bits/dim
 # What has to be said to an evaluation again, if it was said to the measurement
-AS_MEASURED = ("image_column", "channels", "background", "fit", "to_8_bit", "skip_corrupt", "clip_x0")
+AS_MEASURED = (
+    *("image_column", "label_column", "class_label", "channels", "background", "fit", "to_8_bit"),
+    *("skip_corrupt", "clip_x0"),
+)
 AT_ONCE = 512  # images of one part of the work that only reads them
 ROUGH = 2000  # evaluations, with which predictions were within 0.03 bits/dim of those with 50,000
 ENOUGH = 0.05  # bits/dim above those of all steps, at which the number of steps is that to try first
@@ -63,6 +68,7 @@ class Measurement:
         places: which of them, ascending.
         rows: the rows of the whole split that these are, (N,), int64.
         steps: at which steps each is measured, by its number among `places`.
+        labels: the class that each image is given, (N,), int64; None of a model without classes.
         of: what the table will be of.
     """
 
@@ -74,6 +80,7 @@ class Measurement:
     places: list[int]
     rows: Tensor
     steps: list[Tensor]
+    labels: Tensor | None
     of: ErrorsOf
 
     __repr__ = fields_line
@@ -132,12 +139,13 @@ def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measureme
         raise ValueError(
             f"the process of {config.model!r} has {len(model.process)} steps; allowed: at most {MOST_STEPS}"
         )
-    images = open_images(config.reading, model, scored=False)
+    images = open_images(check_given(config.reading, model), model, scored=False)
     reading, stream = images.config, images.stream
     num_rows = stream.num_rows()
     places = choose_rows(num_rows, min(num_rows, config.evals), config.seed)
     if state.device is None or state.device.type == "cpu":
         check_batch("batch_size", min(config.batch_size, config.evals), model.pipeline.unet, stream.shape)
+    given = given_classes(reading, model, stream, places)
     of = ErrorsOf(
         weights=model.weights_digest,
         process=process_digest(model.process),
@@ -153,13 +161,15 @@ def prepare(config: ErrorsConfig, network: nn.Module | None = None) -> Measureme
         num_rows=num_rows,
         evaluations=config.evals,
         seed=config.seed,
+        classes=None if given is None else given.what,
     )
     steps = steps_of_images(steps_to_measure(model.process, config.evals), len(places), config.seed)
     rows = torch.from_numpy(stream.chosen.of(places))
-    measurement = Measurement(config, reading, out, model, stream, places, rows, steps, of)
+    labels = None if given is None else given.labels
+    measurement = Measurement(config, reading, out, model, stream, places, rows, steps, labels, of)
     image = next(stream.select(places[:1]))[None]
     once = dataclasses.replace(measurement, steps=[torch.zeros(1, dtype=torch.int64)])
-    sums_of(once, model.denoiser, [0], image)  # refuses a network that does not fit
+    sums_of(once, [0], image)  # refuses a network that does not fit
     check_last_step(model)
     state.wait_for_everyone()
     return measurement
@@ -197,10 +207,9 @@ def measure(measurement: Measurement) -> StoredErrors:
         images = measurement.stream.select([measurement.places[i] for i in mine])
         total = sum(len(measurement.steps[i]) for i in mine)
         with progress("measure", total, "eval", process_state().is_main_process) as bar:
-            denoiser = Counted(model.denoiser, bar)
             for number in numbers:
                 found = [next(images) for _ in parts[number]]
-                yield sums_of(measurement, denoiser, parts[number], torch.stack(found), level_sums)
+                yield sums_of(measurement, parts[number], torch.stack(found), level_sums, bar)
 
     seen = look_at_images(measurement)
     levels = seen["levels"].sum(0)
@@ -252,19 +261,19 @@ def look_at_images(measurement: Measurement) -> dict[str, Tensor]:
 
 def sums_of(
     measurement: Measurement,
-    denoiser: Denoiser,
     numbers: Sequence[int],
     images: Tensor,
     level_sums: LevelSums | None = None,
+    bar: Any = None,
 ) -> dict[str, Tensor]:
     """What is found of some images, at each of their steps.
 
     Args:
-        measurement: says these steps.
-        denoiser: the network.
+        measurement: says these steps, and the network.
         numbers: the numbers of the images among `measurement.places`.
         images: uint8, (N, C, H, W).
         level_sums: knows the grey levels, to measure the decoder by them too.
+        bar: shows the evaluations, if there is one.
 
     Returns:
         t, squared and pixels, a row for each evaluation; ends and levels_nats, a row for each at a step where
@@ -282,11 +291,12 @@ def sums_of(
             for own, seed in zip(steps, seeds, strict=True)
         ]
     )
-    sums = []
+    labels, sums = None if measurement.labels is None else measurement.labels[list(numbers)][owner], []
     for chunk in torch.arange(len(t)).split(config.batch_size):
         x, own, eps = (z.to(model.device) for z in (x_0[owner[chunk]], t[chunk], noise[chunk]))
         how = {"prediction_type": model.prediction_type, "clip_x0": config.clip_x0, "level_sums": level_sums}
-        sums.append(error_sums(model.process, denoiser, x, own, eps, **how))
+        network = model.denoiser if labels is None else model.given(labels[chunk])
+        sums.append(error_sums(model.process, Counted(network, bar), x, own, eps, **how))
     return {
         "t": t,
         "squared": torch.cat([one.squared for one in sums]),

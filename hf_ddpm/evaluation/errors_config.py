@@ -55,6 +55,8 @@ class ErrorsConfig:
         10_000, "network evaluations, spread over steps and images", least=FEWEST_EVALS, most=MOST_EVALS
     )
     image_column: str | None = _as_evaluate("image_column")
+    label_column: str | None = _as_evaluate("label_column")
+    class_label: str | None = _as_evaluate("class_label")
     channels: int | None = _as_evaluate("channels")
     background: str | None = _as_evaluate("background")
     fit: str | None = _as_evaluate("fit")

@@ -7,6 +7,7 @@
 The numbers themselves are likelihood's and metrics'. What the files hold is report.py's.
 """
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from hf_ddpm.likelihood import rate_distortion, with_variance
 from hf_ddpm.runtime.disk import delete_partials, why_not_writable
 from hf_ddpm.runtime.processes import process_state
 from hf_ddpm.spelling import suggest_keywords
+
+logger = logging.getLogger(__name__)
 
 PREVIEWS = 6  # images in the picture of reconstructions
 
@@ -112,13 +115,16 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
     check_scorable(config, model, stream, rows[0])
     wanted = config.extractor is not None, config.nearest_dataset is not None
     drawing = Drawing(model.pipeline, config) if any(wanted) else None
+    if drawing is not None and model.class_names is not None and state.is_main_process:
+        logger.warning("the samples that are measured are drawn without a class (w = 0)")
     quality = SampleQuality(config, stream) if wanted[0] else None
     memorisation = Memorisation(config, stream, *open_nearest(config, model, images)) if wanted[1] else None
     refused_later = other is not None or model.errors is not None
     if not refused_later:
         _check_free(out, config)  # before what takes time
     digests = digest_rows(stream, rows)
-    check_fair(config, model, stream, rows, digests)
+    given = given_classes(config, model, stream, rows)
+    check_fair(config, model, stream, rows, digests, None if given is None else given.what)
     proposal, pilot_evaluations = make_proposal(config, model, stream, rows)
     if other is not None:
         numbers = stream.chosen.of(rows).tolist()
@@ -126,7 +132,6 @@ def prepare(config: EvaluationConfig, network: nn.Module | None = None) -> Plan:
         check_comparable(known, other, str(config.compare_with))
     if refused_later:
         _check_free(out, config)
-    given = given_classes(config, model, stream, rows)
     plan = Plan(
         config=config,
         out=out,
@@ -191,7 +196,12 @@ def write(plan: Plan, results: Results, command: str = "") -> dict[str, Any]:
         plot_bits_per_step(curve, plan.out / BITS_PLOT)
         plot_rate_distortion(curve, plan.out / RATE_PLOT)
         plot_reconstruction_levels(
-            plan.model, plan.stream, plan.rows[:PREVIEWS], plan.config.seed, plan.out / LEVELS_PLOT
+            plan.model,
+            plan.stream,
+            plan.rows[:PREVIEWS],
+            plan.config.seed,
+            plan.out / LEVELS_PLOT,
+            None if plan.given is None else plan.given.labels[:PREVIEWS],
         )
         if plan.memorisation is not None and results.nearest is not None:
             plan.memorisation.plot(results.nearest, plan.out / NEAREST)

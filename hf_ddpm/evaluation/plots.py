@@ -10,6 +10,7 @@ import torch
 # Never pyplot: no window is opened, and no global state is kept
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from hf_ddpm.data.pixels import to_float, to_uint8
 from hf_ddpm.data.stream import ImageStream
@@ -116,7 +117,12 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> Path:
 
 @torch.no_grad()
 def plot_reconstruction_levels(
-    model: ScoredModel, stream: ImageStream, rows: list[int], seed: int, path: str | os.PathLike[str]
+    model: ScoredModel,
+    stream: ImageStream,
+    rows: list[int],
+    seed: int,
+    path: str | os.PathLike[str],
+    labels: Tensor | None = None,
 ) -> Path:
     """Rows of x_t above the predicted x_0, a pair for each image and a column for each noise level.
 
@@ -126,7 +132,9 @@ def plot_reconstruction_levels(
         rows: which of them, ascending.
         seed: of the noise; an image's depends on (seed, row).
         path: a PNG file; returned.
+        labels: the class that each is given, (N,), int64; None of a model without classes.
     """
+    network = model.denoiser if labels is None else model.given(labels)
     process, device = model.process, model.device
     x_0 = to_float(torch.stack(list(stream.select(rows)))).to(device)
     noise = image_noise(seed, stream.chosen.of(rows).tolist(), x_0)(0)
@@ -134,7 +142,7 @@ def plot_reconstruction_levels(
     columns, predictions = [x_0], [x_0]
     for t in levels:
         x_t = process.q_sample(x_0, noise, t)
-        output = model.denoiser(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
+        output = network(x_t, process.timesteps_at(torch.full((len(x_t),), t, device=device)))
         predicted = to_x0(process, model.prediction_type, output[:, : x_0.shape[1]], x_t, t)
         columns.append(x_t)
         predictions.append(predicted.clamp(-1, 1))
@@ -143,5 +151,5 @@ def plot_reconstruction_levels(
         for i in range(len(rows))
         for kind in (columns, predictions)
     ]
-    labels = ["image", *(f"t = {process.timesteps[t]}" for t in levels)]
-    return plot_reconstructions(pictures, labels, path, ["x_t", "x̂_0"] * len(rows))
+    names = ["image", *(f"t = {process.timesteps[t]}" for t in levels)]
+    return plot_reconstructions(pictures, names, path, ["x_t", "x̂_0"] * len(rows))

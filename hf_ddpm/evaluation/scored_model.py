@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.decoders import NAMED, AnyDecoder
@@ -98,8 +98,8 @@ class ScoredModel:
             return denoiser
         return lambda x_t, t: denoiser(x_t, t)[:, : x_t.shape[1]]
 
-    def given(self, label: int) -> Denoiser:
-        """The network as `denoiser`, for one class of all images; the class C is "no class"."""
+    def given(self, label: int | Tensor) -> Denoiser:
+        """The network as `denoiser`, for one class of all images, or one of each, (B,); C is "no class"."""
         conditioned = as_denoiser(Conditioned(self.pipeline.unet, label), self.pipeline.device)
         if not self.learns or self.variance_type in LEARNED:
             return conditioned

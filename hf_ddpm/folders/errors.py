@@ -36,6 +36,7 @@ from hf_ddpm.variances import VALUE_BINS
 
 OF = "of"  # key of the header's text
 ADDED = frozenset({"levels_nats"})  # what files of earlier versions lack
+ADDED_OF: dict[str, Any] = {"classes": None}  # what their headers lack, and what it is then
 MOST_CHANNELS, MOST_IMAGES = 1024, 10**7
 LONGEST_NAME = 120  # characters of the file in an error
 REMEDY = "allowed: measure it anew with hf-ddpm plan"
@@ -60,6 +61,8 @@ class ErrorsOf:
         num_rows: how many these are.
         evaluations: how often the network was asked.
         seed: of the images and the noise.
+        classes: the class that each image was given: "its own", the name of one class for all, or "none";
+            null of a model without classes, and in files of earlier versions, which gave none.
     """
 
     weights: str
@@ -76,6 +79,7 @@ class ErrorsOf:
     num_rows: int
     evaluations: int
     seed: int
+    classes: str | None = None
 
     __repr__ = fields_line
 
@@ -222,7 +226,7 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], ErrorsOf]:
 
 def _read_of(texts: Mapping[str, str], name: str) -> ErrorsOf:
     """What a file's header says that it is of."""
-    found = parse_json(texts.get(OF, "").encode(), f"the header of {name}")
+    found = ADDED_OF | parse_json(texts.get(OF, "").encode(), f"the header of {name}")
     hints = get_type_hints(ErrorsOf)
     if lacks := sorted(hints.keys() - found.keys()):
         raise ValueError(f"{name} does not say its {', '.join(lacks)}; {REMEDY}")

@@ -20,6 +20,7 @@ from hf_ddpm.runtime.messages import did_you_mean, shorten
 from hf_ddpm.runtime.untrusted import read_json, shown
 
 KEY = "id2label"
+OWN_CLASSES = "its own"  # how records call the classes that images have by the data
 NO_CLASS = "none"  # what a person writes for the last row of the embedding
 
 

@@ -18,6 +18,11 @@ images with its standard error (null for a single image), and those marked ° ma
                       num_trained_on ° (on how many; null where nobody knows),
                       changed ° (how the data set is not the one that the run began with, in words)
     model             name, weights (a digest), process (a digest), prediction_type
+    classes °         of a class-conditional model: given (the class that each image is told: "its own", the
+                      name of one, or "none"), names, label_column; per_class ° {name: {num_images, bpd:
+                      {value, stderr}}}, by the images' own classes; classifier °: accuracy, log_probability
+                      (nats) and mixture_bpd °, each {value, stderr}, per_class {name: accuracy},
+                      evaluations, halving (whether classes were left early)
     comparison °      with (section `model` of the other one), variance_types, chains, difference_bpd, stderr
     sample_metrics °  extractor, samples and floor: {label: value}, num_samples, num_reference, num_floor,
                       scheduler, sampling_steps, timestep_spacing, variance_type; a label with " std " in it
@@ -40,6 +45,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from hf_ddpm.folders.labels import NO_CLASS, OWN_CLASSES
 from hf_ddpm.folders.layout import EVALUATION, LOG
 from hf_ddpm.folders.values import fits, words_of
 from hf_ddpm.runtime.messages import shorten
@@ -84,8 +90,12 @@ FURTHER: dict[str, Any] = {
         **{"dataset": str, "split": str, "num_rows": int, "near": float, "trained_on": bool},
         **{"samples": _NEAR, "heldout": _NEAR},
     },
+    "classes": {"given": str},
     "command": str,
 }
+_PER_CLASS = {"num_images": int, "bpd": _NUMBER}
+_CLASSIFIER = {"accuracy": _NUMBER, "log_probability": _NUMBER, "evaluations": int, "halving": bool}
+MOST_LISTED = 12  # classes that are told one by one on a terminal
 # Keys of the section "data" that may be missing or null
 DATA_FURTHER: dict[str, Any] = {
     **{"part": str, "holdout": float, "holdout_seed": int, "num_trained_on": int, "num_skipped": int},
@@ -122,6 +132,8 @@ def check_report(report: Mapping[str, Any]) -> None:
         _check_types(report, {"few_steps": {"last_step": int} if known else {}}, "")
     data = report["data"]
     _check_types(data, {k: v for k, v in DATA_FURTHER.items() if data.get(k) is not None}, "data.")
+    if report.get("classes") is not None:
+        _check_classes(report["classes"])
     if report.get("sample_metrics") is not None:
         ours, floor = (report["sample_metrics"][key] for key in ("samples", "floor"))
         for name, value in (*ours.items(), *floor.items()):
@@ -129,6 +141,21 @@ def check_report(report: Mapping[str, Any]) -> None:
                 raise ValueError(f"{EVALUATION}: {shown(name)} is {shown(value)}; allowed: a number")
         if ours.keys() != floor.keys():
             raise ValueError(f"{EVALUATION}: sample_metrics has other labels in samples than in floor")
+
+
+def _check_classes(found: Mapping[str, Any]) -> None:
+    """Refuse a section "classes" of other types."""
+    for key in ("per_class", "classifier"):
+        if found.get(key) is not None:
+            _check_types(found, {key: {}}, "classes.")
+    for name, numbers in (found.get("per_class") or {}).items():
+        where = f"classes.per_class.{shorten(name, 40)}"
+        if not isinstance(numbers, dict):
+            raise ValueError(f"{EVALUATION}: {where} is {shown(numbers)}; allowed: keys and values")
+        _check_types(numbers, _PER_CLASS, f"{where}.")
+    if (classifier := found.get("classifier")) is not None:
+        mixture = {} if classifier.get("mixture_bpd") is None else {"mixture_bpd": _NUMBER}
+        _check_types(classifier, _CLASSIFIER | mixture, "classes.classifier.")
 
 
 def _check_types(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -157,14 +184,15 @@ def card_words(report: Mapping[str, Any], call: Callable[[str], str | None]) -> 
         call: what the card calls a data set, by its name in the report.
 
     Returns:
-        bits and samples, each a table with words beside it, memory, a sentence, and evaluation_command, a
-        command line; None for what was not measured.
+        bits, classes and samples, each a table with words beside it, memory, a sentence, and
+        evaluation_command, a command line; None for what was not measured.
     """
     if not report:
-        return dict.fromkeys(("bits", "samples", "memory", "evaluation_command"))
+        return dict.fromkeys(("bits", "classes", "samples", "memory", "evaluation_command"))
     memory = report.get("memorisation")
     return {
         "bits": _bits_table(report, call),
+        "classes": _classes_table(report),
         "samples": _samples_table(report),
         "memory": memory and describe_memorisation(memory, call(memory["dataset"])),
         "evaluation_command": report.get("command"),
@@ -188,13 +216,54 @@ def _bits_table(report: Mapping[str, Any], call: Callable[[str], str | None]) ->
         "part": {"held-out": "held-out ", "train": "training "}.get(data.get("part"), ""),
         "trained_on": data["trained_on"],
         "trained_words": _trained_words(data),
-        "columns": [
-            f"variance `{column['variance_type']}`{_decoder_words(report, '`')}" for column in columns
-        ],
+        "columns": [f"variance `{column['variance_type']}`{_label_words(report, '`')}" for column in columns],
         "rows": [[words, *(with_error(column[key], 3) for column in columns)] for words, key in BITS],
         "method": f"Chain of {method['steps']} steps, {method['evaluations_per_image']} network evaluations "
         f"per image ({method['name']}), {clipped} x̂₀, {_decoder_sentence(report)}." + fitted,
     }
+
+
+def _classes_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The table of bits/dim of the images of each class, and what the model says as a classifier."""
+    found = report.get("classes")
+    if found is None or not found.get("per_class"):
+        return None
+    return {
+        "rows": [
+            [name, numbers["num_images"], with_error(numbers["bpd"], 3)]
+            for name, numbers in found["per_class"].items()
+        ],
+        "told": _given_words(report).removeprefix(", "),
+        "classifier": found.get("classifier") and _classifier_words(found["classifier"]),
+    }
+
+
+def _classifier_words(found: Mapping[str, Any]) -> str:
+    """What the model says as a classifier of the images, in a sentence without its full stop."""
+    words = (
+        f"accuracy {with_error(found['accuracy'], 3)}, log p(class | image) "
+        f"{with_error(found['log_probability'], 3)} nats"
+    )
+    if found.get("mixture_bpd") is not None:
+        words += f", {with_error(found['mixture_bpd'], 4)} bits/dim of the mixture of all classes"
+    return words
+
+
+def _class_lines(report: Mapping[str, Any]) -> list[str]:
+    """Section "classes" in lines for a terminal."""
+    found, lines = report["classes"], []
+    if per_class := found.get("per_class"):
+        numbers = {name: one["bpd"] for name, one in per_class.items()}
+        what = f"of the images of each class ({_given_words(report).removeprefix(', ')})"
+        if len(numbers) > MOST_LISTED:
+            order = sorted(numbers, key=lambda name: numbers[name]["value"])
+            what = f"of the images of {len(numbers)} classes, the least and the most"
+            numbers = {name: numbers[name] for name in (order[0], order[-1])}
+        each = [f"{shorten(name, 30)} {with_error(one, 3)}" for name, one in numbers.items()]
+        lines.append(f"bits/dim {what}: {', '.join(each)}")
+    if classifier := found.get("classifier"):
+        lines.append(f"classifying the images: {_classifier_words(classifier)}")
+    return lines
 
 
 def _samples_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -228,7 +297,7 @@ def hub_results(report: Mapping[str, Any], id_of: Callable[[str], str | None]) -
     for numbers in _variances(report):
         for metric, key, words in HUB_BITS:
             error = _error(numbers[key], 3)
-            label = f"{numbers['variance_type']}{_decoder_words(report)}"
+            label = f"{numbers['variance_type']}{_label_words(report)}"
             words = f"{words} ({label}{',' * bool(error)}{error})"
             found.append((metric, round(numbers[key]["value"], 4), words))
     if metrics := report.get("sample_metrics"):
@@ -244,7 +313,7 @@ def describe(report: Mapping[str, Any]) -> str:
     for numbers in _variances(report):
         rate, distortion = (numbers[key]["value"] for key in ("rate_bpd", "distortion_bpd"))
         lines.append(
-            f"{with_error(numbers['bpd'], 4)} bits/dim ({numbers['variance_type']}{_decoder_words(report)}): "
+            f"{with_error(numbers['bpd'], 4)} bits/dim ({numbers['variance_type']}{_label_words(report)}): "
             f"rate {rate:.4f} "
             f"+ distortion {distortion:.4f}"
         )
@@ -260,6 +329,8 @@ def describe(report: Mapping[str, Any]) -> str:
         f"{_holdout_words(data)}{seen}{fitted}; "
         f"{method['evaluations_per_image']} network evaluations each ({method['name']})"
     )
+    if report.get("classes"):
+        lines += _class_lines(report)
     if report.get("few_steps"):
         lines.append(_chain_words(report))
     if found := report.get("comparison"):
@@ -278,10 +349,20 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _decoder_words(report: Mapping[str, Any], quote: str = "") -> str:
-    """The label of bits/dim that were not taken with the decoder of published numbers, after a comma."""
+def _label_words(report: Mapping[str, Any], quote: str = "") -> str:
+    """What bits/dim were taken with, but for the decoder of published numbers, each after a comma."""
     decoder = report["method"]["decoder"]
-    return "" if decoder in ("exact", "tanh") else f", decoder {quote}{decoder}{quote}"
+    words = "" if decoder in ("exact", "tanh") else f", decoder {quote}{decoder}{quote}"
+    return words + _given_words(report)
+
+
+def _given_words(report: Mapping[str, Any]) -> str:
+    """What a class-conditional model was told of each image, after a comma; empty for other models."""
+    if report.get("classes") is None:
+        return ""
+    given = report["classes"]["given"]
+    words = {OWN_CLASSES: "given the image's class", NO_CLASS: "without a class"}
+    return f", {words.get(given, f'given class {shorten(given, 40)}')}"
 
 
 def _decoder_sentence(report: Mapping[str, Any]) -> str:

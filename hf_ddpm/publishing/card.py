@@ -147,6 +147,7 @@ def make_card(files: Files, facts: CardFacts) -> str:
         "revision": facts.revision,
         "shape": as_text(_shape(network_config)),
         "network": index[UNET][1],
+        "class_conditional": bool(network_config.get("num_class_embeds")),
         "parameters": f"{_parameters(index, network_config):,}",
         "ema": f"averaged over the training with decay {float(facts.ema_decay)}" if facts.ema_decay else None,
         "steps": int(said["schedule"]["num_train_timesteps"]),

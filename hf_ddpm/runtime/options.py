@@ -38,7 +38,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             function of the option's name and its value that raises ValueError for what is not allowed.
             `examples` are values that `--help` lists although others are allowed. Both are a collection, or a
             function that returns one when it is first needed, so that it may import what defines them.
-            `also` is another spelling of the flag.
+            `also` is another spelling of the flag. `none_is_text` keeps the word "none" where None means
+            something else.
             `joined` is for text that lists numbers or words: the text that stands between them if a file or a
             call gives a list instead.
     """
@@ -109,7 +110,7 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     word = value.lower() if isinstance(value, str) else ""
-    if optional and (value is None or word == "none"):
+    if optional and (value is None or (word == "none" and not rules.get("none_is_text", False))):
         return None
     if "joined" in rules and not isinstance(value, str):
         parts = value if isinstance(value, (list, tuple)) else [value]
