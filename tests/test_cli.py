@@ -41,17 +41,10 @@ TRAIN_FLAGS = """
 """.split()
 EVALUATE_FLAGS = """
     --split --part --holdout --holdout-seed --num-images --image-column --label-column --class-label
-<<<<<<< HEAD
-    --classify --halving --channels --background --fit --to-8-bit --skip-corrupt --exact --num-evals-per-image --pilot-images --variance-type
-    --clip-x0 --decoder --steps --chain --last-step --errors --first-variance --extractor --nearest-dataset
-    --nearest-split --num-samples --sampling-steps --sampling-spacing --num-reference --reference
-    --compare-with --out --overwrite --seed --batch-size
-=======
     --classify --halving --channels --background --fit --to-8-bit --skip-corrupt --exact
     --num-evals-per-image --pilot-images --variance-type --clip-x0 --decoder --steps --chain --last-step
     --errors --first-variance --extractor --nearest-dataset --nearest-split --num-samples --sampling-steps
     --sampling-spacing --num-reference --reference --compare-with --out --overwrite --seed --batch-size
->>>>>>> classy
 """.split()
 PLAN_FLAGS = """
     --split --part --holdout --holdout-seed --evals --image-column --label-column --class-label --channels
