@@ -11,6 +11,7 @@ from hf_ddpm.cli import run
 from hf_ddpm.folders.layout import (
     CARD,
     CARD_FACTS,
+    ERRORS,
     EVALUATION,
     EVALUATION_TENSORS,
     PLOTS,
@@ -88,19 +89,20 @@ def save_card_folder(publication: Publication, folder: Path, *, half_weights: bo
 
     Args:
         publication: what `collect` found.
-        folder: where to; an evaluation and a sweep in it are deleted, as they may be of other weights.
+        folder: where to; an evaluation, a sweep and measured errors in it are deleted, as they may be of
+            other weights.
         half_weights: whether the weights are written too, in float16, so that the folder loads. The
-            evaluation and the sweep are left out then, as they measured the weights before they were rounded.
+            others are left out then, as they measured the weights before they were rounded.
 
     Raises:
         ValueError: weights that float16 can't hold; nothing has been written then.
     """
-    measured, contents = (EVALUATION, EVALUATION_TENSORS, *PLOTS, SWEEP, SWEEP_PLOT), {}
+    measured, contents = (EVALUATION, EVALUATION_TENSORS, *PLOTS, SWEEP, SWEEP_PLOT, ERRORS), {}
     for path, content in publication.files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()
         if not path.endswith(TENSORS):
             contents[path] = data
-        elif half_weights:
+        elif half_weights and path not in measured:
             contents[path] = _halved(path, data)
     for name in measured:
         (folder / name).unlink(missing_ok=True)
