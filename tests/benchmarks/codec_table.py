@@ -80,7 +80,9 @@ def main():
     )
     parser.add_argument("model")
     parser.add_argument("images", help="as of hf-ddpm compress")
-    parser.add_argument("--numbers", default="1,10,100,1000", help="of the first images, a row each")
+    parser.add_argument(
+        "--numbers", default="1,10,100,300,1000", help="of the first images, a row each of those there are"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float64")
@@ -94,7 +96,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for number in map(int, args.numbers.split(",")):
             some, out = images[:number], Path(folder) / f"{number}.hfdc"
-            assert len(some) == number, f"there are {len(images)} images"
+            if len(some) < number:
+                continue
             sizes = compress(pipeline, some, out, steps=args.steps, batch=args.batch, dtype=args.dtype)
             seconds = None
             if number <= args.verify:

@@ -208,7 +208,7 @@ def test_what_evaluate_refuses(planned, model, tmp_path, capfd):
         ((planned, "digits", "--errors", planned), "--errors is"),
         (
             (planned, "digits", "--errors", planned, "--variance", "fixed_small"),
-            "but has no use without --variance optimal or by-value, a chosen chain, or decoder levels",
+            "but has no use without --variance-type optimal or by-value, a chosen chain, or decoder levels",
         ),
         (
             (planned, "digits", "--errors", planned, "--steps", 5, "--chain", "quadratic"),

@@ -175,6 +175,7 @@ TEXTS = {
         "dataset_id": "tester/x",
     },
     "background": "black",
+    "label_column": "label",
     **dict.fromkeys(("license", "dataset_license"), "mit"),
 }
 
