@@ -29,7 +29,8 @@ from hf_ddpm.cli import main
 
 for name in ("plot_bits_per_step", "plot_rate_distortion", "plot_reconstruction_levels"):
     # of the main process only
-    setattr(hf_ddpm.evaluation.evaluate, name, lambda *what: open(next(w for w in what if isinstance(w, Path)), "x").close())
+    touch = lambda *what: next(one for one in what if isinstance(one, Path)).open("x").close()
+    setattr(hf_ddpm.evaluation.evaluate, name, touch)
 few = "--num-images 7 --num-evals-per-image 4 --batch-size 2".split()
 ends = []
 for name, flags in {
