@@ -159,6 +159,7 @@ def classify(
     evals = len(model.process) if config.exact else config.num_evals_per_image
     plan = list(rounds(len(names), evals, config.halving))
     per_image_evals = sum(count * each for count, each in plan)
+    log_prior = _log_prior(model, len(names))
     batches = [rows[piece.start : piece.stop] for piece in pieces(len(rows), config.batch_size)]
     _tell_cost(config, model, stream, rows, len(names), per_image_evals)
 
@@ -173,7 +174,8 @@ def classify(
                 asked = torch.ones_like(nats, dtype=torch.bool)
                 for number, (left, each) in enumerate(plan):
                     if number:
-                        keep = torch.where(asked, nats, math.inf).sort(dim=1, stable=True).indices[:, :left]
+                        against = torch.where(asked, nats - log_prior, math.inf)
+                        keep = against.sort(dim=1, stable=True).indices[:, :left]
                         asked = torch.zeros_like(asked).scatter_(1, keep, True)
                     how = config if config.exact else dataclasses.replace(config, num_evals_per_image=each)
                     for y in range(len(names)):
@@ -186,10 +188,10 @@ def classify(
                         )
                         bpd = per_image(how, found, proposal)
                         nats[mine, y] = bpd * (math.log(2) * x_0[0].numel())
-                    # A class that was left lies behind all that went on
+                    # A class that was left is no likelier, by Bayes' rule, than any that went on
                     if number:
-                        behind = torch.where(asked, nats, -math.inf).amax(1, keepdim=True)
-                        nats = torch.where(asked, nats, torch.maximum(nats, behind))
+                        last = torch.where(asked, nats - log_prior, -math.inf).amax(1, keepdim=True)
+                        nats = torch.where(asked, nats, torch.maximum(nats, last + log_prior))
                 yield {"nats": nats}
 
     facts = {
@@ -202,17 +204,19 @@ def classify(
         "scored_as": model.variance_type,
     }
     found = Parts(out, config, facts).complete(len(batches), classify_batches)
-    counts = (model.data_record or {}).get(COUNTS)
-    prior = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    if (
-        isinstance(counts, list)
-        and len(counts) == len(names)
-        and all(type(n) is int and n > 0 for n in counts)
-    ):
-        prior = torch.tensor(counts, dtype=torch.float64) / sum(counts)
     if not found["nats"].isfinite().all():
         raise RuntimeError("the bound given a class is not finite")
-    return Classified(found["nats"], prior.log(), per_image_evals * len(rows), config.halving)
+    return Classified(found["nats"], log_prior, per_image_evals * len(rows), config.halving)
+
+
+def _log_prior(model: ScoredModel, classes: int) -> Tensor:
+    """log π_y by the images that the run was trained on, (C,), float64; even where that isn't known."""
+    counts = (model.data_record or {}).get(COUNTS)
+    if not isinstance(counts, list) or len(counts) != classes:
+        return torch.full((classes,), -math.log(classes), dtype=torch.float64)
+    if not all(type(n) is int and n > 0 for n in counts):
+        return torch.full((classes,), -math.log(classes), dtype=torch.float64)
+    return (torch.tensor(counts, dtype=torch.float64) / sum(counts)).log()
 
 
 @torch.no_grad()

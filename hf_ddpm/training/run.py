@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_ddpm.config import TrainConfig, make_scheduler
 from hf_ddpm.data.holdout import BEFORE
+from hf_ddpm.data.stream import ImageStream
 from hf_ddpm.denoiser import as_denoiser
 from hf_ddpm.folders.labels import write_labels
 from hf_ddpm.folders.layout import GRIDS, HELDOUT, INDEX, RUN, STEP, TRAINED_ON, UNET, variant_name
@@ -172,14 +173,7 @@ class Run:
             self._trained_on["class_counts"] = stream.class_counts
             tell_classes(config, stream)
         if accelerator.is_main_process:
-            logger.warning("%s", stream.survey(show=True, held_out=True))
-            if config.holdout is not None:
-                held = stream.chosen.left_out
-                logger.warning("%s images to train on, %s held out", f"{self.rows:,}", f"{held:,}")
-                if seen := count_seen_before(before, stream):
-                    words = "%s was trained on %s of the images that are held out now; the same --seed and "
-                    words += "--holdout as in its run would hold out the same"
-                    logger.warning(words, config.model, f"{seen:,}")
+            _tell_images(config, stream, before)
         asked = config.model
         self.config = config = settle_model(config, stream, self.state, model is not None)
         self.is_own = model is not None or objective is not None
@@ -406,6 +400,22 @@ class Run:
         delete_partials(self.folder, RUN.__contains__)
         for name in (HELDOUT, GRIDS):
             delete_partials(self.folder / name, lambda name: STEP.match(name) is not None)
+
+
+def _tell_images(config: TrainConfig, stream: ImageStream, before: list[dict[str, Any]]) -> None:
+    """Say what the images are, how many are held out, and how many of these the network has seen before."""
+    logger.warning("%s", stream.survey(show=True, held_out=True))
+    if config.holdout is None:
+        return
+    logger.warning(
+        "%s images to train on, %s held out", f"{stream.num_rows():,}", f"{stream.chosen.left_out:,}"
+    )
+    if seen := count_seen_before(before, stream):
+        words = (
+            "%s was trained on %s of the images that are held out now; the same --seed and --holdout as in "
+        )
+        words += "its run would hold out the same"
+        logger.warning(words, config.model, f"{seen:,}")
 
 
 def _name_of(objective: OwnObjective) -> str:
